@@ -1,0 +1,3 @@
+"""litrecipe: pretrain, fine-tune, align and evaluate language models from one YAML recipe."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""The typed recipe: dataclasses, merging, validation. Imports no torch."""

@@ -1,0 +1,283 @@
+"""The groups of keys a recipe is made of.
+
+Every field is one key of a recipe; the string under a field is its documentation and feeds `--help`, the docs and
+the error messages. Defaults live here and nowhere else. This file imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"]
+ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class Model:
+    """Which model, and how it is loaded."""
+
+    source: str = ""
+    """A Hugging Face folder, a hub id (`org/name`), a GGUF file, or a `config.json` with `init: random`."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`pretrained` loads weights; `random` builds the `config.json` of `source` from scratch."""
+    tokenizer: str | None = None
+    """A folder with `tokenizer.json` when it is not beside the model."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the model's own chat template."""
+
+
+@dataclass
+class Adapter:
+    """Low-rank adapters (peft)."""
+
+    method: Literal["none", "lora", "dora"] = "none"
+    """`none` trains all weights; `lora` (2106.09685) and `dora` (2402.09353) train an adapter."""
+    r: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / r (alpha / sqrt(r) with `rslora`)."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input; above 0 packed and unpacked training no longer agree exactly."""
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers that get an adapter."""
+    rslora: bool = False
+    """Rank-stabilised scaling (2312.03732)."""
+
+
+@dataclass
+class Quantize:
+    """Quantised base weights (bitsandbytes)."""
+
+    method: Literal["none", "nf4", "int8"] = "none"
+    """`nf4` (QLoRA, 2305.14314) or `int8` (LLM.int8, 2208.07339) for the frozen base under an adapter."""
+    double_quant: bool = True
+    """Quantise the NF4 scales as well."""
+
+
+@dataclass
+class Data:
+    """What is trained on."""
+
+    train: str = ""
+    """A file (.json, .jsonl, .parquet; .gz and .zst), a folder, a hub dataset id, or `toy:units?n=512&seed=0`."""
+    val: str | None = None
+    """Held-out data, in the same forms."""
+    val_fraction: float = 0.0
+    """Share of `train` held out when `val` is not given, chosen by `train.seed`."""
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    """Layout of a row; `auto` recognises it by its keys."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Other column names: `{prompt: question, completion: answer}`."""
+    max_length: int = 2048
+    """Longest sample in tokens; the rest is cut off the end and counted."""
+    mask: Literal["assistant", "all"] = "assistant"
+    """`assistant` learns the assistant's turns, `all` the whole text."""
+    date: str | None = None
+    """ISO date that `strftime_now` of a chat template sees, so that renders do not change from day to day."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept (default: the user's cache folder)."""
+
+
+@dataclass
+class Optim:
+    """The optimizer."""
+
+    name: Optimizer = "adamw"
+    """`adamw` (fused), `adamw8bit` and `paged_adamw8bit` (bitsandbytes), or `sgd`."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates; the first is the momentum of `sgd`."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; vectors (norms, biases, DoRA magnitudes) are left alone."""
+
+
+@dataclass
+class Schedule:
+    """The learning rate over the run."""
+
+    name: ScheduleName = "cosine"
+    """`cosine`, `linear`, `constant`, or `wsd` (warm-up, stable, decay)."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: int | None = None
+    """`wsd`: steps of the final decay (default: a tenth of the run); the others decay over the whole run."""
+    min_lr_ratio: float = 0.0
+    """The final rate as a share of the peak."""
+
+
+@dataclass
+class Train:
+    """How long, and in what portions. A step is one optimizer step."""
+
+    max_steps: int | None = None
+    """Stop after this many steps."""
+    epochs: float | None = None
+    """Stop after this many passes over the data (default 1 when no other limit is set)."""
+    max_tokens: int | None = None
+    """Stop after this many tokens."""
+    max_time: str | None = None
+    """Stop, saved, after this wall-clock time: `90s`, `30m`, `2h`, `01:30:00`."""
+    global_batch_size: int = 8
+    """Samples (conversations, pairs, prompts) of one step, over all ranks."""
+    micro_batch_tokens: int = 4096
+    """Tokens of one forward pass; changes memory and speed, never the gradient."""
+    grad_clip: float | None = 1.0
+    """Largest gradient norm; null switches clipping off."""
+    seed: int = 0
+    """Seeds initialisation, data order and sampling."""
+
+
+@dataclass
+class Eval:
+    """Evaluation while training."""
+
+    every: int | None = None
+    """Steps between evaluations on `data.val` (null: only at the end)."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks for `litrecipe evaluate`: built-ins (`name:file`), lm-eval names, or a folder of lm-eval YAML."""
+    limit: int | None = None
+    """At most this many samples a task."""
+
+
+@dataclass
+class Checkpoint:
+    """Saving and resuming."""
+
+    every: int | None = 100
+    """Steps between checkpoints (null: only when stopped and at the end)."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+    resume: str | None = None
+    """`auto` continues the newest complete checkpoint of `out_dir`, if any; or a checkpoint folder."""
+
+
+@dataclass
+class Log:
+    """What is told, and where."""
+
+    every: int = 1
+    """Steps between lines of metrics.jsonl and of the loggers."""
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] = field(default_factory=lambda: ["tensorboard"])
+    """Loggers besides metrics.jsonl."""
+    project: str = "litrecipe"
+    """Project (W&B) or experiment (MLflow) name."""
+
+
+@dataclass
+class Fabric:
+    """Devices and precision (Lightning Fabric)."""
+
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where it runs."""
+    devices: int | Literal["auto"] = "auto"
+    """Processes of one node (on CPU `auto` is 1)."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes."""
+    tensor_parallel: int = 1
+    """Processes that share one copy of a layer (with `fsdp`)."""
+    precision: Precision = "32-true"
+    """`32-true`, `bf16-true`, or `bf16-mixed` (fp32 weights, bf16 arithmetic)."""
+    compile: bool = False
+    """torch.compile the decoder blocks."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+
+
+@dataclass
+class Generate:
+    """How text is sampled."""
+
+    max_new_tokens: int = 256
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens (0: all)."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end an answer."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+@dataclass
+class FinetuneRecipe:
+    """Supervised fine-tuning: full, LoRA or DoRA, on a plain or quantised base."""
+
+    model: Model = field(default_factory=Model)
+    adapter: Adapter = field(default_factory=Adapter)
+    quantize: Quantize = field(default_factory=Quantize)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    train: Train = field(default_factory=Train)
+    eval: Eval = field(default_factory=Eval)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    log: Log = field(default_factory=Log)
+    fabric: Fabric = field(default_factory=Fabric)
+    out_dir: str = "runs/finetune"
+    """Run directory: recipe, metrics, checkpoints and the final model."""
+    schema_version: int = 1
+    """Version of these keys; older recipes are migrated when they are read."""
+
+
+@dataclass
+class EvaluateRecipe:
+    """Measure a model on tasks."""
+
+    model: Model = field(default_factory=Model)
+    quantize: Quantize = field(default_factory=Quantize)
+    fabric: Fabric = field(default_factory=Fabric)
+    generate: Generate = field(default_factory=Generate)
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval names, a folder of lm-eval YAML, or built-ins: `perplexity:FILE`, `exact_match:FILE`."""
+    limit: int | None = None
+    """At most this many samples a task."""
+    num_fewshot: int | None = None
+    """Examples before the question (default: as the task says)."""
+    batch_tokens: int = 8192
+    """Tokens of one forward pass."""
+    log_samples: bool = False
+    """Write every sample with its result beside the table."""
+    out: str | None = None
+    """JSON file for the results."""
+    schema_version: int = 1
+    """Version of these keys."""
+
+
+@dataclass
+class GenerateRecipe:
+    """Answer one prompt, or talk (`litrecipe chat`)."""
+
+    model: Model = field(default_factory=Model)
+    quantize: Quantize = field(default_factory=Quantize)
+    fabric: Fabric = field(default_factory=Fabric)
+    generate: Generate = field(default_factory=Generate)
+    prompt: str | None = None
+    """What the user says (`-` reads standard input)."""
+    system: str | None = None
+    """System message."""
+    raw: bool = False
+    """Continue the prompt as plain text, without the chat template."""
+    schema_version: int = 1
+    """Version of these keys."""
+
+
+RECIPES: dict[str, type] = {
+    "finetune": FinetuneRecipe,
+    "evaluate": EvaluateRecipe,
+    "generate": GenerateRecipe,
+    "chat": GenerateRecipe,
+}
+"""Verb → the dataclass its recipes are read into."""
