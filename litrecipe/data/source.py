@@ -1,0 +1,121 @@
+"""Where the samples of each optimizer step come from.
+
+For recorded data the order is a pure function of (seed, epoch, index) and the only state is a cursor, so that resuming,
+another number of ranks or another packing never repeats or loses a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Train
+from litrecipe.model.row import Sample
+
+
+class StepSource(Protocol):
+    """Yields the samples of one optimizer step after the other, the same on every rank."""
+
+    def next_step(self) -> list[Sample]:
+        """The samples of the next step; empty when there are no more."""
+        ...
+
+    def total_steps(self, train: Train) -> int:
+        """How many steps the limits of `train` allow."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, as JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        ...
+
+
+class SampleList(Protocol):
+    """Random access to samples whose lengths are known without reading them."""
+
+    lengths: Sequence[int] | np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class RecordedSource:
+    """Epochs over recorded samples, each in an order of its own; a step may span the end of an epoch."""
+
+    def __init__(self, samples: SampleList, train: Train) -> None:
+        self.samples = samples
+        self.batch = train.global_batch_size
+        self.seed = train.seed
+        self.cursor = 0
+        """Samples handed out since the start of the run."""
+        epochs = train.epochs
+        if epochs is None and train.max_steps is None and train.max_tokens is None and train.max_time is None:
+            epochs = 1.0
+        self.limit = None if epochs is None else max(1, round(epochs * len(samples)))
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def index_at(self, cursor: int) -> int:
+        """Which sample is the cursor-th of the run."""
+        epoch, place = divmod(cursor, len(self.samples))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.samples)))
+        return int(self._order[1][place])
+
+    def next_step(self) -> list[Sample]:
+        """The next `global_batch_size` samples (fewer in the last step of the last epoch)."""
+        stop = self.cursor + self.batch
+        if self.limit is not None:
+            stop = min(stop, self.limit)
+        chosen = [self.samples[self.index_at(cursor)] for cursor in range(self.cursor, stop)]
+        self.cursor = max(stop, self.cursor)
+        return chosen
+
+    def total_steps(self, train: Train) -> int:
+        """The smallest of the limits `epochs`, `max_steps`, `max_tokens`."""
+        limits = []
+        if train.max_steps is not None:
+            limits.append(train.max_steps)
+        if self.limit is not None:
+            limits.append(-(-self.limit // self.batch))
+        if train.max_tokens is not None:
+            limits.append(self._steps_for_tokens(train.max_tokens))
+        if not limits:
+            raise InputError(
+                "train.max_time: the schedule needs to know how long the run is: set train.max_steps, train.epochs or "
+                "train.max_tokens too"
+            )
+        return min(limits)
+
+    def _steps_for_tokens(self, tokens: int) -> int:
+        lengths = np.asarray(self.samples.lengths)
+        whole_epochs, rest = divmod(tokens, int(lengths.sum()))
+        cursor = whole_epochs * len(self.samples)
+        while rest > 0:
+            rest -= int(lengths[self.index_at(cursor)])
+            cursor += 1
+        return max(1, -(-cursor // self.batch))
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.cursor / len(self.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cursor, and the size of the set it belongs to."""
+        return {"cursor": self.cursor, "samples": len(self.samples)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at the saved cursor."""
+        if state["samples"] != len(self.samples):
+            raise InputError(
+                f"data.train: {len(self.samples)} samples: the checkpoint was made with {state['samples']}; resume with "
+                "the same data or start a new out_dir"
+            )
+        self.cursor = state["cursor"]
