@@ -55,9 +55,8 @@ class RecordedSource:
         self.seed = train.seed
         self.cursor = 0
         """Samples handed out since the start of the run."""
-        epochs = train.epochs
-        if epochs is None and train.max_steps is None and train.max_tokens is None and train.max_time is None:
-            epochs = 1.0
+        unlimited = train.epochs is None and train.max_steps is None and train.max_tokens is None
+        epochs = 1.0 if unlimited else train.epochs
         self.limit = None if epochs is None else max(1, round(epochs * len(samples)))
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -86,11 +85,6 @@ class RecordedSource:
             limits.append(-(-self.limit // self.batch))
         if train.max_tokens is not None:
             limits.append(self._steps_for_tokens(train.max_tokens))
-        if not limits:
-            raise InputError(
-                "train.max_time: the schedule needs to know how long the run is: set train.max_steps, train.epochs or "
-                "train.max_tokens too"
-            )
         return min(limits)
 
     def _steps_for_tokens(self, tokens: int) -> int:

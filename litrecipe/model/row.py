@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,8 +46,7 @@ class Sample:
         return sum(len(segment.tokens) for segment in self.segments)
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Where a segment stands in its row."""
 
     start: int

@@ -1,0 +1,99 @@
+"""What a person sees while waiting: one progress line with an ETA, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+PATIENCE = 2.0
+"""Seconds of silence before progress is shown."""
+PLAIN_EVERY = 10.0
+"""Seconds between lines where there is no terminal."""
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all (others stay silent)."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) or 0) == 0
+
+
+def say(message: str) -> None:
+    """One line to the user, on standard error."""
+    if is_first_process():
+        print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """One line of warning."""
+    say(f"litrecipe: warning: {message}")
+
+
+def duration(seconds: float) -> str:
+    """4 s, 1:05 min, 2:03 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+class Line:
+    """One line that is rewritten on a terminal, and printed now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._speaks = is_first_process()
+        self._start = time.monotonic()
+        self._last = self._start
+        self._open = False
+
+    def show(self, text: str, last: bool = False) -> None:
+        """Show a state; `last` leaves it standing."""
+        if not self._speaks:
+            return
+        now = time.monotonic()
+        pause = 0.1 if self._terminal else PLAIN_EVERY
+        if not last and now - self._last < pause:
+            return
+        self._last = now
+        if self._terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write("\r\x1b[2K" + (text if len(text) < width else text[: width - 2] + "…"))
+            self._open = not last
+        else:
+            sys.stderr.write(text)
+        if last or not self._terminal:
+            sys.stderr.write("\n")
+        sys.stderr.flush()
+
+    def clear(self) -> None:
+        """Leave no half line behind."""
+        if self._open:
+            sys.stderr.write("\r\x1b[2K")
+            sys.stderr.flush()
+            self._open = False
+
+    @property
+    def seconds(self) -> float:
+        """Since this line was made."""
+        return time.monotonic() - self._start
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items; after two seconds say how far it is and how long it will take."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    line = Line()
+    for done, item in enumerate(items):
+        if done and line.seconds > PATIENCE:
+            rate = done / line.seconds
+            if total:
+                line.show(f"{label} {done}/{total} ({100 * done // total} %) · {duration((total - done) / rate)} left")
+            else:
+                line.show(f"{label} {done} · {rate:.0f}/s")
+        yield item
+    line.clear()

@@ -1,0 +1,116 @@
+"""Devices: the recipe's `fabric` group turned into a Lightning Fabric, and what ranks need from one another."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from litrecipe.checkpoint.state import Writer
+from litrecipe.config import stop
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Fabric as FabricConfig
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
+    """Build and launch Fabric; with several devices on one node this starts the other processes."""
+    from lightning_fabric import Fabric
+    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+
+    _refuse_plain_sbatch()
+    accelerator = config.accelerator
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    devices: int | str = config.devices
+    if devices == "auto" and accelerator == "cpu":
+        devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    world = (devices if isinstance(devices, int) else max(1, torch.cuda.device_count())) * config.num_nodes
+    strategy: Any = "auto"
+    if config.strategy == "fsdp":
+        strategy = ModelParallelStrategy(
+            parallelize_fn=shard, data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    elif config.strategy == "ddp" or world > 1:
+        strategy = DDPStrategy()
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=config.num_nodes,
+        strategy=strategy,
+        precision=config.precision,
+        loggers=loggers or [],
+    )
+    atexit.register(_end_children, fabric)
+    fabric.launch()
+    return fabric
+
+
+def shard(module: nn.Module, mesh: Any) -> nn.Module:
+    """FSDP2 (2304.11277, per-parameter sharding): each decoder block is gathered on its own, the rest with the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    for name, child in module.named_modules():
+        if name.endswith("layers") and isinstance(child, nn.ModuleList):
+            for block in child:
+                fully_shard(block, mesh=mesh["data_parallel"])
+    return fully_shard(module, mesh=mesh["data_parallel"])
+
+
+def _refuse_plain_sbatch() -> None:
+    """Python started by sbatch itself would wait for ranks that nobody starts."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
+        raise InputError(f"SLURM_NTASKS: {tasks}: litrecipe was started without srun: start it as `srun litrecipe …`")
+
+
+def _end_children(fabric: Fabric) -> None:
+    """Ranks started by this process must not outlive it, waiting for one that is gone."""
+    for process in getattr(fabric.strategy.launcher, "procs", None) or []:
+        if process.poll() is None:
+            process.terminate()
+
+
+def started_by_fabric() -> bool:
+    """Whether another process of ours started this one: then only that one's exit code is seen."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over the ranks, which must all bring the same names."""
+    if fabric.world_size == 1 or not values:
+        return values
+    names = sorted(values)
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64)
+    if fabric.device.type == "cuda":
+        total = total.to(fabric.device)
+    torch.distributed.all_reduce(total)
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def stop_requested(fabric: Fabric) -> int | None:
+    """The signal any rank was sent, agreed on by all."""
+    mine = stop.requested() or 0
+    if fabric.world_size == 1:
+        return mine or None
+    flag = torch.tensor(mine, device=fabric.device)
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+    return int(flag) or None
+
+
+def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
+    """How the ranks of this run write a checkpoint together."""
+
+    def gather(value: Any) -> list[Any]:
+        if fabric.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * fabric.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    return Writer(rank=fabric.global_rank, sharded=sharded, gather=gather, barrier=fabric.barrier)

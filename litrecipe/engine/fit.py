@@ -1,0 +1,329 @@
+"""The one training loop.
+
+A step, in the order of the maths: take the step's samples, pack them into rows, count what the loss is divided by, run
+each row forward and backward, clip, step. Everything else here surrounds that: telling, evaluating, saving, stopping.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from litrecipe.checkpoint import state as training_state
+from litrecipe.config import progress, schema, stop
+from litrecipe.config.errors import InputError
+from litrecipe.data.packing import pack
+from litrecipe.data.source import SampleList, StepSource
+from litrecipe.engine import fabric as ranks
+from litrecipe.engine.optim import load_optimizer_state, make_optimizer, optimizer_state, trained_parameters
+from litrecipe.engine.recorder import flight_record, hash_rng
+from litrecipe.engine.resume import capture_rng, restore_rng
+from litrecipe.engine.rundir import RunDir
+from litrecipe.engine.schedule import lr_factor
+from litrecipe.engine.telling import Teller
+from litrecipe.model.row import Row, Sample, make_row
+from litrecipe.objectives.loss import Loss, Objective
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass
+class Job:
+    """What a recipe hands to `fit`."""
+
+    fabric: Fabric
+    recipe: Any
+    """The verb's dataclass; `fit` reads its groups train, optim, schedule, eval, checkpoint, log, fabric and out_dir."""
+    module: nn.Module
+    """Everything that is trained: maps a Row to what the objective takes."""
+    objective: Objective
+    source: StepSource
+    save_final: Callable[[Path], None]
+    """Writes the finished model into a folder; called on every rank."""
+    val: SampleList | None = None
+    evaluate_tasks: Callable[[], dict[str, float]] | None = None
+    """Runs `eval.tasks` on the module as it stands; called on every rank."""
+    identity: dict[str, str] = field(default_factory=dict)
+    """Hashes of what must not change between a checkpoint and its resumption (base weights, data, tokenizer)."""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step tells."""
+
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+
+
+def fit(job: Job) -> int:
+    """Train, and return the exit code: 0 when done. Raises `Stopped` (85 or 130) after saving when told to stop."""
+    run = Run(job)
+    try:
+        with stop.deferred():
+            return run.train()
+    except OSError as error:
+        if not training_state.is_disk_full(error):
+            raise
+        raise InputError(f"out_dir: {run.dir.path}: disk full ({error}): make room and run again with resume auto") from error
+    finally:
+        run.teller.close()
+
+
+class Run:
+    """The state of one training run."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.fabric, self.recipe = job, job.fabric, job.recipe
+        self.train_config = job.recipe.train
+        self.dir = RunDir(job.recipe.out_dir)
+        resume = self.dir.find_resume(job.recipe.checkpoint.resume)
+        self.fabric.barrier()
+        self.total_steps = job.source.total_steps(self.train_config)
+        self.raw = job.module
+        self.module = self.fabric.setup_module(job.module)
+        self.parameters = trained_parameters(self.raw)
+        # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
+        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim)
+        self.optimizer = self.fabric.setup_optimizers(self.raw_optimizer)
+        self.step, self.tokens, self.skipped = 0, 0, 0
+        self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
+        if resume is not None:
+            self.load(resume)
+        if self.fabric.global_rank == 0:
+            self.dir.start(schema.dump(job.recipe), self.step)
+        self.teller = Teller(self.fabric, self.recipe, self.dir, self.total_steps, self.step)
+        if resume is not None:
+            self.teller.say(f"resumed {resume} at step {self.step} of {self.total_steps}")
+
+    def train(self) -> int:
+        """All steps that are left; then the final model."""
+        started = time.monotonic()
+        every = self.recipe.checkpoint.every
+        eval_every = self.recipe.eval.every
+        saved_at = self.step
+        while self.step < self.total_steps:
+            samples = self.job.source.next_step()
+            if not samples:
+                break
+            rng = hash_rng()
+            result = self.train_step(samples)
+            self.step += 1
+            self.tokens += sum(sample.length for sample in samples)
+            self.teller.tell(self.step, self.tokens, self.lr, result, flight_record(
+                self.step, samples, rng, result.loss, result.grad_norm
+            ))  # fmt: skip
+            signal_number = ranks.stop_requested(self.fabric)
+            if signal_number is None and eval_every and self.step % eval_every == 0 and self.step < self.total_steps:
+                signal_number = self.evaluate()
+            if signal_number is not None or (every and self.step % every == 0) or self.step == self.total_steps:
+                self.save()
+                saved_at = self.step
+            if signal_number is not None:
+                self.teller.say(f"stopped by signal {signal_number}; step {self.step} of {self.total_steps} is saved")
+                raise stop.Stopped(signal_number)
+            if self.out_of_time(started):
+                self.teller.say(f"train.max_time is up at step {self.step} of {self.total_steps}")
+                break
+        if saved_at < self.step:
+            self.save()
+        signal_number = self.evaluate()
+        if signal_number is not None:
+            raise stop.Stopped(signal_number)
+        self.job.save_final(self.dir.final)
+        self.fabric.barrier()
+        self.teller.say(f"done: {self.step} steps, {self.tokens} tokens; the model is in {self.dir.final}")
+        return 0
+
+    def train_step(self, samples: list[Sample]) -> StepResult:
+        """One optimizer step on the whole of `samples`, whose cut into rows and ranks changes nothing."""
+        rows = self.rows_of_this_rank(samples)
+        counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
+        seen: list[Loss] = []
+        bad: list[Row] = []
+        for index, row in enumerate(rows):
+            more = index + 1 < len(rows)
+            with self.fabric.no_backward_sync(self.module, enabled=more):
+                loss = self.job.objective(self.module(row), row)
+                # Gradients are averaged over the ranks, the loss is a sum over them.
+                self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
+            seen.append(detached(loss))
+            if not torch.isfinite(step_loss(seen[-1], counts)):
+                bad.append(row)
+        total = ranks.sums(self.fabric, {"loss": float(sum(step_loss(loss, counts).item() for loss in seen))})["loss"]
+        self.stop_if_not_finite("loss", total, bad or rows)
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.stop_if_not_finite("gradient norm", grad_norm, rows)
+        if self.train_config.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.train_config.grad_clip, norm)
+        self.lr = self.recipe.optim.lr * lr_factor(self.recipe.schedule, self.step, self.total_steps)
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = self.lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(total, grad_norm, quotients(ranks.sums(self.fabric, metric_sums(seen))))
+
+    def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
+        """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
+        world = self.fabric.world_size
+        packing = pack([s.length for s in samples], self.train_config.micro_batch_tokens, multiple_of=world)
+        for index in packing.oversized:
+            self.skipped += 1
+            self.teller.warn(
+                f"{samples[index].id}: {samples[index].length} tokens do not fit train.micro_batch_tokens "
+                f"{self.train_config.micro_batch_tokens}: skipped ({self.skipped} so far)"
+            )
+        mine = packing.rows[self.fabric.global_rank :: world] or [[]]
+        return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
+
+    def stop_if_not_finite(self, what: str, value: float, rows: list[Row]) -> None:
+        """Before the optimizer step: a NaN there would spoil every weight."""
+        if math.isfinite(value):
+            return
+        names = ", ".join(name for row in rows for name in row.sample_ids)
+        raise InputError(
+            f"data.train: {what} is {value} at step {self.step + 1}, before the optimizer step, on the samples {names}: "
+            "look at these samples, lower optim.lr, or use fabric.precision 32-true; the last checkpoint is good"
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> int | None:
+        """Loss on the held-out data and the tasks; returns the signal that cut it short, if one did."""
+        if self.job.val is None and self.job.evaluate_tasks is None:
+            return None
+        metrics: dict[str, float] = {}
+        self.raw.eval()
+        if self.job.val is not None:
+            totals: dict[str, float] = {}
+            for row in self.validation_rows():
+                signal_number = ranks.stop_requested(self.fabric)
+                if signal_number is not None:
+                    self.raw.train()
+                    return signal_number
+                loss = detached(self.job.objective(self.module(row), row))
+                counts = self.job.objective.counts(row)
+                parts = {f"{term.name}:sum": float(term.sum) * term.weight for term in loss.terms}
+                parts |= {f"{name}:count": count for name, count in counts.items()}
+                totals = add_up([totals, parts, metric_sums([loss])] if totals else [parts, metric_sums([loss])])
+            means = quotients(ranks.sums(self.fabric, totals))
+            loss_value = sum(means.pop(name) for name in list(counts))
+            metrics = {"eval_loss": loss_value, **{f"eval_{name}": value for name, value in means.items()}}
+        if self.job.evaluate_tasks is not None:
+            metrics |= {f"eval_{name}": value for name, value in self.job.evaluate_tasks().items()}
+        self.raw.train()
+        self.teller.tell_evaluation(self.step, metrics)
+        return stop.requested() if self.fabric.world_size == 1 else ranks.stop_requested(self.fabric)
+
+    def validation_rows(self) -> list[Row]:
+        """The held-out samples of this rank, packed."""
+        assert self.job.val is not None
+        world = self.fabric.world_size
+        packing = pack(list(self.job.val.lengths), self.train_config.micro_batch_tokens, multiple_of=world)
+        mine = packing.rows[self.fabric.global_rank :: world] or [[]]
+        return [make_row([self.job.val[i] for i in row]).to(self.fabric.device) for row in mine]
+
+    def out_of_time(self, started: float) -> bool:
+        """Whether `train.max_time` has passed, as rank 0's clock says."""
+        if self.train_config.max_time is None:
+            return False
+        late = time.monotonic() - started > schema.parse_duration(self.train_config.max_time)
+        return bool(ranks.sums(self.fabric, {"late": float(late and self.fabric.global_rank == 0)})["late"])
+
+    def save(self) -> None:
+        """Write a complete checkpoint, then delete the oldest beyond `checkpoint.keep`."""
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "source": self.job.source.state_dict(),
+            "optimizer": self.optimizer_kind,
+            "identity": self.job.identity,
+            "world_size": self.fabric.world_size,
+            "rank": {"rng": capture_rng()},
+        }
+        weights = {name: parameter.data for name, parameter in self.parameters.items()}
+        optimizer = optimizer_state(self.raw_optimizer, self.parameters)
+        target = training_state.step_folder(self.dir.checkpoints, self.step)
+        training_state.save(target, weights, optimizer, state, self.writer)
+        if self.fabric.global_rank == 0:
+            training_state.prune(self.dir.checkpoints, self.recipe.checkpoint.keep)
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint, bit for bit when nothing else changed."""
+        saved = training_state.Saved(folder)
+        mistakes = [
+            f"checkpoint.resume: {folder}: made with another {name} ({saved.state['identity'].get(name)}, now {value}): "
+            "resume with the same, or start a new out_dir"
+            for name, value in self.job.identity.items()
+            if saved.state["identity"].get(name) != value
+        ]
+        weights = saved.tensors("weights")
+        if weights.names() != set(self.parameters):
+            odd = sorted(weights.names() ^ set(self.parameters))[:3]
+            mistakes.append(f"checkpoint.resume: {folder}: holds other trained weights ({', '.join(odd)}, …): same recipe?")
+        if mistakes:
+            raise InputError(*mistakes)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                piece, _ = training_state.local_piece(parameter.data)
+                piece.copy_(weights.like(name, parameter.data))
+        load_optimizer_state(
+            self.raw_optimizer, self.parameters, saved.tensors("optimizer"), self.optimizer_kind, saved.state["optimizer"]
+        )
+        self.step, self.tokens, self.skipped = (saved.state[key] for key in ("step", "tokens", "skipped"))
+        self.job.source.load_state_dict(saved.state["source"])
+        if saved.state["world_size"] == self.fabric.world_size:
+            restore_rng(saved.state["ranks"][self.fabric.global_rank]["rng"])
+        else:
+            progress.warn(f"resuming on {self.fabric.world_size} ranks what {saved.state['world_size']} wrote")
+
+    @property
+    def optimizer_kind(self) -> str:
+        """Fused and plain kernels differ in the last bit, so the kind is part of the state."""
+        fused = bool(self.raw_optimizer.param_groups[0].get("fused"))
+        return self.recipe.optim.name + (" (fused)" if fused else "")
+
+
+def step_loss(loss: Loss, counts: dict[str, float]) -> torch.Tensor:
+    """A row's share of the step's loss: Σ weight · sum / count."""
+    return torch.stack([term.weight * term.sum / max(counts[term.name], 1e-12) for term in loss.terms]).sum()
+
+
+def detached(loss: Loss) -> Loss:
+    """The same numbers without the graph behind them."""
+    terms = tuple(type(term)(term.name, term.sum.detach(), term.weight) for term in loss.terms)
+    return Loss(terms, loss.metrics)
+
+
+def metric_sums(losses: list[Loss]) -> dict[str, float]:
+    """Every metric's sum and count over some rows, as `name:sum` and `name:count`."""
+    parts = [
+        {f"{name}:{part}": float(value) for name, pair in loss.metrics.items() for part, value in zip(("sum", "count"), pair, strict=True)}
+        for loss in losses
+    ]
+    return add_up(parts)
+
+
+def quotients(totals: dict[str, float]) -> dict[str, float]:
+    """name:sum / name:count for every name."""
+    names = [key.removesuffix(":sum") for key in totals if key.endswith(":sum")]
+    return {name: totals[f"{name}:sum"] / max(totals[f"{name}:count"], 1e-12) for name in names}
+
+
+def add_up(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Key-wise sum."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -1,0 +1,92 @@
+"""Optimizers by name, and their state as named tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from litrecipe.checkpoint.state import Pieces
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Optim
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter for everything that learns, tied ones once."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def make_optimizer(parameters: dict[str, nn.Parameter], config: Optim) -> torch.optim.Optimizer:
+    """Build the optimizer; decay applies to matrices only (norms, biases and DoRA magnitudes are left alone)."""
+    matrices = [p for p in parameters.values() if p.dim() >= 2]
+    vectors = [p for p in parameters.values() if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adam: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, **adam, fused=True)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.betas[0])
+    import bitsandbytes as bnb
+
+    kind = bnb.optim.AdamW8bit if config.name == "adamw8bit" else bnb.optim.PagedAdamW8bit
+    return kind(groups, **adam)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """All state as tensors named `<parameter>::<key>`; plain numbers become tensors of no dimension."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            state[f"{name}::{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return state
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], saved: Pieces, kind: str, saved_kind: str
+) -> None:
+    """Put saved state back, bit for bit. Raises InputError when it belongs to another optimizer."""
+    if kind != saved_kind:
+        raise InputError(
+            f"optim.name: {kind}: the checkpoint holds the state of {saved_kind}; resume with that or start a new out_dir"
+        )
+    keys: dict[str, list[str]] = {}
+    for full_name in saved.names():
+        name, key = full_name.rsplit("::", 1)
+        keys.setdefault(name, []).append(key)
+    is_bitsandbytes = hasattr(optimizer, "init_state")
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            name = next(name for name, candidate in parameters.items() if candidate is parameter)
+            if name not in keys:
+                continue
+            if is_bitsandbytes:
+                # Its buffers have their own makers (paged memory, shared maps), so fill them in place.
+                optimizer.check_overrides()
+                optimizer.init_state(group, parameter, group_index, index)
+                optimizer.initialized = True
+            _fill(optimizer.state[parameter], name, keys[name], saved, parameter)
+
+
+def _fill(state: dict[str, Any], name: str, keys: list[str], saved: Pieces, parameter: nn.Parameter) -> None:
+    from torch.distributed.tensor import DTensor
+
+    for key in keys:
+        full_name = f"{name}::{key}"
+        if isinstance(state.get(key), (int, float)):
+            state[key] = saved.read(full_name).item()
+        elif isinstance(state.get(key), Tensor):
+            state[key].copy_(saved.read(full_name))
+        elif isinstance(parameter, DTensor) and saved.shapes[full_name] == parameter.shape:
+            piece = saved.like(full_name, parameter).to(parameter.device)
+            state[key] = DTensor.from_local(
+                piece, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+            )
+        else:
+            value = saved.read(full_name)
+            # fused kernels keep `step` beside the parameter, whatever its dtype
+            state[key] = value.to(parameter.device)

@@ -1,0 +1,33 @@
+"""Learning-rate schedules: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+from litrecipe.config.groups import Schedule
+
+
+def lr_factor(schedule: Schedule, step: int, total_steps: int) -> float:
+    """Share of the peak rate at optimizer step `step` (0-based) of a run of `total_steps`.
+
+    Warm-up rises linearly and reaches the peak at step `warmup_steps`; the first step's rate is never 0. `cosine` and
+    `linear` then fall to `min_lr_ratio`, which they would reach at step `total_steps`. `wsd` (MiniCPM, 2404.06395)
+    stays at the peak and falls linearly over its last `decay_steps`.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.name == "constant":
+        return 1.0
+    start = schedule.warmup_steps
+    if schedule.name == "wsd":
+        start = max(start, total_steps - decay_steps(schedule, total_steps))
+        if step < start:
+            return 1.0
+    progress = min(1.0, (step - start) / max(1, total_steps - start))
+    falling = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
+    return schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * falling
+
+
+def decay_steps(schedule: Schedule, total_steps: int) -> int:
+    """Steps of `wsd`'s final decay: as given, or a tenth of the run."""
+    return schedule.decay_steps if schedule.decay_steps is not None else math.ceil(total_steps / 10)

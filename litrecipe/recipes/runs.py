@@ -1,0 +1,43 @@
+"""`litrecipe runs`: list runs and compare two of them step by step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from litrecipe.checkpoint import state
+from litrecipe.config.errors import InputError
+from litrecipe.engine.recorder import diff as diff_runs
+from litrecipe.engine.rundir import read_records
+
+
+def ls(folder: str = "runs") -> int:
+    """A table of the runs below a folder: step, loss, newest checkpoint, whether it is finished."""
+    root = Path(folder)
+    runs = sorted(path.parent for path in root.rglob("recipe.yaml") if (path.parent / "metrics.jsonl").exists())
+    if not runs:
+        raise InputError(f"{folder}: no runs below this folder: give the folder that holds run directories")
+    table = Table("run", "step", "loss", "tokens/s", "checkpoint", "final", box=None)
+    for run in runs:
+        steps = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
+        last = steps[-1] if steps else {}
+        checkpoints = state.all_checkpoints(run / "checkpoints")
+        table.add_row(
+            str(run),
+            str(last.get("step", "-")),
+            f"{last['loss']:.4f}" if last else "-",
+            f"{last['tokens_per_second']:.0f}" if last else "-",
+            checkpoints[0].name if checkpoints else "-",
+            "yes" if (run / "final").exists() else "no",
+        )
+    Console().print(table)
+    return 0
+
+
+def diff(a: str, b: str, tolerance: float = 0.0) -> int:
+    """Say at which step two runs part and why; exit 0 when they agree, 1 when they do not."""
+    lines = diff_runs(Path(a), Path(b), tolerance)
+    print("\n".join(lines) if lines else "the two runs agree in every step")
+    return 1 if lines else 0
