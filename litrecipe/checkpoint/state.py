@@ -253,7 +253,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_complete(folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; damaged ones are named to `warn` and passed over."""
+    """The newest checkpoint whose files are as they were written; damaged ones are named to `warn` and passed over."""
     for path in all_checkpoints(folder):
         mistakes = list(verify(path))
         if not mistakes:

@@ -17,6 +17,7 @@ INTERRUPTED = 130
 
 _received: int | None = None
 _deferred = 0
+_interruptible = False
 
 
 class Stopped(SystemExit):
@@ -48,7 +49,7 @@ def requested() -> int | None:
 
 def poll() -> None:
     """Stop here if asked to. For loops that hold no state worth saving."""
-    if _received is not None and not _deferred:
+    if _received is not None and (_interruptible or not _deferred):
         raise Stopped(_received)
 
 
@@ -61,3 +62,14 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferred -= 1
+
+
+@contextmanager
+def interruptible(allowed: bool = True) -> Iterator[None]:
+    """Within `deferred()`: a stretch of work (an evaluation) that `poll()` may cut short, because it can be redone."""
+    global _interruptible
+    before, _interruptible = _interruptible, allowed
+    try:
+        yield
+    finally:
+        _interruptible = before

@@ -109,7 +109,7 @@ class RecordedSource:
         """Continue at the saved cursor."""
         if state["samples"] != len(self.samples):
             raise InputError(
-                f"data.train: {len(self.samples)} samples: the checkpoint was made with {state['samples']}; resume with "
-                "the same data or start a new out_dir"
+                f"data.train: {len(self.samples)} samples: the checkpoint was made with {state['samples']}: resume "
+                "with the same data, or start a new out_dir"
             )
         self.cursor = state["cursor"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ class Job:
 
     fabric: Fabric
     recipe: Any
-    """The verb's dataclass; `fit` reads its groups train, optim, schedule, eval, checkpoint, log, fabric and out_dir."""
+    """The verb's dataclass; read here: train, optim, schedule, eval, checkpoint, log, fabric and out_dir."""
     module: nn.Module
     """Everything that is trained: maps a Row to what the objective takes."""
     objective: Objective
@@ -73,7 +73,9 @@ def fit(job: Job) -> int:
     except OSError as error:
         if not training_state.is_disk_full(error):
             raise
-        raise InputError(f"out_dir: {run.dir.path}: disk full ({error}): make room and run again with resume auto") from error
+        raise InputError(
+            f"out_dir: {run.dir.path}: disk full ({error}): make room and run again with --checkpoint.resume auto"
+        ) from error
     finally:
         run.teller.close()
 
@@ -95,11 +97,16 @@ class Run:
         self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim)
         self.optimizer = self.fabric.setup_optimizers(self.raw_optimizer)
         self.step, self.tokens, self.skipped = 0, 0, 0
+        self.lr = 0.0
+        self.saved_at: int | None = None
+        self.evaluated_at: int | None = None
         self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
         if resume is not None:
             self.load(resume)
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.step)
+        self.fabric.barrier()
+        self.evaluated_at = self.dir.last_evaluation()
         self.teller = Teller(self.fabric, self.recipe, self.dir, self.total_steps, self.step)
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.step} of {self.total_steps}")
@@ -107,10 +114,14 @@ class Run:
     def train(self) -> int:
         """All steps that are left; then the final model."""
         started = time.monotonic()
-        every = self.recipe.checkpoint.every
-        eval_every = self.recipe.eval.every
-        saved_at = self.step
-        while self.step < self.total_steps:
+        while True:
+            signal_number = ranks.stop_requested(self.fabric)
+            if signal_number is None and self.evaluation_due():
+                signal_number = self.evaluate()
+            if signal_number is not None:
+                self.save_and_stop(signal_number)
+            if self.step >= self.total_steps or self.out_of_time(started):
+                break
             samples = self.job.source.next_step()
             if not samples:
                 break
@@ -118,26 +129,15 @@ class Run:
             result = self.train_step(samples)
             self.step += 1
             self.tokens += sum(sample.length for sample in samples)
-            self.teller.tell(self.step, self.tokens, self.lr, result, flight_record(
-                self.step, samples, rng, result.loss, result.grad_norm
-            ))  # fmt: skip
-            signal_number = ranks.stop_requested(self.fabric)
-            if signal_number is None and eval_every and self.step % eval_every == 0 and self.step < self.total_steps:
-                signal_number = self.evaluate()
-            if signal_number is not None or (every and self.step % every == 0) or self.step == self.total_steps:
+            flight = flight_record(self.step, samples, rng, result.loss, result.grad_norm)
+            self.teller.tell(self.step, self.tokens, self.lr, result, flight)
+            if self.recipe.checkpoint.every and self.step % self.recipe.checkpoint.every == 0:
                 self.save()
-                saved_at = self.step
+        self.save()
+        if self.evaluated_at != self.step:
+            signal_number = self.evaluate()
             if signal_number is not None:
-                self.teller.say(f"stopped by signal {signal_number}; step {self.step} of {self.total_steps} is saved")
-                raise stop.Stopped(signal_number)
-            if self.out_of_time(started):
-                self.teller.say(f"train.max_time is up at step {self.step} of {self.total_steps}")
-                break
-        if saved_at < self.step:
-            self.save()
-        signal_number = self.evaluate()
-        if signal_number is not None:
-            raise stop.Stopped(signal_number)
+                self.save_and_stop(signal_number)
         self.job.save_final(self.dir.final)
         self.fabric.barrier()
         self.teller.say(f"done: {self.step} steps, {self.tokens} tokens; the model is in {self.dir.final}")
@@ -147,23 +147,21 @@ class Run:
         """One optimizer step on the whole of `samples`, whose cut into rows and ranks changes nothing."""
         rows = self.rows_of_this_rank(samples)
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
-        seen: list[Loss] = []
-        bad: list[Row] = []
+        losses: list[Loss] = []
         for index, row in enumerate(rows):
-            more = index + 1 < len(rows)
-            with self.fabric.no_backward_sync(self.module, enabled=more):
+            last = index + 1 == len(rows)
+            with self.fabric.no_backward_sync(self.module, enabled=not last):
                 loss = self.job.objective(self.module(row), row)
                 # Gradients are averaged over the ranks, the loss is a sum over them.
                 self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
-            seen.append(detached(loss))
-            if not torch.isfinite(step_loss(seen[-1], counts)):
-                bad.append(row)
-        total = ranks.sums(self.fabric, {"loss": float(sum(step_loss(loss, counts).item() for loss in seen))})["loss"]
+            losses.append(detached(loss))
+        shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
+        total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
+        bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
         self.stop_if_not_finite("loss", total, bad or rows)
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        self.stop_if_not_finite("gradient norm", grad_norm, rows)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.stop_if_not_finite("gradient norm", float(norm), rows)
         if self.train_config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.train_config.grad_clip, norm)
         self.lr = self.recipe.optim.lr * lr_factor(self.recipe.schedule, self.step, self.total_steps)
@@ -171,7 +169,7 @@ class Run:
             group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(total, grad_norm, quotients(ranks.sums(self.fabric, metric_sums(seen))))
+        return StepResult(total, float(norm), quotients(ranks.sums(self.fabric, metric_sums(losses))))
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
@@ -192,45 +190,63 @@ class Run:
             return
         names = ", ".join(name for row in rows for name in row.sample_ids)
         raise InputError(
-            f"data.train: {what} is {value} at step {self.step + 1}, before the optimizer step, on the samples {names}: "
-            "look at these samples, lower optim.lr, or use fabric.precision 32-true; the last checkpoint is good"
+            f"data.train: {what} is {value} at step {self.step + 1}, before the optimizer step, on the samples "
+            f"{names}: look at these samples, lower optim.lr, or use fabric.precision 32-true; the last checkpoint is good"
         )
+
+    def evaluation_due(self) -> bool:
+        """Whether this step ends with an evaluation that has not been done (a resumed run may owe one)."""
+        every = self.recipe.eval.every
+        return bool(every and 0 < self.step < self.total_steps and self.step % every == 0 and self.evaluated_at != self.step)
 
     @torch.no_grad()
     def evaluate(self) -> int | None:
-        """Loss on the held-out data and the tasks; returns the signal that cut it short, if one did."""
-        if self.job.val is None and self.job.evaluate_tasks is None:
-            return None
+        """Loss on the held-out data, then the tasks; returns the signal that cut it short, if one did."""
         metrics: dict[str, float] = {}
         self.raw.eval()
-        if self.job.val is not None:
-            totals: dict[str, float] = {}
-            for row in self.validation_rows():
-                signal_number = ranks.stop_requested(self.fabric)
-                if signal_number is not None:
-                    self.raw.train()
-                    return signal_number
-                loss = detached(self.job.objective(self.module(row), row))
-                counts = self.job.objective.counts(row)
-                parts = {f"{term.name}:sum": float(term.sum) * term.weight for term in loss.terms}
-                parts |= {f"{name}:count": count for name, count in counts.items()}
-                totals = add_up([totals, parts, metric_sums([loss])] if totals else [parts, metric_sums([loss])])
-            means = quotients(ranks.sums(self.fabric, totals))
-            loss_value = sum(means.pop(name) for name in list(counts))
-            metrics = {"eval_loss": loss_value, **{f"eval_{name}": value for name, value in means.items()}}
-        if self.job.evaluate_tasks is not None:
-            metrics |= {f"eval_{name}": value for name, value in self.job.evaluate_tasks().items()}
-        self.raw.train()
-        self.teller.tell_evaluation(self.step, metrics)
-        return stop.requested() if self.fabric.world_size == 1 else ranks.stop_requested(self.fabric)
+        try:
+            if self.job.val is not None:
+                losses, counts = [], []
+                for row in self.validation_rows():
+                    signal_number = ranks.stop_requested(self.fabric)
+                    if signal_number is not None:
+                        return signal_number
+                    losses.append(detached(self.job.objective(self.module(row), row)))
+                    counts.append(self.job.objective.counts(row))
+                total_counts = ranks.sums(self.fabric, add_up(counts))
+                share = sum(float(step_loss(loss, total_counts)) for loss in losses)
+                metrics["eval_loss"] = ranks.sums(self.fabric, {"loss": share})["loss"]
+                means = quotients(ranks.sums(self.fabric, metric_sums(losses)))
+                metrics |= {f"eval_{name}": value for name, value in means.items()}
+            if self.job.evaluate_tasks is not None:
+                # Sharded ranks sample together, so none may leave on its own.
+                alone = self.recipe.fabric.strategy != "fsdp"
+                with stop.interruptible(alone):
+                    metrics |= {f"eval_{name}": value for name, value in self.job.evaluate_tasks().items()}
+        except stop.Stopped as stopped:
+            return stopped.signal_number
+        finally:
+            self.raw.train()
+        if metrics:
+            self.teller.tell_evaluation(self.step, metrics)
+        self.evaluated_at = self.step
+        return None
 
-    def validation_rows(self) -> list[Row]:
+    def validation_rows(self) -> Iterator[Row]:
         """The held-out samples of this rank, packed."""
         assert self.job.val is not None
         world = self.fabric.world_size
         packing = pack(list(self.job.val.lengths), self.train_config.micro_batch_tokens, multiple_of=world)
-        mine = packing.rows[self.fabric.global_rank :: world] or [[]]
-        return [make_row([self.job.val[i] for i in row]).to(self.fabric.device) for row in mine]
+        for row in packing.rows[self.fabric.global_rank :: world] or [[]]:
+            yield make_row([self.job.val[i] for i in row]).to(self.fabric.device)
+
+    def save_and_stop(self, signal_number: int) -> None:
+        """Save, say so and leave with the exit code that the signal stands for."""
+        self.save()
+        self.teller.say(f"stopped by signal {signal_number}; step {self.step} of {self.total_steps} is saved")
+        if ranks.started_by_fabric():
+            raise SystemExit(0)  # the process that started this one answers for all
+        raise stop.Stopped(signal_number)
 
     def out_of_time(self, started: float) -> bool:
         """Whether `train.max_time` has passed, as rank 0's clock says."""
@@ -240,7 +256,9 @@ class Run:
         return bool(ranks.sums(self.fabric, {"late": float(late and self.fabric.global_rank == 0)})["late"])
 
     def save(self) -> None:
-        """Write a complete checkpoint, then delete the oldest beyond `checkpoint.keep`."""
+        """Write a complete checkpoint unless this step has one, then delete the oldest beyond `checkpoint.keep`."""
+        if self.saved_at == self.step:
+            return
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -257,33 +275,35 @@ class Run:
         training_state.save(target, weights, optimizer, state, self.writer)
         if self.fabric.global_rank == 0:
             training_state.prune(self.dir.checkpoints, self.recipe.checkpoint.keep)
+        self.saved_at = self.step
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint, bit for bit when nothing else changed."""
         saved = training_state.Saved(folder)
+        was = saved.state["identity"]
         mistakes = [
-            f"checkpoint.resume: {folder}: made with another {name} ({saved.state['identity'].get(name)}, now {value}): "
-            "resume with the same, or start a new out_dir"
+            f"checkpoint.resume: {folder}: made with another {name} ({was.get(name)}, now {value}): resume with the same, "
+            "or start a new out_dir"
             for name, value in self.job.identity.items()
-            if saved.state["identity"].get(name) != value
+            if was.get(name) != value
         ]
         weights = saved.tensors("weights")
         if weights.names() != set(self.parameters):
             odd = sorted(weights.names() ^ set(self.parameters))[:3]
-            mistakes.append(f"checkpoint.resume: {folder}: holds other trained weights ({', '.join(odd)}, …): same recipe?")
+            mistakes.append(f"checkpoint.resume: {folder}: other weights are trained now ({', '.join(odd)}, …): same recipe?")
         if mistakes:
             raise InputError(*mistakes)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 piece, _ = training_state.local_piece(parameter.data)
                 piece.copy_(weights.like(name, parameter.data))
-        load_optimizer_state(
-            self.raw_optimizer, self.parameters, saved.tensors("optimizer"), self.optimizer_kind, saved.state["optimizer"]
-        )
+        kinds = (self.optimizer_kind, saved.state["optimizer"])
+        load_optimizer_state(self.raw_optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
         self.step, self.tokens, self.skipped = (saved.state[key] for key in ("step", "tokens", "skipped"))
         self.job.source.load_state_dict(saved.state["source"])
         if saved.state["world_size"] == self.fabric.world_size:
             restore_rng(saved.state["ranks"][self.fabric.global_rank]["rng"])
+            self.saved_at = self.step
         else:
             progress.warn(f"resuming on {self.fabric.world_size} ranks what {saved.state['world_size']} wrote")
 
@@ -308,8 +328,9 @@ def detached(loss: Loss) -> Loss:
 def metric_sums(losses: list[Loss]) -> dict[str, float]:
     """Every metric's sum and count over some rows, as `name:sum` and `name:count`."""
     parts = [
-        {f"{name}:{part}": float(value) for name, pair in loss.metrics.items() for part, value in zip(("sum", "count"), pair, strict=True)}
+        {f"{name}:sum": float(total), f"{name}:count": float(count)}
         for loss in losses
+        for name, (total, count) in loss.metrics.items()
     ]
     return add_up(parts)
 

@@ -35,8 +35,8 @@ class RunDir:
             return folder
         if self.checkpoints.exists() or self.final.exists():
             raise InputError(
-                f"out_dir: {self.path}: holds a run already: continue it with --checkpoint.resume auto, or name another "
-                "--out_dir"
+                f"out_dir: {self.path}: holds a run already: continue it with --checkpoint.resume auto, or name "
+                "another --out_dir"
             )
         return None
 
@@ -46,6 +46,11 @@ class RunDir:
         state.write_text(self.path / "recipe.yaml", recipe_yaml)
         for name in ("metrics.jsonl", "flight.jsonl"):
             _truncate_after(self.path / name, resumed_step)
+
+    def last_evaluation(self) -> int | None:
+        """The step of the newest evaluation on record."""
+        steps = [r["step"] for r in read_records(self.path / "metrics.jsonl") if any(k.startswith("eval_") for k in r)]
+        return steps[-1] if steps else None
 
     def append(self, name: str, record: dict[str, Any]) -> None:
         """Add one line of JSON."""

@@ -62,8 +62,7 @@ class Teller:
         self.started = self.last_time = time.monotonic()
         self.first_step = first_step
         self.last_tokens: int | None = None
-        if self.speaks:
-            fabric._loggers.extend(make_loggers(recipe.log, recipe.out_dir, purge_step=first_step or None))
+        self.loggers = make_loggers(recipe.log, recipe.out_dir, purge_step=first_step or None) if self.speaks else []
 
     def tell(self, step: int, tokens: int, lr: float, result: StepResult, flight: dict[str, Any]) -> None:
         """One optimizer step."""
@@ -89,7 +88,7 @@ class Teller:
             "memory": memory,
         }
         self.dir.append("metrics.jsonl", record)
-        self.fabric.log_dict({k: v for k, v in record.items() if k != "step"}, step=step)
+        self.log({name: value for name, value in record.items() if name != "step"}, step)
         done = step - self.first_step
         left = (now - self.started) / done * (self.total - step)
         self.line.show(
@@ -103,8 +102,13 @@ class Teller:
         if not self.speaks:
             return
         self.dir.append("metrics.jsonl", {"step": step, **metrics})
-        self.fabric.log_dict(metrics, step=step)
+        self.log(metrics, step)
         self.say("evaluation at step {}: {}".format(step, " · ".join(f"{k} {v:.4f}" for k, v in metrics.items())))
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Hand numbers to the loggers."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step)
 
     def say(self, message: str) -> None:
         """One line of text."""
@@ -119,7 +123,7 @@ class Teller:
     def close(self) -> None:
         """Flush the loggers."""
         self.line.clear()
-        for logger in self.fabric.loggers:
+        for logger in self.loggers:
             logger.finalize("success")
 
 
