@@ -1,0 +1,106 @@
+"""Training state: complete or absent, bit for bit, and never silently damaged."""
+
+import json
+import os
+import random
+
+import pytest
+import torch
+
+from litrecipe.checkpoint import state
+from litrecipe.config.errors import InputError
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    weights = {"a.weight": torch.randn(5, 3), "b": torch.randn(7).bfloat16(), "scalar": torch.tensor(3.0)}
+    optimizer = {"a.weight::exp_avg": torch.randn(5, 3), "a.weight::step": torch.tensor(4.0)}
+    return weights, optimizer
+
+
+def save(folder, step, tensors, **extra):
+    target = state.step_folder(folder, step)
+    state.save(target, *tensors, {"step": step, "rank": {"rng": step}, **extra})
+    return target
+
+
+def test_round_trip_is_exact(tmp_path, tensors):
+    saved = state.Saved(save(tmp_path, 3, tensors))
+    assert saved.state["step"] == 3
+    assert saved.state["ranks"] == [{"rng": 3}]
+    for kind, expected in zip(("weights", "optimizer"), tensors, strict=True):
+        pieces = saved.tensors(kind)
+        assert pieces.names() == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(pieces.read(name), tensor)
+            assert pieces.read(name).dtype == tensor.dtype
+
+
+def test_pieces_of_any_number_of_ranks_are_read_by_any_other(tmp_path):
+    """Three ranks wrote rows 0-1, 2-3, 4 of a tensor; any range of rows can be read."""
+    from safetensors.torch import save_file
+
+    whole = torch.arange(15.0).reshape(5, 3)
+    for rank, (start, stop) in enumerate([(0, 2), (2, 4), (4, 5)]):
+        layout = json.dumps({"w": {"offset": start, "shape": [5, 3]}})
+        save_file({"w": whole[start:stop].clone()}, tmp_path / f"weights-{rank:05d}.safetensors", {"layout": layout})
+    pieces = state.Pieces(sorted(tmp_path.glob("weights-*")))
+    for start in range(6):
+        for stop in range(start, 6):
+            assert torch.equal(pieces.read("w", start, stop), whole[start:stop])
+
+
+def test_keeps_the_newest_and_never_counts_a_draft(tmp_path, tensors):
+    for step in (1, 2, 3):
+        save(tmp_path, step, tensors)
+        (tmp_path / "step-00000009.tmp").mkdir(exist_ok=True)
+        state.prune(tmp_path, keep=2)
+    assert [path.name for path in state.all_checkpoints(tmp_path)] == ["step-00000003", "step-00000002"]
+    assert not (tmp_path / "step-00000009.tmp").exists()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, tensors, seed):
+    """Truncate, flip a bit in, or remove a random file of the newest: the older one is taken, the file is named."""
+    older, newest = save(tmp_path, 1, tensors), save(tmp_path, 2, tensors)
+    rng = random.Random(seed)
+    victim = rng.choice(sorted(newest.iterdir()))
+    content = bytearray(victim.read_bytes())
+    match rng.choice(["truncate", "flip", "remove"]):
+        case "truncate":
+            victim.write_bytes(content[: rng.randrange(len(content))])
+        case "flip":
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            victim.write_bytes(content)
+        case "remove":
+            victim.unlink()
+    warnings: list[str] = []
+    found = state.newest_complete(tmp_path, warnings.append)
+    if victim.name == state.MANIFEST and found == newest:
+        return  # the flipped bit lies in white space or the like: every file still fits
+    assert found == older
+    assert len(warnings) == 1
+    assert newest.name in warnings[0]
+    with pytest.raises(InputError, match=newest.name):
+        state.Saved(newest)
+
+
+def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, tensors):
+    """A file-size limit stands in for a full disk: the write fails half-way, as ENOSPC would make it."""
+    older = save(tmp_path, 1, tensors)
+    child = os.fork()
+    if child == 0:
+        import resource
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            save(tmp_path, 2, tensors)
+        except InputError as error:
+            os._exit(2 if "step-00000001 is intact" in str(error) else 3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert state.newest_complete(tmp_path) == older
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
