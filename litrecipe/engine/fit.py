@@ -191,13 +191,14 @@ class Run:
         names = ", ".join(name for row in rows for name in row.sample_ids)
         raise InputError(
             f"data.train: {what} is {value} at step {self.step + 1}, before the optimizer step, on the samples "
-            f"{names}: look at these samples, lower optim.lr, or use fabric.precision 32-true; the last checkpoint is good"
+            f"{names}: look at them, lower optim.lr, or use fabric.precision 32-true; the last checkpoint is good"
         )
 
     def evaluation_due(self) -> bool:
         """Whether this step ends with an evaluation that has not been done (a resumed run may owe one)."""
         every = self.recipe.eval.every
-        return bool(every and 0 < self.step < self.total_steps and self.step % every == 0 and self.evaluated_at != self.step)
+        due = bool(every) and 0 < self.step < self.total_steps and self.step % every == 0
+        return due and self.evaluated_at != self.step
 
     @torch.no_grad()
     def evaluate(self) -> int | None:
@@ -282,15 +283,15 @@ class Run:
         saved = training_state.Saved(folder)
         was = saved.state["identity"]
         mistakes = [
-            f"checkpoint.resume: {folder}: made with another {name} ({was.get(name)}, now {value}): resume with the same, "
-            "or start a new out_dir"
+            f"checkpoint.resume: {folder}: made with another {name} ({was.get(name)}, now {value}): resume with the "
+            "same, or start a new out_dir"
             for name, value in self.job.identity.items()
             if was.get(name) != value
         ]
         weights = saved.tensors("weights")
         if weights.names() != set(self.parameters):
             odd = sorted(weights.names() ^ set(self.parameters))[:3]
-            mistakes.append(f"checkpoint.resume: {folder}: other weights are trained now ({', '.join(odd)}, …): same recipe?")
+            mistakes.append(f"checkpoint.resume: {folder}: trains other weights ({', '.join(odd)}, …): use its recipe")
         if mistakes:
             raise InputError(*mistakes)
         with torch.no_grad():

@@ -52,7 +52,7 @@ def load_optimizer_state(
     """Put saved state back, bit for bit. Raises InputError when it belongs to another optimizer."""
     if kind != saved_kind:
         raise InputError(
-            f"optim.name: {kind}: the checkpoint holds the state of {saved_kind}: resume with that, or start a new out_dir"
+            f"optim.name: {kind}: the checkpoint holds {saved_kind} state: resume with that, or start a new out_dir"
         )
     keys: dict[str, list[str]] = {}
     for full_name in saved.names():

@@ -1,0 +1,1 @@
+"""One file a thing you can run; each reads top to bottom."""
