@@ -1,0 +1,1 @@
+"""Text in, samples out: readers, formats, chat templates, tokenizer, tokenised samples, packing."""

@@ -1,0 +1,272 @@
+"""A row of a data file → a conversation. Says what is wrong with a row, and where. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Data
+from litrecipe.data.readers import Located, Mistakes, read_rows
+
+Message = dict[str, Any]
+Layout = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+
+RESERVED = "\ufdd0\ufdd1\ufdd2"
+"""Unicode noncharacters, set aside for use inside a program; template.py marks places in a text with them."""
+
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+MAY_FOLLOW = {
+    "system": ("start",),
+    "developer": ("start", "system"),
+    "user": ("start", "system", "developer", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""Role → the roles it may come after."""
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "tools"),
+    "prompt_completion": ("prompt", "completion", "system"),
+    "alpaca": ("instruction", "input", "output", "system"),
+    "sharegpt": ("conversations", "system", "tools"),
+    "text": ("text",),
+}
+"""Layout → the names of its columns; `data.columns` maps them to a file's own names."""
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+    "sharegpt": ("conversations",),
+    "text": ("text",),
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one row says."""
+
+    messages: list[Message]
+    """Each with `role` and `content`, and what else the row gave (`tool_calls`, …). A text is one assistant turn."""
+    where: str
+    """`file:line`."""
+    layout: Layout = "messages"
+    """`prompt_completion` and `text` can do without a chat template; `text` never meets one."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """The row's other columns; `tools` is given to the chat template."""
+
+    @property
+    def empty_turn(self) -> Message | None:
+        """The first turn without a word, if any. Public data sets have some; nothing can be learnt from such a row."""
+        for message in self.messages:
+            if message["role"] != "tool" and not message.get("tool_calls") and not message["content"].strip():
+                return message
+        return None
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Descriptions of the tools the conversation may call."""
+        return self.extra.get("tools")
+
+
+class RowError(InputError):
+    """What is wrong with one row, as `<what>: <cure>`; whoever knows the row puts `file:line` before it."""
+
+
+def read_conversations(source: str, data: Data, mistakes: Mistakes | None = None) -> Iterator[Conversation]:
+    """The conversations of a source in its order; wrong rows are noted in `mistakes` (or raised together at the end)."""
+    gathered = Mistakes() if mistakes is None else mistakes
+    yield from parse_rows(read_rows(source, gathered), data, gathered)
+    if mistakes is None:
+        gathered.raise_if_any()
+
+
+def parse_rows(rows: Iterable[Located], data: Data, mistakes: Mistakes) -> Iterator[Conversation]:
+    """Conversations of rows, in the layout and with the column names that `data` gives."""
+    for row, where in rows:
+        try:
+            yield parse_row(row, where, data)
+        except RowError as error:
+            mistakes.add(f"{where}: {error}")
+
+
+def check_rows(data: Data) -> int:
+    """Read and check every row of `data.train` and `data.val`; returns how many there are.
+
+    Raises InputError with all mistakes of both. Needs no torch, so that a bad file is found in the first second.
+    """
+    mistakes = Mistakes()
+    count = 0
+    for source in (data.train, data.val):
+        if source:
+            count += sum(1 for _ in read_conversations(source, data, mistakes))
+    mistakes.raise_if_any()
+    return count
+
+
+def parse_row(row: dict[str, Any], where: str, data: Data) -> Conversation:
+    """The conversation in a row; raises RowError."""
+    layout: Layout = recognise(row, data.columns) if data.format == "auto" else data.format
+    mapped = {name: data.columns.get(name, name) for name in COLUMNS[layout]}
+    missing = [mapped[name] for name in NEEDED[layout] if mapped[name] not in row]
+    if missing:
+        have = ", ".join(row) or "none"
+        raise RowError(f"column {', '.join(map(repr, missing))} is missing (it has {have}): set data.columns or data.format")
+    fields = {name: row[column] for name, column in mapped.items() if row.get(column) is not None}
+    messages = _READERS[layout](fields)
+    extra = {name: value for name, value in row.items() if name not in mapped.values()}
+    if "tools" in fields:
+        extra["tools"] = _tools(fields["tools"])
+    _check_messages(messages)
+    return Conversation(messages, where, layout, extra)
+
+
+def recognise(row: dict[str, Any], columns: dict[str, str]) -> Layout:
+    """The layout whose columns a row has; raises RowError when none fits."""
+
+    def has(name: str) -> bool:
+        return columns.get(name, name) in row
+
+    if has("messages"):
+        return "messages"
+    if has("conversations"):
+        return "sharegpt"
+    if has("prompt") and has("completion"):
+        return "prompt_completion"
+    if has("instruction") and has("output"):
+        return "alpaca"
+    if has("text"):
+        return "text"
+    raise RowError(
+        f"columns {', '.join(row) or 'none'}: known are messages, prompt + completion, instruction + output, conversations, "
+        "text: name yours with data.columns"
+    )
+
+
+def _from_messages(fields: dict[str, Any]) -> list[Message]:
+    messages = _list_of_objects(fields, "messages")
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            if key not in message and not (key == "content" and message.get("tool_calls")):
+                raise RowError(f"message {number} has no {key!r}: every message needs role and content")
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _from_prompt_completion(fields: dict[str, Any]) -> list[Message]:
+    prompt, completion = fields.get("prompt"), fields.get("completion")
+    if isinstance(prompt, list) and isinstance(completion, list):  # both as messages
+        return _from_messages({"messages": prompt + completion})
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    return _system(fields) + messages
+
+
+def _from_alpaca(fields: dict[str, Any]) -> list[Message]:
+    instruction, given = fields.get("instruction"), fields.get("input")
+    asked = f"{instruction}\n{given}" if given else instruction
+    return _system(fields) + [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.get("output")}]
+
+
+def _from_sharegpt(fields: dict[str, Any]) -> list[Message]:
+    turns = _list_of_objects(fields, "conversations")
+    if turns and "role" in turns[0]:  # the messages format under this name
+        return _from_messages({"messages": turns})
+    messages = _system(fields)
+    for number, turn in enumerate(turns, start=1):
+        if "from" not in turn or "value" not in turn:
+            raise RowError(f"turn {number} has {', '.join(turn) or 'nothing'}: a ShareGPT turn needs from and value")
+        if turn["from"] not in SHAREGPT_ROLES:
+            raise RowError(f"turn {number}: from={turn['from']!r}: known are {', '.join(SHAREGPT_ROLES)}")
+        messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
+    return messages
+
+
+def _from_text(fields: dict[str, Any]) -> list[Message]:
+    return [{"role": "assistant", "content": fields.get("text")}]
+
+
+_READERS = {
+    "messages": _from_messages,
+    "prompt_completion": _from_prompt_completion,
+    "alpaca": _from_alpaca,
+    "sharegpt": _from_sharegpt,
+    "text": _from_text,
+}
+
+
+def _system(fields: dict[str, Any]) -> list[Message]:
+    return [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
+
+
+def _tools(tools: Any) -> list[dict[str, Any]]:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise RowError(f"tools are not valid JSON ({error.msg}): give a list of function descriptions") from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("tools are no list of objects: give a list of function descriptions")
+    return tools
+
+
+def _list_of_objects(fields: dict[str, Any], name: str) -> list[Message]:
+    items = fields.get(name)
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise RowError(f"{name} is no list of objects: give [{{…}}, …]")
+    return items
+
+
+def _check_messages(messages: list[Message]) -> None:
+    """Raise RowError unless the roles alternate, end with the assistant, and everything said is usable text."""
+    if not messages:
+        raise RowError("no messages: drop the row")
+    before = "start"
+    is_text = len(messages) == 1 and messages[0]["role"] == "assistant"
+    for number, message in enumerate(messages, start=1):
+        role = message["role"]
+        if role not in MAY_FOLLOW:
+            raise RowError(f"message {number}: role {role!r}: known are {', '.join(MAY_FOLLOW)}")
+        if not is_text and before not in MAY_FOLLOW[role]:
+            raise RowError(f"message {number}: {role} after {before}: turns go system, user, assistant, user, …")
+        _check_content(message, number)
+        before = role
+    if before != "assistant":
+        raise RowError(f"the last turn is the {before}'s: a conversation to learn from ends with the assistant")
+
+
+def _check_content(message: Message, number: int) -> None:
+    content = message.get("content")
+    if isinstance(content, list):  # parts, as for models that also see images
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise RowError(f"message {number}: content has parts that are not text: only text can be trained on")
+        content = message["content"] = "".join(part["text"] for part in content)
+    if content is None and message.get("tool_calls"):
+        return
+    if not isinstance(content, str):
+        raise RowError(f"message {number} ({message['role']}): content is {type(content).__name__}: give text")
+    if any(mark in content for mark in RESERVED) or not _is_unicode(content):
+        raise RowError(
+            f"message {number} ({message['role']}): holds a code point that is not text (a lone surrogate or U+FDD0 to "
+            "U+FDD2): remove it"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

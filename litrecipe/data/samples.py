@@ -1,0 +1,185 @@
+"""Tokenised samples on disk, read through memory maps.
+
+Shapes: N samples, S segments, T tokens of all of them.
+
+A folder holds flat arrays (`tokens`, `weights`, `segment_starts`, `segment_parents`, `sample_starts`), the samples'
+names and, written last, `complete.json` with the sha256 of every other file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from functools import cached_property
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litrecipe.config.errors import InputError
+from litrecipe.model.row import Sample, Segment
+
+MARKER = "complete.json"
+IDS = "ids.json"
+ARRAYS = {
+    "tokens": np.dtype(np.int32),  # (T,)
+    "weights": np.dtype(np.uint8),  # (T,), float32 when they are not all 0 or 1
+    "segment_starts": np.dtype(np.int64),  # (S + 1,), places in `tokens`
+    "segment_parents": np.dtype(np.int32),  # (S,), within the sample, -1 for none
+    "sample_starts": np.dtype(np.int64),  # (N + 1,), places among the segments
+}
+
+
+class SampleSet:
+    """Samples of a folder, or some of them. Reading one touches only its own part of the files."""
+
+    def __init__(self, folder: str | Path, indices: np.ndarray | None = None, *, verify: bool = True) -> None:
+        """Open what `SampleSet.write` wrote. Raises InputError naming a file that is missing, cut or altered."""
+        self.folder = Path(folder)
+        marker = _read_marker(self.folder)
+        if verify:
+            _verify(self.folder, marker)
+        self._arrays = {
+            name: _map(self.folder / f"{name}.bin", np.dtype(marker["dtypes"][name])) for name in ARRAYS
+        }
+        self._whole_fingerprint: str = marker["fingerprint"]
+        count = len(self._arrays["sample_starts"]) - 1
+        self._indices = np.arange(count) if indices is None else np.asarray(indices)
+        self._is_subset = indices is not None
+
+    @classmethod
+    def write(cls, folder: str | Path, samples: Iterable[Sample]) -> SampleSet:
+        """Write samples into a new folder, all or nothing: it appears under its name when it is complete."""
+        folder = Path(folder)
+        parts = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        shutil.rmtree(parts, ignore_errors=True)
+        parts.mkdir(parents=True)
+        _write_arrays(parts, samples)
+        if folder.exists():  # incomplete, or altered since
+            shutil.rmtree(folder)
+        parts.rename(folder)
+        return cls(folder, verify=False)
+
+    def subset(self, indices: Iterable[int]) -> SampleSet:
+        """The samples at `indices`, in that order, on the same files."""
+        return SampleSet(self.folder, self._indices[np.asarray(list(indices), dtype=np.int64)], verify=False)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        place = int(self._indices[index])
+        first, last = self._arrays["sample_starts"][place : place + 2]
+        segments = []
+        for segment in range(first, last):
+            start, stop = self._arrays["segment_starts"][segment : segment + 2]
+            segments.append(
+                Segment(
+                    self._arrays["tokens"][start:stop],
+                    self._arrays["weights"][start:stop].astype(np.float32),
+                    int(self._arrays["segment_parents"][segment]),
+                )
+            )
+        return Sample(self._ids[place], tuple(segments))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(N,) tokens of each sample."""
+        starts = self._arrays["segment_starts"][self._arrays["sample_starts"]]
+        return np.diff(starts)[self._indices]
+
+    @cached_property
+    def supervised(self) -> np.ndarray:
+        """(N,) tokens of each sample that are learnt."""
+        before = np.concatenate([[0], np.cumsum(self._arrays["weights"] != 0)])
+        starts = self._arrays["segment_starts"][self._arrays["sample_starts"]]
+        return np.diff(before[starts])[self._indices]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the samples and their order."""
+        if not self._is_subset:
+            return self._whole_fingerprint
+        return sha256(self._whole_fingerprint.encode() + self._indices.astype(np.int64).tobytes()).hexdigest()
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        return json.loads((self.folder / IDS).read_text(encoding="utf-8"))
+
+
+def _write_arrays(folder: Path, samples: Iterable[Sample]) -> None:
+    ids: list[str] = []
+    segment_starts, segment_parents, sample_starts = [0], [], [0]
+    weight_dtype = ARRAYS["weights"]
+    with (folder / "tokens.bin").open("wb") as tokens, (folder / "weights.bin").open("wb") as weights:
+        for sample in samples:
+            for segment in sample.segments:
+                if weight_dtype == np.uint8 and not np.isin(segment.weights, (0, 1)).all():
+                    weight_dtype = _widen(folder, weights)
+                tokens.write(np.ascontiguousarray(segment.tokens, dtype=ARRAYS["tokens"]))
+                weights.write(np.ascontiguousarray(segment.weights, dtype=weight_dtype))
+                segment_starts.append(segment_starts[-1] + len(segment.tokens))
+                segment_parents.append(segment.parent)
+            sample_starts.append(len(segment_parents))
+            ids.append(sample.id)
+    small = {"segment_starts": segment_starts, "segment_parents": segment_parents, "sample_starts": sample_starts}
+    for name, values in small.items():
+        np.array(values, dtype=ARRAYS[name]).tofile(folder / f"{name}.bin")
+    (folder / IDS).write_text(json.dumps(ids), encoding="utf-8")
+    files = _hash_files(folder)
+    dtypes = {name: str(dtype) for name, dtype in ARRAYS.items()} | {"weights": str(weight_dtype)}
+    fingerprint = sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    marker = {"samples": len(ids), "fingerprint": fingerprint, "dtypes": dtypes, "files": files}
+    (folder / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+
+
+def _widen(folder: Path, weights: Any) -> np.dtype[Any]:
+    """Rewrite the weights so far as float32."""
+    weights.flush()
+    wide = np.fromfile(folder / "weights.bin", dtype=np.uint8).astype(np.float32)
+    weights.seek(0)
+    weights.write(wide)
+    return np.dtype(np.float32)
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    hashes = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MARKER:
+            with path.open("rb") as file:
+                hashes[path.name] = file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a set of samples was written here to its end."""
+    return (Path(folder) / MARKER).is_file()
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no complete set of samples: delete this folder and run again") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{folder / MARKER}: {error}: damaged: delete this folder and run again") from error
+
+
+def _verify(folder: Path, marker: dict[str, Any]) -> None:
+    found = _hash_files(folder)
+    mistakes = [
+        f"{folder / name}: {'altered' if name in found else 'missing'}: delete this folder and run again"
+        for name, wanted in marker["files"].items()
+        if found.get(name) != wanted
+    ]
+    if mistakes:
+        raise InputError(*mistakes)
+
+
+def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")

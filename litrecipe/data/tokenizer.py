@@ -1,0 +1,280 @@
+"""Text ↔ token ids: the `tokenizers` library, special tokens and the chat template, as a Hugging Face folder has them.
+
+Shapes: n tokens of a conversation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import date
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from litrecipe.config.errors import InputError
+from litrecipe.data.formats import Conversation, Message, RowError
+from litrecipe.data.template import WRITTEN, ChatTemplate, Rendered
+
+Encoded = tuple[np.ndarray, np.ndarray]
+"""(n,) int32 token ids, and (n,) bool: which of them the assistant says."""
+
+
+class Tokenizer:
+    """A model's tokenizer. Never adds BOS or EOS by itself: the chat template prints them, `adds_bos` tells of the rest.
+
+    Control tokens written in a conversation stay plain text; only the chat template writes control tokens.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str],
+        chat_template: str | None = None,
+        more_eos_ids: Sequence[int] = (),
+        today: date | None = None,
+        name: str = "chat template",
+    ) -> None:
+        """`special_tokens`: `bos_token`, `eos_token`, … → their text. `more_eos_ids` end an answer besides EOS."""
+        added = backend.get_added_tokens_decoder()
+        self.backend = _dropping_marks(backend)
+        self.special_tokens = special_tokens
+        self.control_ids = frozenset(id for id, token in added.items() if token.special)
+        self.bos_id = self._id("bos_token")
+        eos = self._id("eos_token")
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*([] if eos is None else [eos]), *more_eos_ids]))
+        pad = self._id("pad_token")
+        self.pad_id: int = pad if pad is not None else next(iter(self.eos_ids), 0)
+        self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
+        self.adds_bos = self.bos_id is not None and self.bos_id in backend.encode("", add_special_tokens=True).ids
+        """Whether the tokenizer's own post-processor starts plain text with BOS."""
+        # A control token of a single character cannot be broken up by a mark.
+        control_tokens = [token.content for token in added.values() if token.special and len(token.content) > 1]
+        self.has_template = chat_template is not None
+        self.template = ChatTemplate(
+            chat_template or "", special_tokens=special_tokens, control_tokens=control_tokens, today=today, name=name
+        )
+        parts = [backend.to_str(), chat_template, special_tokens, self.eos_ids]
+        if self.template.tells_time:
+            parts.append(str(today or date.today()))
+        self.fingerprint = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        """Changes with whatever changes ids or masks."""
+
+    @classmethod
+    def load(cls, folder: str | Path, chat_template: str | None = None, date: str | None = None) -> Tokenizer:
+        """Read `tokenizer.json` and what lies beside it.
+
+        `chat_template` is a Jinja file that replaces the model's own template, `date` the ISO date that templates see
+        as today. Raises InputError naming the file that is missing or broken.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        legacy = _read_json(folder / "special_tokens_map.json")
+        generation = _read_json(folder / "generation_config.json")
+        template, name = _find_template(folder, config, chat_template)
+        ends = generation.get("eos_token_id", [])
+        return cls(
+            _read_backend(folder / "tokenizer.json"),
+            special_tokens=_token_texts(legacy) | _token_texts(config),
+            chat_template=template,
+            more_eos_ids=[ends] if isinstance(ends, int) else ends or [],
+            today=_read_date(date),
+            name=name,
+        )
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Ids of a text. Control tokens written in it are plain text, or control tokens with `specials`."""
+        return self.backend.encode(text if specials else self.template.guard(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of ids; bytes that are no whole character give U+FFFD."""
+        return self.backend.decode([int(id) for id in ids], skip_special_tokens=skip_special)
+
+    def decode_stream(self, skip_special: bool = True) -> DecodeStream:
+        """Decodes token by token and holds back what is no whole character yet."""
+        return DecodeStream(self, skip_special)
+
+    def render(
+        self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Message] | None = None
+    ) -> str:
+        """The text the chat template makes of messages (control tokens in it can no longer be told from text)."""
+        self._need_template()
+        text = self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        return text.replace(WRITTEN, "")
+
+    def encode_prompt(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
+        """Ids of a conversation so far, with the opening of the assistant's turn."""
+        self._need_template()
+        text = self.template.render(messages, tools, add_generation_prompt=True)
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_conversation(self, messages: list[Message], tools: list[Message] | None = None) -> Encoded:
+        """Ids of a conversation, and which of them the assistant says (its words and the end of its turn)."""
+        self._need_template()
+        rendered = self.template.render_learnt(messages, tools)
+        return _with_mask(self.backend.encode(rendered.text, add_special_tokens=False), rendered)
+
+    def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
+        """`encode_conversation` of many, in parallel; in place of a conversation that cannot be rendered, why.
+
+        A text is learnt whole, between BOS (if the tokenizer adds one) and EOS. Without a chat template a prompt and
+        its completion are plain text, ended by EOS.
+        """
+        results: dict[int, Encoded | RowError] = {}
+        rendered: dict[int, Rendered] = {}
+        for index, conversation in enumerate(conversations):
+            try:
+                if conversation.layout == "text":
+                    results[index] = self._encode_plain("", conversation.messages[-1]["content"])
+                elif conversation.layout == "prompt_completion" and not self.has_template:
+                    *prompt, completion = (message["content"] for message in conversation.messages)
+                    results[index] = self._encode_plain("\n".join(prompt), completion)
+                else:
+                    self._need_template()
+                    rendered[index] = self.template.render_learnt(conversation.messages, conversation.tools)
+            except RowError as error:
+                results[index] = error
+        encodings = self.backend.encode_batch([one.text for one in rendered.values()], add_special_tokens=False)
+        for (index, one), encoding in zip(rendered.items(), encodings, strict=True):
+            results[index] = _with_mask(encoding, one)
+        return [results[index] for index in range(len(conversations))]
+
+    def _encode_plain(self, prompt: str, completion: str) -> Encoded:
+        """Prompt and completion end to end, EOS after them.
+
+        Where the two grow together into one token they are encoded apart, because generation starts after the whole
+        prompt.
+        """
+        before = self.encode(prompt)
+        ids = self.encode(prompt + completion)
+        if ids[: len(before)] != before:
+            ids = before + self.encode(completion)
+        bos = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        all_ids = np.array([*bos, *ids, *self.eos_ids[:1]], dtype=np.int32)
+        return all_ids, np.arange(len(all_ids)) >= len(bos) + len(before)
+
+    def _need_template(self) -> None:
+        if not self.has_template:
+            raise InputError(
+                "model.chat_template: this model has none: give a Jinja file, or use rows with prompt and completion"
+            )
+
+    def _id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+
+class DecodeStream:
+    """Token after token into text; what is given out never changes and, put together, is the text of all ids."""
+
+    WINDOW = 6
+    """Tokens of context, because some decoders treat the first token of a text differently."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._given: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, id: int) -> str:
+        """The text that is certain with this token: empty while a character is incomplete."""
+        self._held.append(id)
+        text = self._text_of_held()
+        return "" if text.endswith("\ufffd") else self._give(text)
+
+    def finish(self) -> str:
+        """What was held back (U+FFFD for bytes that never became a character)."""
+        return self._give(self._text_of_held())
+
+    def _text_of_held(self) -> str:
+        before = self._tokenizer.decode(self._given, self._skip_special)
+        return self._tokenizer.decode(self._given + self._held, self._skip_special)[len(before) :]
+
+    def _give(self, text: str) -> str:
+        self._given = (self._given + self._held)[-self.WINDOW :]
+        self._held = []
+        return text
+
+
+def _dropping_marks(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, which drops WRITTEN marks after it has looked for control tokens.
+
+    Control tokens are looked for in the text as it stands (`normalized: false`), then the rest is normalised.
+    """
+    state = json.loads(backend.to_str())
+    drop = {"type": "Replace", "pattern": {"String": WRITTEN}, "content": ""}
+    own = state["normalizer"]
+    state["normalizer"] = {"type": "Sequence", "normalizers": [drop, own]} if own else drop
+    for token in state["added_tokens"]:
+        token["normalized"] = token["normalized"] and not token["special"]
+    state["truncation"] = state["padding"] = None
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
+
+
+def _with_mask(encoding: tokenizers.Encoding, rendered: Rendered) -> Encoded:
+    """Character spans → tokens: from the first that touches a span to the last that does."""
+    ids = np.array(encoding.ids, dtype=np.int32)
+    mask = np.zeros(len(ids), dtype=bool)
+    starts, stops = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+    for start, stop in rendered.learnt:
+        touching = np.flatnonzero((starts < stop) & (stops > start))
+        if len(touching):
+            mask[touching[0] : touching[-1] + 1] = True
+    return ids, mask
+
+
+def _find_template(folder: Path, config: dict[str, Any], replacement: str | None) -> tuple[str | None, str]:
+    """The chat template and the name of its file: the user's, `chat_template.jinja`, or the one in the config."""
+    if replacement is not None:
+        path = Path(replacement).expanduser()
+        if not path.is_file():
+            raise InputError(f"model.chat_template: {replacement}: no such file: give a Jinja file")
+        return path.read_text(encoding="utf-8"), str(path)
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {one["name"]: one["template"] for one in template}
+        template = named.get("default")
+    return template, f"{folder / 'tokenizer_config.json'}: chat_template"
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file: give the folder of a tokenizer.json as model.tokenizer")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{path}: {error}: not a tokenizer that the tokenizers library reads; fetch it again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty when there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}: not valid JSON; fetch it again") from error
+
+
+def _token_texts(config: dict[str, Any]) -> dict[str, str]:
+    """`*_token` → text; a token is a string or an object with `content`."""
+    texts = {}
+    for name, token in config.items():
+        if name.endswith("_token") and isinstance(token, dict):
+            token = token.get("content")
+        if name.endswith("_token") and isinstance(token, str):
+            texts[name] = token
+    return texts
+
+
+def _read_date(text: str | None) -> date | None:
+    try:
+        return date.fromisoformat(text) if text is not None else None
+    except ValueError as error:
+        raise InputError(f"data.date: {text}: give an ISO date such as 2026-01-31") from error

@@ -1,0 +1,187 @@
+"""Small generated tasks with checkable answers, so that a wheel without a checkout has something to train on.
+
+A source reads `toy:<task>?n=512&seed=0&split=train`. The rows are a function of these four alone. What is asked about
+(a quantity and its unit, a person) decides by a hash whether a question belongs to `train` or to `test`, so the two
+never share a prompt, whatever their seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import blake2b
+from typing import Any
+from urllib.parse import parse_qsl
+
+from litrecipe.config.errors import InputError
+
+TEST_SHARE = 5
+"""One subject in this many is kept for `test`."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One generated question. `subject` is what it is about, without the wording."""
+
+    subject: str
+    prompt: str
+    answer: str
+
+
+class Draw:
+    """A number that is taken apart into choices, so that every question of a task has an index."""
+
+    def __init__(self, number: int) -> None:
+        self.rest = number
+
+    def of(self, choices: list[Any]) -> Any:
+        """One of `choices`."""
+        self.rest, index = divmod(self.rest, len(choices))
+        return choices[index]
+
+
+CONVERSIONS = [
+    ("km", "m", 1000),
+    ("m", "cm", 100),
+    ("cm", "mm", 10),
+    ("kg", "g", 1000),
+    ("g", "mg", 1000),
+    ("L", "mL", 1000),
+    ("t", "kg", 1000),
+    ("dm", "cm", 10),
+    ("euros", "cents", 100),
+    ("decades", "years", 10),
+    ("centuries", "years", 100),
+]
+UNITS_WORDINGS = [
+    "Convert {quantity} to {unit}.",
+    "How many {unit} are {quantity}?",
+    "Express {quantity} in {unit}.",
+    "{quantity} = ? {unit}",
+]
+
+
+def _units(draw: Draw) -> Question:
+    value = draw.of(list(range(2, 100)))
+    unit, wanted, factor = draw.of(CONVERSIONS)
+    quantity = f"{value} {unit}"
+    prompt = draw.of(UNITS_WORDINGS).format(quantity=quantity, unit=wanted) + " Answer with number and unit only."
+    return Question(quantity, prompt, f"{value * factor} {wanted}")
+
+
+NAMES = (
+    "Maria Ahmed Chloe Daniel Elena Farid Grace Hiro Ines Jonas Kavya Liam Mona Nadia Oscar Priya Quentin Rosa Samir "
+    "Tara Ugo Vera Wei Ximena Yusuf Zoe Anton Bianca Carlos Dora Emil Fatima Goran Hanna Ivan Julia Kofi Laila Marco "
+    "Nora Omar Paula Rafael Sofia Tomas Uma Viktor Wanda Yara Zoltan"
+).split()
+CITIES = (
+    "Oslo Lima Cairo Paris Quito Delhi Tokyo Berlin Madrid Lisbon Nairobi Sydney Toronto Dublin Prague Vienna Athens "
+    "Warsaw Zurich Boston Denver Seattle Havana Bogota Accra Lagos Tunis Amman Seoul Hanoi Manila Jakarta Mumbai Dhaka "
+    "Riga Tallinn Helsinki Bergen Porto Seville Naples Milan Lyon Ghent Krakow Sofia Izmir Doha Perth Auckland"
+).split()
+JOBS = (
+    "nurse teacher baker pilot lawyer farmer plumber dentist painter chemist sailor tailor butcher actor judge "
+    "gardener singer carpenter librarian journalist"
+).split()
+FIELDS_WORDINGS = [
+    "{name}, {age}, is a {job} from {city}.",
+    "The {job} {name} is {age} years old and lives in {city}.",
+    "In {city} we met {name}, a {job} aged {age}.",
+    "At {age}, {name} moved to {city} to work as a {job}.",
+    "{name} works in {city} as a {job} and has just turned {age}.",
+    "Our new {job} is {name} ({age}), who was born in {city}.",
+]
+
+
+def _fields(draw: Draw) -> Question:
+    name, city, job, age = draw.of(NAMES), draw.of(CITIES), draw.of(JOBS), draw.of(list(range(19, 80)))
+    sentence = draw.of(FIELDS_WORDINGS).format(name=name, city=city, job=job, age=age)
+    answer = json.dumps({"name": name, "age": age, "job": job, "city": city})
+    return Question(f"{name}, {city}", f"Extract name, age, job and city as JSON: {sentence}", answer)
+
+
+TASKS: dict[str, tuple[Callable[[Draw], Question], int]] = {
+    "units": (_units, 98 * len(CONVERSIONS) * len(UNITS_WORDINGS)),
+    "fields": (_fields, len(NAMES) * len(CITIES) * len(JOBS) * 61 * len(FIELDS_WORDINGS)),
+}
+"""Task → what makes a question of an index, and how many there are."""
+
+
+@dataclass(frozen=True)
+class ToySource:
+    """A parsed `toy:` source."""
+
+    task: str
+    n: int = 512
+    seed: int = 0
+    split: str = "train"
+
+    @classmethod
+    def parse(cls, source: str) -> ToySource:
+        """Read `toy:<task>?n=..&seed=..&split=..`; raises InputError with every mistake in it."""
+        task, _, query = source.removeprefix("toy:").partition("?")
+        mistakes = []
+        if task not in TASKS:
+            mistakes.append(f"{source}: {task!r}: no such toy task{_did_you_mean(task, TASKS)}; there are {_list(TASKS)}")
+        options: dict[str, Any] = {}
+        for key, value in parse_qsl(query, keep_blank_values=True):
+            if key in ("n", "seed"):
+                if value.isdecimal() and (key == "seed" or int(value) > 0):
+                    options[key] = int(value)
+                else:
+                    mistakes.append(f"{source}: {key}={value}: give a whole number{' above 0' if key == 'n' else ''}")
+            elif key == "split":
+                if value not in ("train", "test"):
+                    mistakes.append(f"{source}: split={value}: give train or test")
+                options[key] = value
+            else:
+                known = ["n", "seed", "split"]
+                mistakes.append(f"{source}: {key}: no such option{_did_you_mean(key, known)}; there are {_list(known)}")
+        if mistakes:
+            raise InputError(*mistakes)
+        toy = cls(task, **options)
+        # Half of a split's questions: random draws without repetition stay fast.
+        most = TASKS[task][1] // (2 * TEST_SHARE)
+        if toy.n > most:
+            raise InputError(f"{source}: n={toy.n}: toy:{task} gives at most {most} rows of a split")
+        return toy
+
+    def questions(self) -> Iterator[Question]:
+        """`n` different questions of the split."""
+        make, size = TASKS[self.task]
+        seen: set[int] = set()
+        attempt = 0
+        while len(seen) < self.n:
+            index = _hash(f"{self.task}/{self.split}/{self.seed}/{attempt}") % size
+            attempt += 1
+            question = make(Draw(index))
+            for_test = _hash(f"{self.task}/{question.subject}") % TEST_SHARE == 0
+            if index not in seen and for_test == (self.split == "test"):
+                seen.add(index)
+                yield question
+
+
+def toy_rows(source: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """Rows of a `toy:` source in the messages format, each with its `answer`, and where they come from."""
+    toy = ToySource.parse(source)
+    for number, question in enumerate(toy.questions(), start=1):
+        messages = [
+            {"role": "user", "content": question.prompt},
+            {"role": "assistant", "content": question.answer},
+        ]
+        yield {"messages": messages, "answer": question.answer}, f"toy:{toy.task}/{toy.split}:{number}"
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _list(names: Any) -> str:
+    return ", ".join(names)
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
