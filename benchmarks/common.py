@@ -1,0 +1,137 @@
+"""What the benchmarks share: the machine, child processes with their peak memory, result files.
+
+A benchmark's own process imports neither torch nor litrecipe: a child's peak memory is read from the kernel, which
+counts from the size of the process that started it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
+GGUF = REPO / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHARED = Path(os.environ.get("LITRECIPE_SHARED", REPO.parent / "shared"))
+LITRECIPE = [sys.executable, "-m", "litrecipe.cli"]
+PACKAGES = ("torch", "lightning-fabric", "peft", "transformers", "bitsandbytes", "tokenizers", "numpy", "lm-eval")
+MIB = 2**20
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, memory, versions and the commit."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = (
+        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
+    )
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "litrecipe", "benchmarks")),
+        "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(pages / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", "-C", str(REPO), *command], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@dataclass
+class Child:
+    """A finished process."""
+
+    returncode: int
+    seconds: float
+    """Wall-clock time."""
+    peak_rss: int
+    """Largest resident memory, bytes."""
+    output: str
+    """Standard output and error together."""
+
+    def check(self) -> Child:
+        """Ends the benchmark with the child's last lines when it failed."""
+        if self.returncode:
+            sys.exit(f"benchmark: a child ended with {self.returncode}:\n{self.output[-4000:]}")
+        return self
+
+
+def environment(threads: int = 2, extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a child: offline, and with a fixed number of threads."""
+    fixed = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return {**os.environ, **fixed, **(extra or {})}
+
+
+def run_child(command: Sequence[str | Path], *, threads: int = 2, extra: Mapping[str, str] | None = None) -> Child:
+    """Runs `command` from the top of the checkout and measures it."""
+    log = RESULTS.parent / ".child.log"
+    began = time.monotonic()
+    with log.open("w+") as output:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=REPO,
+            env=environment(threads, extra),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    log.unlink()
+    scale = 1 if sys.platform == "darwin" else 1024
+    return Child(process.returncode, seconds, usage.ru_maxrss * scale, text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_result(name: str, result: Mapping[str, Any]) -> Path:
+    """Writes benchmarks/results/<name>.json with the machine it was measured on."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1) + "\n")
+    print(f"written: {path.relative_to(REPO)}")
+    return path
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Columns, aligned."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def need_model() -> Path:
+    """The real model, or a clear end."""
+    if not GGUF.exists():
+        sys.exit("benchmark: the real model is not here: run `make model`")
+    return GGUF
+
+
+def as_hf_folder(folder: Path) -> Path:
+    """The real model as a Hugging Face folder, made once."""
+    if not (folder / "config.json").exists():
+        run_child([*LITRECIPE, "model", "import", need_model(), folder]).check()
+    return folder
