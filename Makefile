@@ -39,7 +39,7 @@ bench: setup model  ## the benchmarks that need no GPU (long); results in benchm
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/malformed.py
 
-gpu-check: setup model  ## what only a GPU shows, in under ten minutes
+gpu-check: setup  ## what only a GPU shows, in under ten minutes
 	$(BIN)/python benchmarks/gpu_check.py
 
 constraints: setup  ## pin constraints.txt to the versions in .venv

@@ -1,4 +1,4 @@
-"""Malformed input, hundreds of ways: every one must end with exit code 2, lines of `litrecipe: error:` and no traceback.
+"""Malformed input in hundreds of ways: each must end with exit code 2, `litrecipe: error:` lines and no traceback.
 
     python benchmarks/malformed.py [--only recipes data models commands]
 
