@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def litrecipe():
+    """Run the program as a user would; returns the finished process with its output as text."""
+
+    def run(*args: object, check: bool = True, timeout: float = 240, **keys):
+        done = subprocess.run([sys.executable, "-m", "litrecipe", *map(str, args)], text=True, capture_output=True, timeout=timeout, **keys)
+        if check and done.returncode:
+            raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done
+
+    return run

@@ -1,0 +1,183 @@
+"""The fit loop on a tiny model: a step does not depend on how it is cut, and what goes wrong is said."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Adapter, FinetuneRecipe
+from litrecipe.data.source import RecordedSource
+from litrecipe.engine.fabric import make_fabric
+from litrecipe.engine.fit import Job, Run, fit
+from litrecipe.engine.rundir import read_records
+from litrecipe.model.adapters import add_adapter
+from litrecipe.model.architecture import read_architecture
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.row import Sample, Segment
+from litrecipe.objectives.causal_lm import CausalLM
+
+
+class Samples(list):
+    """Conversations of random tokens; about half of each is learnt."""
+
+    def __init__(self, count, seed=0):
+        rng = np.random.default_rng(seed)
+        super().__init__()
+        for i in range(count):
+            n = int(rng.integers(5, 40))
+            weights = (rng.random(n) < 0.5).astype(np.float32)
+            weights[0], weights[-1] = 0, 1
+            self.append(Sample(f"row:{i}", (Segment(rng.integers(3, 300, n), weights),)))
+        self.lengths = np.array([sample.length for sample in self])
+
+
+def make_job(out_dir, config, *, samples=None, adapter="none", val=None, **train):
+    recipe = FinetuneRecipe(out_dir=str(out_dir), adapter=Adapter(method=adapter, r=4))
+    recipe.fabric.accelerator = "cpu"
+    recipe.log.loggers = []
+    recipe.optim.lr = 1e-3
+    for name, value in train.items():
+        setattr(recipe.train, name, value)
+    torch.manual_seed(0)
+    model = Decoder(read_architecture(config))
+    model.init_weights(seed=0)
+    if adapter != "none":
+        add_adapter(model, recipe.adapter)
+    samples = samples if samples is not None else Samples(16)
+    return Job(
+        fabric=make_fabric(recipe.fabric),
+        recipe=recipe,
+        module=model,
+        objective=CausalLM(),
+        source=RecordedSource(samples, recipe.train),
+        val=val,
+        save_final=lambda folder: folder.mkdir(parents=True, exist_ok=True),
+    )
+
+
+@pytest.fixture
+def config(tiny_model):
+    return json.loads((tiny_model / "config.json").read_text())
+
+
+def gradients(job):
+    """The gradients with which the first optimizer step is taken."""
+    run = Run(job)
+    taken = {}
+    run.raw_optimizer.register_step_pre_hook(
+        lambda *_: taken.update({name: p.grad.clone() for name, p in run.parameters.items()})
+    )
+    run.train_step(job.source.next_step())
+    run.teller.close()
+    return taken
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+def test_equal_batches_cut_differently_give_equal_gradients(tmp_path, config, adapter):
+    """Eight samples as one row, as two of four, as eight of one, and packed by budgets in between."""
+    whole = None
+    for budget in (10_000, 120, 80, 55, 40):
+        job = make_job(
+            tmp_path / str(budget), config, adapter=adapter, micro_batch_tokens=budget, global_batch_size=8, grad_clip=None
+        )
+        taken = gradients(job)
+        if whole is None:
+            whole = taken
+            continue
+        for name, gradient in taken.items():
+            scale = whole[name].abs().max().clamp(min=1e-3)
+            assert ((gradient - whole[name]).abs().max() / scale).item() < 1e-5, (name, budget)
+            assert (gradient - whole[name]).abs().max().item() < 1e-6, (name, budget)
+
+
+def test_loss_is_the_token_mean_over_the_step(tmp_path, config):
+    """Against cross-entropy of each sample alone, weighted by hand: Σ w·nll / Σ w."""
+    job = make_job(tmp_path, config, micro_batch_tokens=60, global_batch_size=8)
+    run = Run(job)
+    samples = job.source.next_step()
+    total = count = 0.0
+    with torch.no_grad():
+        for sample in samples:
+            tokens = torch.tensor(np.asarray(sample.segments[0].tokens))
+            logits = job.module.logits(tokens).double()
+            nll = torch.nn.functional.cross_entropy(logits[:-1], tokens[1:], reduction="none")
+            weights = torch.tensor(sample.segments[0].weights[1:]).double()
+            total += float((nll * weights).sum())
+            count += float(weights.sum())
+    assert run.train_step(samples).loss == pytest.approx(total / count, rel=1e-5)
+    run.teller.close()
+
+
+def test_loss_falls_and_everything_is_told(tmp_path, config):
+    samples = Samples(8)
+    job = make_job(tmp_path, config, samples=samples, val=Samples(4, seed=1), epochs=8, global_batch_size=4)
+    job.recipe.eval.every = 5
+    assert fit(job) == 0
+    steps = [r for r in read_records(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 17))
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"]
+    assert {"lr", "grad_norm", "tokens", "tokens_per_second", "memory", "mean_token_accuracy"} <= steps[0].keys()
+    assert steps[-1]["tokens"] == 8 * int(samples.lengths.sum())
+    evaluated = [r["step"] for r in read_records(tmp_path / "metrics.jsonl") if "eval_loss" in r]
+    assert evaluated == [5, 10, 15, 16]
+    assert (tmp_path / "recipe.yaml").exists()
+
+
+def test_a_nan_stops_before_the_step_and_names_the_sample(tmp_path, config):
+    samples = Samples(8)
+    job = make_job(tmp_path, config, samples=samples, micro_batch_tokens=40, global_batch_size=8)
+    poisoned = samples[3]
+    poisoned.segments[0].weights[-1] = math.nan
+    run = Run(job)
+    before = {name: p.detach().clone() for name, p in run.parameters.items()}
+    with pytest.raises(InputError) as error:
+        run.train_step(job.source.next_step())
+    assert poisoned.id in str(error.value)
+    assert "step 1" in str(error.value)
+    named = [s.id for s in samples if s.id in str(error.value).replace(",", " ").split()]
+    assert len(named) < 8  # only the row with the sample in it, not the whole step
+    for name, parameter in run.parameters.items():
+        assert torch.equal(parameter, before[name])
+    run.teller.close()
+
+
+def test_an_oversized_sample_is_skipped_and_said(tmp_path, config, capfd):
+    samples = Samples(6)
+    longest = int(samples.lengths.max())
+    job = make_job(tmp_path, config, samples=samples, micro_batch_tokens=longest - 1, global_batch_size=6)
+    run = Run(job)
+    assert math.isfinite(run.train_step(job.source.next_step()).loss)
+    assert run.skipped == int((samples.lengths == longest).sum())
+    run.teller.close()
+    assert "do not fit train.micro_batch_tokens" in capfd.readouterr().err
+
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path, config):
+    assert fit(make_job(tmp_path, config, max_steps=1)) == 0
+    with pytest.raises(InputError, match=r"out_dir.*resume auto"):
+        fit(make_job(tmp_path, config, max_steps=1))
+
+
+def test_max_time_saves_and_finishes(tmp_path, config):
+    job = make_job(tmp_path, config, max_steps=10_000, max_time="2s")
+    assert fit(job) == 0
+    last = read_records(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert 1 <= last < 10_000
+    assert json.loads((tmp_path / "checkpoints" / f"step-{last:08d}" / "state.json").read_text())["step"] == last
+    assert (tmp_path / "final").is_dir()
+
+
+@pytest.mark.parametrize("change", ["another base", "another optimizer", "other weights"])
+def test_resuming_something_else_is_refused(tmp_path, config, change):
+    assert fit(make_job(tmp_path, config, max_steps=1)) == 0
+    job = make_job(tmp_path, config, max_steps=2, adapter="lora" if change == "other weights" else "none")
+    job.recipe.checkpoint.resume = "auto"
+    if change == "another base":
+        job.identity = {"base weights": "0123"}
+    if change == "another optimizer":
+        job.recipe.optim.name = "sgd"
+    with pytest.raises(InputError):
+        fit(job)

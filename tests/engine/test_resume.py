@@ -1,0 +1,178 @@
+"""A killed or pre-empted run, resumed, equals the unbroken one to the last bit; and stops answer with their exit code.
+
+The runs are real processes. Their data spans two epochs with a step across the boundary, and is packed into rows.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from litrecipe.checkpoint.state import verify
+from litrecipe.engine.rundir import read_records
+from litrecipe.engine.telling import TIMING
+
+STEPS = 24
+METHODS = {
+    "full": ["--optim.lr", "1e-3"],
+    "lora": ["--adapter.method", "lora", "--adapter.r", "4", "--adapter.dropout", "0.1"],
+    "dora": ["--adapter.method", "dora", "--adapter.r", "4"],
+}
+
+
+@pytest.fixture
+def command(tiny_model, tmp_path):
+    def build(out, *flags):
+        return [
+            *("finetune", "--model", tiny_model, "--data.train", "toy:units?n=50&seed=0", "--out_dir", out),
+            *("--data.val", "toy:units?n=8&seed=0&split=test", "--data.cache_dir", tmp_path / "cache"),
+            *("--train.max_steps", STEPS, "--train.global_batch_size", 4, "--train.micro_batch_tokens", 300),
+            *("--checkpoint.every", 3, "--checkpoint.resume", "auto", "--eval.every", 7),
+            *("--fabric.accelerator", "cpu", *flags),
+        ]
+
+    return build
+
+
+def start(command, log):
+    words = [sys.executable, "-m", "litrecipe", *map(str, command)]
+    return subprocess.Popen(words, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+
+def wait_until(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def steps_done(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b'"grad_norm"') if path.exists() else 0
+
+
+def kill_at(kind, process, out, rng):
+    """Send SIGKILL at a moment of the given kind; False when the run was over before it came."""
+    if kind == "set-up":
+        time.sleep(rng.uniform(0.5, 4))
+    elif kind == "inside a save":
+        if not wait_until(lambda: any(out.glob("checkpoints/*.tmp")), process):
+            return False
+    else:
+        before = steps_done(out)
+        if not wait_until(lambda: steps_done(out) > before + rng.randrange(4), process):
+            return False
+        time.sleep(rng.uniform(0, 0.05))
+    if process.poll() is not None:
+        return False
+    process.kill()
+    process.wait()
+    return True
+
+
+def assert_equal_runs(a, b):
+    """Weights, optimizer, state, metrics and flight record, timing fields aside."""
+    for name in ("metrics.jsonl", "flight.jsonl"):
+        records = [
+            [{k: v for k, v in record.items() if k not in TIMING} for record in read_records(run / name)] for run in (a, b)
+        ]
+        assert records[0] == records[1]
+        assert len(records[0]) >= STEPS
+    last = f"checkpoints/step-{STEPS:08d}"
+    for name in ("weights-00000.safetensors", "optimizer-00000.safetensors", "state.json"):
+        assert (a / last / name).read_bytes() == (b / last / name).read_bytes(), name
+    finals = [sorted(p.name for p in (run / "final").iterdir()) for run in (a, b)]
+    assert finals[0] == finals[1]
+    for name in finals[0]:
+        if name.endswith(".safetensors"):
+            assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "kills"),
+    [
+        ("full", ["between steps", "inside a save", "set-up", "between steps", "inside a save"]),
+        ("lora", ["between steps", "inside a save"]),
+        ("dora", ["between steps", "inside a save"]),
+    ],
+)
+def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command, tmp_path, method, kills):
+    rng = random.Random(method)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    litrecipe(*command(unbroken, *METHODS[method]))
+    killed = 0
+    for kind in kills:
+        process = start(command(broken, *METHODS[method]), tmp_path / "log")
+        killed += kill_at(kind, process, broken, rng)
+        process.wait()
+    assert killed >= len(kills) - 1, (tmp_path / "log").read_text()
+    litrecipe(*command(broken, *METHODS[method]))
+    assert_equal_runs(unbroken, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_resumed_run_is_equal(litrecipe, command, tmp_path, number, code):
+    broken = tmp_path / "broken"
+    process = start(command(broken, "--checkpoint.every", "1000"), tmp_path / "log")
+    assert wait_until(lambda: steps_done(broken) >= 5, process)
+    process.send_signal(number)
+    assert process.wait(30) == code, (tmp_path / "log").read_text()
+    newest = max((broken / "checkpoints").iterdir())
+    assert list(verify(newest)) == []
+    at_signal = steps_done(broken)
+    assert json.loads((newest / "state.json").read_text())["step"] == at_signal < STEPS
+    if number == signal.SIGTERM:
+        unbroken = tmp_path / "unbroken"
+        litrecipe(*command(broken, "--checkpoint.every", "1000"))
+        litrecipe(*command(unbroken, "--checkpoint.every", "1000"))
+        assert_equal_runs(unbroken, broken)
+
+
+@pytest.mark.slow
+def test_a_signal_during_set_up_exits_85_at_once(command, tmp_path):
+    rng = random.Random(0)
+    for _ in range(3):
+        process = start(command(tmp_path / "run"), tmp_path / "log")
+        time.sleep(rng.uniform(0.4, 3))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 85, (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_during_evaluation_stops_it(litrecipe, command, tmp_path):
+    """The evaluation is cut short, the step saved, and the resumed run does the evaluation again."""
+    out = tmp_path / "run"
+    flags = ("--data.val", "toy:units?n=20000&seed=0&split=test", "--train.max_steps", "8")
+    process = start(command(out, *flags), tmp_path / "log")
+    assert wait_until(lambda: steps_done(out) == 7, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 85
+    assert not any("eval_loss" in record for record in read_records(out / "metrics.jsonl"))
+    litrecipe(*command(out, "--data.val", "toy:units?n=8&seed=0&split=test", "--train.max_steps", "8"))
+    evaluated = [record["step"] for record in read_records(out / "metrics.jsonl") if "eval_loss" in record]
+    assert evaluated == [7, 8]
+
+
+@pytest.mark.slow
+def test_a_torn_newest_checkpoint_falls_back_with_a_warning(litrecipe, command, tmp_path):
+    out, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    litrecipe(*command(unbroken))
+    litrecipe(*command(out, "--train.max_steps", str(STEPS - 1)))
+    newest = max((out / "checkpoints").iterdir())
+    weights = newest / "weights-00000.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    done = litrecipe(*command(out))
+    assert "warning" in done.stderr
+    assert str(weights) in done.stderr
+    assert "falling back" in done.stderr
