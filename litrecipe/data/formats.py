@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.data.readers import Located, Mistakes, read_rows
+from litrecipe.config.progress import track
+from litrecipe.data.cache import cache_folder, key_of
+from litrecipe.data.readers import Located, Mistakes, read_rows, source_hash
 
 Message = dict[str, Any]
 Layout = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 
 RESERVED = "\ufdd0\ufdd1\ufdd2"
 """Unicode noncharacters, set aside for use inside a program; template.py marks places in a text with them."""
+
+CHECK_VERSION = 1
+"""Raise it when other rows are refused than before."""
 
 SHAREGPT_ROLES = {
     "system": "system",
@@ -88,7 +94,7 @@ class RowError(InputError):
 
 
 def read_conversations(source: str, data: Data, mistakes: Mistakes | None = None) -> Iterator[Conversation]:
-    """The conversations of a source in its order; wrong rows are noted in `mistakes` (or raised together at the end)."""
+    """The conversations of a source in order; wrong rows are noted in `mistakes`, or raised together at the end."""
     gathered = Mistakes() if mistakes is None else mistakes
     yield from parse_rows(read_rows(source, gathered), data, gathered)
     if mistakes is None:
@@ -105,16 +111,29 @@ def parse_rows(rows: Iterable[Located], data: Data, mistakes: Mistakes) -> Itera
 
 
 def check_rows(data: Data) -> int:
-    """Read and check every row of `data.train` and `data.val`; returns how many there are.
+    """Check every row of `data.train` and `data.val`; returns how many there are.
 
     Raises InputError with all mistakes of both. Needs no torch, so that a bad file is found in the first second.
     """
     mistakes = Mistakes()
-    count = 0
-    for source in (data.train, data.val):
-        if source:
-            count += sum(1 for _ in read_conversations(source, data, mistakes))
+    count = sum(count_rows(source, data, mistakes) for source in (data.train, data.val) if source)
     mistakes.raise_if_any()
+    return count
+
+
+def count_rows(source: str, data: Data, mistakes: Mistakes) -> int:
+    """How many conversations a source has. A source without mistakes is read once and its count remembered."""
+    key = key_of(CHECK_VERSION, source_hash(source), data.format, data.columns)
+    remembered = cache_folder(data) / "checked" / key
+    if remembered.is_file():
+        return int(remembered.read_text())
+    before = mistakes.count
+    count = sum(1 for _ in track(read_conversations(source, data, mistakes), f"checking {source}"))
+    if mistakes.count == before:
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        part = remembered.with_name(f"{key}.{os.getpid()}")
+        part.write_text(str(count))
+        part.replace(remembered)
     return count
 
 
@@ -125,7 +144,9 @@ def parse_row(row: dict[str, Any], where: str, data: Data) -> Conversation:
     missing = [mapped[name] for name in NEEDED[layout] if mapped[name] not in row]
     if missing:
         have = ", ".join(row) or "none"
-        raise RowError(f"column {', '.join(map(repr, missing))} is missing (it has {have}): set data.columns or data.format")
+        raise RowError(
+            f"column {', '.join(map(repr, missing))} is missing (it has {have}): set data.columns or data.format"
+        )
     fields = {name: row[column] for name, column in mapped.items() if row.get(column) is not None}
     messages = _READERS[layout](fields)
     extra = {name: value for name, value in row.items() if name not in mapped.values()}
@@ -152,8 +173,8 @@ def recognise(row: dict[str, Any], columns: dict[str, str]) -> Layout:
     if has("text"):
         return "text"
     raise RowError(
-        f"columns {', '.join(row) or 'none'}: known are messages, prompt + completion, instruction + output, conversations, "
-        "text: name yours with data.columns"
+        f"columns {', '.join(row) or 'none'}: known are messages, prompt + completion, instruction + output, "
+        "conversations, text: name yours with data.columns"
     )
 
 
@@ -177,7 +198,8 @@ def _from_prompt_completion(fields: dict[str, Any]) -> list[Message]:
 def _from_alpaca(fields: dict[str, Any]) -> list[Message]:
     instruction, given = fields.get("instruction"), fields.get("input")
     asked = f"{instruction}\n{given}" if given else instruction
-    return _system(fields) + [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.get("output")}]
+    messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.get("output")}]
+    return _system(fields) + messages
 
 
 def _from_sharegpt(fields: dict[str, Any]) -> list[Message]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Iterator
@@ -140,7 +139,7 @@ def _nearest(path: Path) -> str:
     folder, wanted = path.parent, path.name
     while not folder.is_dir() and folder != folder.parent:
         folder, wanted = folder.parent, folder.name
-    near = get_close_matches(wanted, os.listdir(folder), n=1) if folder.is_dir() else []
+    near = get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1) if folder.is_dir() else []
     return f" (did you mean {folder / near[0]}?)" if near else f" ({folder} has nothing of a similar name)"
 
 
@@ -191,7 +190,7 @@ def _read_file(path: Path, mistakes: Mistakes) -> Iterator[Located]:
 
 def _open(path: Path) -> BinaryIO:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
+        return io.BufferedReader(gzip.open(path, "rb"))
     if path.suffix.lower() == ".zst":
         return io.BufferedReader(_ZstFile(path))
     return path.open("rb")
@@ -284,7 +283,7 @@ def _parse(text: str, where: str, mistakes: Mistakes) -> dict[str, Any] | None:
     else:
         if isinstance(row, dict):
             return row
-        mistakes.add(f"{where}: {_excerpt(row)}: a row must be a JSON object like {{\"messages\": […]}}")
+        mistakes.add(f'{where}: {_excerpt(row)}: a row must be a JSON object like {{"messages": […]}}')
     return None
 
 
@@ -315,7 +314,7 @@ def _read_json(path: Path, mistakes: Mistakes) -> Iterator[Located]:
         mistakes.add(f"{path}:1: JSON nested too deeply: flatten it")
         return
     if isinstance(document, dict):
-        lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        lists = [value for value in document.values() if isinstance(value, list)]
         document = lists[0] if len(lists) == 1 else document
     if not isinstance(document, list):
         mistakes.add(f"{path}:1: neither a list of rows nor an object that holds one: give [{{…}}, …]")

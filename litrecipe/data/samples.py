@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from litrecipe.model.row import Sample, Segment
 
 MARKER = "complete.json"
 IDS = "ids.json"
-ARRAYS = {
+ARRAYS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype(np.int32),  # (T,)
     "weights": np.dtype(np.uint8),  # (T,), float32 when they are not all 0 or 1
     "segment_starts": np.dtype(np.int64),  # (S + 1,), places in `tokens`
@@ -42,25 +42,33 @@ class SampleSet:
         marker = _read_marker(self.folder)
         if verify:
             _verify(self.folder, marker)
-        self._arrays = {
-            name: _map(self.folder / f"{name}.bin", np.dtype(marker["dtypes"][name])) for name in ARRAYS
-        }
+        self._arrays = {name: _map(self.folder / f"{name}.bin", np.dtype(marker["dtypes"][name])) for name in ARRAYS}
+        self.about: dict[str, Any] = marker["about"]
+        """What its writer kept with it."""
         self._whole_fingerprint: str = marker["fingerprint"]
         count = len(self._arrays["sample_starts"]) - 1
         self._indices = np.arange(count) if indices is None else np.asarray(indices)
         self._is_subset = indices is not None
 
     @classmethod
-    def write(cls, folder: str | Path, samples: Iterable[Sample]) -> SampleSet:
-        """Write samples into a new folder, all or nothing: it appears under its name when it is complete."""
+    def write(
+        cls, folder: str | Path, samples: Iterable[Sample], about: Callable[[], dict[str, Any]] = dict
+    ) -> SampleSet:
+        """Write samples into a new folder, all or nothing: it appears under its name when it is complete.
+
+        `about` is called when all samples are written and gives what else shall be kept (JSON).
+        """
         folder = Path(folder)
         parts = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
-        _write_arrays(parts, samples)
-        if folder.exists():  # incomplete, or altered since
-            shutil.rmtree(folder)
-        parts.rename(folder)
+        try:
+            _write_files(parts, samples, about)
+            if folder.exists():  # incomplete, or altered since
+                shutil.rmtree(folder)
+            parts.rename(folder)
+        finally:
+            shutil.rmtree(parts, ignore_errors=True)
         return cls(folder, verify=False)
 
     def subset(self, indices: Iterable[int]) -> SampleSet:
@@ -110,7 +118,7 @@ class SampleSet:
         return json.loads((self.folder / IDS).read_text(encoding="utf-8"))
 
 
-def _write_arrays(folder: Path, samples: Iterable[Sample]) -> None:
+def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], dict[str, Any]]) -> None:
     ids: list[str] = []
     segment_starts, segment_parents, sample_starts = [0], [], [0]
     weight_dtype = ARRAYS["weights"]
@@ -132,7 +140,7 @@ def _write_arrays(folder: Path, samples: Iterable[Sample]) -> None:
     files = _hash_files(folder)
     dtypes = {name: str(dtype) for name, dtype in ARRAYS.items()} | {"weights": str(weight_dtype)}
     fingerprint = sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    marker = {"samples": len(ids), "fingerprint": fingerprint, "dtypes": dtypes, "files": files}
+    marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": files}
     (folder / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from litrecipe.config.errors import InputError
 from litrecipe.data.formats import RESERVED, Message, RowError
 
-WRITTEN, LEARN, LEARNT = RESERVED
+WRITTEN, LEARN, LEARNT = RESERVED[0], RESERVED[1], RESERVED[2]
 """Marks: inside a control token that somebody wrote; before and after what shall be learnt."""
 
 MAX_PRINTED = 10_000_000
@@ -47,7 +47,7 @@ class Rendered:
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}`: prints its body between the marks LEARN and LEARNT."""
 
-    tags = {"generation"}
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -67,7 +67,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "**" and abs(left) > 1 and abs(right) > 1000:
             raise SecurityError("a power too large for a chat template")
         for sequence, times in ((left, right), (right, left)):
-            if isinstance(sequence, (str, list, tuple)) and isinstance(times, int) and len(sequence) * times > MAX_PRINTED:
+            is_repetition = isinstance(sequence, (str, list, tuple)) and isinstance(times, int)
+            if is_repetition and len(sequence) * times > MAX_PRINTED:
                 raise SecurityError("a repetition too long for a chat template")
         return super().call_binop(context, operator, left, right)
 
@@ -94,7 +95,6 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         tokens = "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or "(?!)"
         self._token_start = re.compile(f"(?={tokens})(.)", re.DOTALL)
-        self._space_after_end = re.compile(f"(?:{tokens})(\\s+)\\Z")
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         environment.filters["tojson"] = _tojson
         moment = datetime.combine(today, time()) if today else datetime.now()
@@ -112,7 +112,12 @@ class ChatTemplate:
         return text.replace(LEARN, "").replace(LEARNT, "")
 
     def render_learnt(self, messages: list[Message], tools: list[Message] | None = None) -> Rendered:
-        """The text of a conversation and what of it is learnt; raises RowError where that cannot be told."""
+        """The text of a conversation and what of it is learnt; raises RowError where that cannot be told.
+
+        A template with `{% generation %}` tags says it itself. Without, a turn of the assistant is learnt from where
+        its opening ends (what a generation prompt prints) to where the next turn begins: its words, the control token
+        that ends it, and the newline that ChatML prints after that.
+        """
         messages, tools = self._guard(messages), self._guard(tools)
         whole = self._print(messages, tools)
         if self.marks_generation:
@@ -128,16 +133,8 @@ class ChatTemplate:
                         "follows, so what to learn cannot be told: put {% generation %} tags into the template "
                         "(model.chat_template), or set data.mask: all"
                     )
-                spans.append((len(before), self._end_of_turn(after, len(before))))
+                spans.append((len(before), len(after)))
         return Rendered(whole, spans)
-
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Where the turn that `text` ends with is over: white space after the last control token is nobody's speech.
-
-        ChatML prints a newline after `<|im_end|>`. Generation stops before it, so it is not learnt.
-        """
-        space = self._space_after_end.search(text, start)
-        return space.start(1) if space else len(text)
 
     def _print(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
         printed: list[str] = []

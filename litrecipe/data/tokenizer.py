@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import date
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -24,7 +24,7 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 
 class Tokenizer:
-    """A model's tokenizer. Never adds BOS or EOS by itself: the chat template prints them, `adds_bos` tells of the rest.
+    """A model's tokenizer. Never adds BOS or EOS by itself: the chat template prints them; see also `adds_bos`.
 
     Control tokens written in a conversation stay plain text; only the chat template writes control tokens.
     """
@@ -118,11 +118,13 @@ class Tokenizer:
         rendered = self.template.render_learnt(messages, tools)
         return _with_mask(self.backend.encode(rendered.text, add_special_tokens=False), rendered)
 
-    def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded | RowError]:
+    def encode_batch(
+        self, conversations: Sequence[Conversation], learn: Literal["assistant", "all"] = "assistant"
+    ) -> list[Encoded | RowError]:
         """`encode_conversation` of many, in parallel; in place of a conversation that cannot be rendered, why.
 
         A text is learnt whole, between BOS (if the tokenizer adds one) and EOS. Without a chat template a prompt and
-        its completion are plain text, ended by EOS.
+        its completion are plain text, ended by EOS. With `learn` all, masks are True everywhere.
         """
         results: dict[int, Encoded | RowError] = {}
         rendered: dict[int, Rendered] = {}
@@ -135,7 +137,12 @@ class Tokenizer:
                     results[index] = self._encode_plain("\n".join(prompt), completion)
                 else:
                     self._need_template()
-                    rendered[index] = self.template.render_learnt(conversation.messages, conversation.tools)
+                    messages, tools = conversation.messages, conversation.tools
+                    if learn == "all":
+                        text = self.template.render(messages, tools)
+                        rendered[index] = Rendered(text, [(0, len(text))])
+                    else:
+                        rendered[index] = self.template.render_learnt(messages, tools)
             except RowError as error:
                 results[index] = error
         encodings = self.backend.encode_batch([one.text for one in rendered.values()], add_special_tokens=False)
@@ -249,7 +256,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise InputError(f"{path}: {error}: not a tokenizer that the tokenizers library reads; fetch it again") from error
+        raise InputError(f"{path}: {error}: not a tokenizer the tokenizers library reads; fetch it again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

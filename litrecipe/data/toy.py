@@ -71,20 +71,20 @@ def _units(draw: Draw) -> Question:
     return Question(quantity, prompt, f"{value * factor} {wanted}")
 
 
-NAMES = (
-    "Maria Ahmed Chloe Daniel Elena Farid Grace Hiro Ines Jonas Kavya Liam Mona Nadia Oscar Priya Quentin Rosa Samir "
-    "Tara Ugo Vera Wei Ximena Yusuf Zoe Anton Bianca Carlos Dora Emil Fatima Goran Hanna Ivan Julia Kofi Laila Marco "
-    "Nora Omar Paula Rafael Sofia Tomas Uma Viktor Wanda Yara Zoltan"
-).split()
-CITIES = (
-    "Oslo Lima Cairo Paris Quito Delhi Tokyo Berlin Madrid Lisbon Nairobi Sydney Toronto Dublin Prague Vienna Athens "
-    "Warsaw Zurich Boston Denver Seattle Havana Bogota Accra Lagos Tunis Amman Seoul Hanoi Manila Jakarta Mumbai Dhaka "
-    "Riga Tallinn Helsinki Bergen Porto Seville Naples Milan Lyon Ghent Krakow Sofia Izmir Doha Perth Auckland"
-).split()
-JOBS = (
-    "nurse teacher baker pilot lawyer farmer plumber dentist painter chemist sailor tailor butcher actor judge "
-    "gardener singer carpenter librarian journalist"
-).split()
+NAMES = """
+    Maria Ahmed Chloe Daniel Elena Farid Grace Hiro Ines Jonas Kavya Liam Mona Nadia Oscar Priya Quentin Rosa Samir
+    Tara Ugo Vera Wei Ximena Yusuf Zoe Anton Bianca Carlos Dora Emil Fatima Goran Hanna Ivan Julia Kofi Laila Marco
+    Nora Omar Paula Rafael Sofia Tomas Uma Viktor Wanda Yara Zoltan
+""".split()
+CITIES = """
+    Oslo Lima Cairo Paris Quito Delhi Tokyo Berlin Madrid Lisbon Nairobi Sydney Toronto Dublin Prague Vienna Athens
+    Warsaw Zurich Boston Denver Seattle Havana Bogota Accra Lagos Tunis Amman Seoul Hanoi Manila Jakarta Mumbai
+    Dhaka Riga Tallinn Helsinki Bergen Porto Seville Naples Milan Lyon Ghent Krakow Sofia Izmir Doha Perth Auckland
+""".split()
+JOBS = """
+    nurse teacher baker pilot lawyer farmer plumber dentist painter chemist sailor tailor butcher actor judge
+    gardener singer carpenter librarian journalist
+""".split()
 FIELDS_WORDINGS = [
     "{name}, {age}, is a {job} from {city}.",
     "The {job} {name} is {age} years old and lives in {city}.",
@@ -124,7 +124,8 @@ class ToySource:
         task, _, query = source.removeprefix("toy:").partition("?")
         mistakes = []
         if task not in TASKS:
-            mistakes.append(f"{source}: {task!r}: no such toy task{_did_you_mean(task, TASKS)}; there are {_list(TASKS)}")
+            hint = _did_you_mean(task, TASKS)
+            mistakes.append(f"{source}: {task!r}: no such toy task{hint}; there are {_list(TASKS)}")
         options: dict[str, Any] = {}
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key in ("n", "seed"):
@@ -142,8 +143,8 @@ class ToySource:
         if mistakes:
             raise InputError(*mistakes)
         toy = cls(task, **options)
-        # Half of a split's questions: random draws without repetition stay fast.
-        most = TASKS[task][1] // (2 * TEST_SHARE)
+        # Not the last fifth of a split's questions: drawing at random finds those slowly.
+        most = TASKS[task][1] * (4 if toy.split == "test" else 4 * (TEST_SHARE - 1)) // (5 * TEST_SHARE)
         if toy.n > most:
             raise InputError(f"{source}: n={toy.n}: toy:{task} gives at most {most} rows of a split")
         return toy
@@ -171,7 +172,7 @@ def toy_rows(source: str) -> Iterator[tuple[dict[str, Any], str]]:
             {"role": "user", "content": question.prompt},
             {"role": "assistant", "content": question.answer},
         ]
-        yield {"messages": messages, "answer": question.answer}, f"toy:{toy.task}/{toy.split}:{number}"
+        yield {"messages": messages, "answer": question.answer}, f"toy:{toy.task}-{toy.split}:{number}"
 
 
 def _hash(text: str) -> int:

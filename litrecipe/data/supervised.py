@@ -1,0 +1,211 @@
+"""Conversations → tokenised samples, once: read, check, render, tokenise, and keep under a hash of all that matters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litrecipe import __version__
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Data
+from litrecipe.config.progress import track, warn
+from litrecipe.data.cache import cache_folder, key_of, locked
+from litrecipe.data.formats import Conversation, RowError, count_rows, read_conversations
+from litrecipe.data.readers import Mistakes, source_hash
+from litrecipe.data.samples import SampleSet, is_complete
+from litrecipe.data.tokenizer import Encoded, Tokenizer
+from litrecipe.model.row import Sample, Segment
+
+CACHE_VERSION = 1
+"""Raise it when the same inputs give other samples, or other files."""
+BATCH = 1000
+"""Conversations tokenised at once."""
+NAMED = 5
+"""Places remembered for each kind of trouble."""
+
+Track = Callable[[Iterable[Conversation], str, int], Iterator[Conversation]]
+
+
+@dataclass
+class Trouble:
+    """How many rows something befell, and where the first of them are."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str) -> None:
+        """One more."""
+        self.count += 1
+        if self.count <= NAMED:
+            self.first.append(where)
+
+    def __str__(self) -> str:
+        names = ", ".join(where.rpartition("/")[2] for where in self.first)
+        return f"{self.count} ({names}{', …' if self.count > NAMED else ''})"
+
+
+@dataclass
+class Counts:
+    """What became of the rows of one source."""
+
+    source: str
+    rows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    learnt: int = 0
+    """Tokens that are learnt."""
+    truncated: Trouble = field(default_factory=Trouble)
+    """Cut to `data.max_length`."""
+    empty: Trouble = field(default_factory=Trouble)
+    """Dropped: a turn without a word, or fewer than two tokens."""
+    masked: Trouble = field(default_factory=Trouble)
+    """Dropped: nothing to learn, or nothing left of it after cutting."""
+
+    def __str__(self) -> str:
+        share = 100 * self.learnt / max(1, self.tokens)
+        said = [
+            f"{self.source}: {self.samples} samples of {self.rows} rows, {self.tokens} tokens, {self.learnt} of them "
+            f"({share:.0f} %) learnt"
+        ]
+        said += [f"truncated to data.max_length: {self.truncated}"] if self.truncated.count else []
+        said += [f"dropped as empty: {self.empty}"] if self.empty.count else []
+        said += [f"dropped with nothing to learn: {self.masked}"] if self.masked.count else []
+        return "; ".join(said)
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> Counts:
+        """What `asdict` made."""
+        troubles = {name: Trouble(**state[name]) for name in ("truncated", "empty", "masked")}
+        return cls(**{**state, **troubles})
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """Counts of the training data and of the held-out data, and how many samples of the former were held out."""
+
+    train: Counts
+    val: Counts | None = None
+    held_out: int = 0
+
+    def __str__(self) -> str:
+        said = [str(self.train)]
+        if self.held_out:
+            said.append(f"{self.held_out} samples of it held out")
+        if self.val is not None:
+            said.append(str(self.val))
+        return ". ".join(said) + "."
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Data for supervised fine-tuning."""
+
+    train: SampleSet
+    val: SampleSet | None
+    report: DataReport
+
+
+def load_supervised(data: Data, tokenizer: Tokenizer, *, seed: int, progress: Track = track) -> Supervised:
+    """The samples of `data.train` and `data.val`, tokenised now or when they were first asked for.
+
+    Several processes may ask at once: one writes, the others wait. `seed` decides which samples `data.val_fraction`
+    holds out. Raises InputError with all wrong rows of a source, or when nothing in it can be learnt.
+    """
+    train, train_counts = _load_source("data.train", data.train, data, tokenizer, progress)
+    if data.val:
+        val, val_counts = _load_source("data.val", data.val, data, tokenizer, progress)
+        return Supervised(train, val, DataReport(train_counts, val_counts))
+    if data.val_fraction:
+        kept, held_out = hold_out(len(train), data.val_fraction, seed)
+        report = DataReport(train_counts, held_out=len(held_out))
+        return Supervised(train.subset(kept), train.subset(held_out), report)
+    return Supervised(train, None, DataReport(train_counts))
+
+
+def hold_out(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split range(count) into what is trained on and what is held out (at least one of each), both ascending."""
+    if count < 2:
+        raise InputError(f"data.val_fraction: {fraction}: {count} sample cannot be split: give data.val")
+    held = min(max(1, round(count * fraction)), count - 1)
+    order = np.random.default_rng([seed, 0x5E1D]).permutation(count)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def _load_source(key: str, source: str, data: Data, tokenizer: Tokenizer, progress: Track) -> tuple[SampleSet, Counts]:
+    cache_key = key_of(
+        [CACHE_VERSION, __version__, source, source_hash(source), tokenizer.fingerprint],
+        [data.format, data.columns, data.max_length, data.mask],
+    )
+    folder = cache_folder(data) / "supervised" / cache_key
+    with locked(folder.with_suffix(".lock")):
+        samples = _open(folder) or _tokenise_into(folder, source, data, tokenizer, progress)
+    counts = Counts.from_json(samples.about)
+    if not len(samples):
+        raise InputError(f"{key}: nothing in it can be learnt ({counts}): look at it with `litrecipe data preview`")
+    return samples, counts
+
+
+def _open(folder: Path) -> SampleSet | None:
+    if not is_complete(folder):
+        return None
+    try:
+        return SampleSet(folder)
+    except InputError as error:
+        warn(f"tokenised data is damaged and made anew ({error})")
+        return None
+
+
+def _tokenise_into(folder: Path, source: str, data: Data, tokenizer: Tokenizer, progress: Track) -> SampleSet:
+    mistakes = Mistakes()
+    total = count_rows(source, data, mistakes)
+    mistakes.raise_if_any()
+    conversations = progress(read_conversations(source, data), f"tokenising {source}", total)
+    counts = Counts(source)
+    return SampleSet.write(folder, _samples(conversations, data, tokenizer, counts), about=lambda: asdict(counts))
+
+
+def _samples(
+    conversations: Iterator[Conversation], data: Data, tokenizer: Tokenizer, counts: Counts
+) -> Iterator[Sample]:
+    """The samples that can be learnt; notes in `counts` what became of each row."""
+    mistakes = Mistakes()
+    while batch := list(islice(conversations, BATCH)):
+        counts.rows += len(batch)
+        spoken = []
+        for conversation in batch:
+            if conversation.empty_turn is None:
+                spoken.append(conversation)
+            else:
+                counts.empty.add(conversation.where)
+        for conversation, encoded in zip(spoken, tokenizer.encode_batch(spoken, data.mask), strict=True):
+            if isinstance(encoded, RowError):
+                mistakes.add(f"{conversation.where}: {encoded}")
+            elif sample := make_sample(conversation.where, encoded, data, counts):
+                yield sample
+    mistakes.raise_if_any()
+
+
+def make_sample(where: str, encoded: Encoded, data: Data, counts: Counts) -> Sample | None:
+    """One conversation as a sample, cut to `data.max_length`; None when nothing of it can be learnt."""
+    ids, mask = encoded
+    if len(ids) > data.max_length:
+        counts.truncated.add(where)
+        ids, mask = ids[: data.max_length], mask[: data.max_length]
+    if len(ids) < 2:
+        counts.empty.add(where)
+        return None
+    weights = mask.astype(np.float32)
+    weights[0] = 0  # nothing predicts the first token
+    learnt = int(weights.sum())
+    if not learnt:
+        counts.masked.add(where)
+        return None
+    counts.samples += 1
+    counts.tokens += len(ids)
+    counts.learnt += learnt
+    return Sample(where, (Segment(ids, weights),))
