@@ -1,0 +1,77 @@
+"""A model opened to be measured or talked to: one process, one device, no gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.source import open_model
+from litrecipe.config import groups
+from litrecipe.config.errors import InputError
+from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the verbs that only read a model work with."""
+
+    model: Decoder
+    """In evaluation mode, on its device."""
+    tokenizer: Tokenizer
+    source: str
+    """Where it came from."""
+
+
+def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session:
+    """Load a Hugging Face folder, hub id, GGUF file, PEFT adapter folder, or the final model of a run directory.
+
+    Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
+    """
+    _check(model, fabric)
+    source = final_of_run(model.source)
+    files = open_model(source, tokenizer=model.tokenizer)
+    tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template)
+    decoder = load_model(
+        files,
+        dtype=torch.bfloat16 if fabric.precision == "bf16-true" else torch.float32,
+        quantize=quantize,
+        init=model.init,
+    )
+    decoder = decoder.to(_device(fabric)).eval().requires_grad_(False)
+    if fabric.compile:
+        decoder.compile_blocks()
+    return Session(decoder, tokenizer, source)
+
+
+def final_of_run(source: str) -> str:
+    """`RUN/final` for a run directory, any other source as it is."""
+    folder = Path(source)
+    if not (folder / "recipe.yaml").is_file():
+        return source
+    if not (folder / "final").is_dir():
+        raise InputError(f"model.source: {source}: this run has no final model yet: resume it, or export a checkpoint")
+    return str(folder / "final")
+
+
+def _check(model: groups.Model, fabric: groups.Fabric) -> None:
+    mistakes = []
+    if not model.source:
+        mistakes.append("model.source: missing: give a folder, a hub id or a GGUF file (`--model M`)")
+    if fabric.devices not in ("auto", 1) or fabric.num_nodes != 1 or fabric.strategy != "auto":
+        mistakes.append(f"fabric.devices: {fabric.devices}: evaluation and sampling run in one process: leave it out")
+    if fabric.precision == "bf16-mixed":
+        mistakes.append("fabric.precision: bf16-mixed: only training mixes precisions: use 32-true or bf16-true")
+    if mistakes:
+        raise InputError(*mistakes)
+
+
+def _device(fabric: groups.Fabric) -> torch.device:
+    if fabric.accelerator == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if fabric.accelerator == "cuda" and not torch.cuda.is_available():
+        raise InputError("fabric.accelerator: cuda: this machine shows no CUDA device: use cpu or auto")
+    return torch.device(fabric.accelerator)

@@ -1,0 +1,51 @@
+"""`litrecipe evaluate`: measure a model on tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import EvaluateRecipe
+from litrecipe.config.progress import say
+from litrecipe.evaluation.run import evaluate, plan, table, write
+from litrecipe.evaluation.session import open_session
+
+
+def main(recipe: EvaluateRecipe) -> int:
+    """Open the model, run the tasks, print a table, write the results."""
+    _check(recipe)
+    plan(recipe.tasks)  # a mistyped name is told before the model is loaded
+    session = open_session(recipe.model, recipe.quantize, recipe.fabric)
+    results = evaluate(
+        session.model,
+        session.tokenizer,
+        recipe.tasks,
+        limit=recipe.limit,
+        num_fewshot=recipe.num_fewshot,
+        batch_tokens=recipe.batch_tokens,
+        generate=recipe.generate,
+        log_samples=recipe.log_samples,
+    )
+    results["config"] |= {"model": session.source, "quantize": recipe.quantize.method}
+    Console().print(table(results))
+    if recipe.out is not None:
+        for path in write(results, Path(recipe.out)):
+            say(f"wrote {path}")
+    return 0
+
+
+def _check(recipe: EvaluateRecipe) -> None:
+    mistakes = []
+    if recipe.log_samples and recipe.out is None:
+        mistakes.append("log_samples: true: samples are written beside the results: give `out`")
+    if recipe.out is not None and Path(recipe.out).is_dir():
+        mistakes.append(f"out: {recipe.out}: is a folder: give a file name, e.g. {Path(recipe.out) / 'results.json'}")
+    mistakes += [
+        f"{key}: {value}: give a whole number above 0"
+        for key, value in (("limit", recipe.limit), ("batch_tokens", recipe.batch_tokens))
+        if value is not None and value < 1
+    ]
+    if mistakes:
+        raise InputError(*mistakes)
