@@ -152,7 +152,7 @@ def parse_row(row: dict[str, Any], where: str, data: Data) -> Conversation:
     extra = {name: value for name, value in row.items() if name not in mapped.values()}
     if "tools" in fields:
         extra["tools"] = _tools(fields["tools"])
-    _check_messages(messages)
+    _check_messages(messages, starts_anyhow=layout == "text")
     return Conversation(messages, where, layout, extra)
 
 
@@ -251,17 +251,16 @@ def _list_of_objects(fields: dict[str, Any], name: str) -> list[Message]:
     return items
 
 
-def _check_messages(messages: list[Message]) -> None:
+def _check_messages(messages: list[Message], *, starts_anyhow: bool) -> None:
     """Raise RowError unless the roles alternate, end with the assistant, and everything said is usable text."""
     if not messages:
         raise RowError("no messages: drop the row")
     before = "start"
-    is_text = len(messages) == 1 and messages[0]["role"] == "assistant"
     for number, message in enumerate(messages, start=1):
         role = message["role"]
         if role not in MAY_FOLLOW:
             raise RowError(f"message {number}: role {role!r}: known are {', '.join(MAY_FOLLOW)}")
-        if not is_text and before not in MAY_FOLLOW[role]:
+        if before not in MAY_FOLLOW[role] and not starts_anyhow:
             raise RowError(f"message {number}: {role} after {before}: turns go system, user, assistant, user, …")
         _check_content(message, number)
         before = role

@@ -127,8 +127,8 @@ def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], di
             for segment in sample.segments:
                 if weight_dtype == np.uint8 and not np.isin(segment.weights, (0, 1)).all():
                     weight_dtype = _widen(folder, weights)
-                tokens.write(np.ascontiguousarray(segment.tokens, dtype=ARRAYS["tokens"]))
-                weights.write(np.ascontiguousarray(segment.weights, dtype=weight_dtype))
+                tokens.write(np.asarray(segment.tokens, dtype=ARRAYS["tokens"]).tobytes())
+                weights.write(np.asarray(segment.weights, dtype=weight_dtype).tobytes())
                 segment_starts.append(segment_starts[-1] + len(segment.tokens))
                 segment_parents.append(segment.parent)
             sample_starts.append(len(segment_parents))
@@ -149,7 +149,7 @@ def _widen(folder: Path, weights: Any) -> np.dtype[Any]:
     weights.flush()
     wide = np.fromfile(folder / "weights.bin", dtype=np.uint8).astype(np.float32)
     weights.seek(0)
-    weights.write(wide)
+    weights.write(wide.tobytes())
     return np.dtype(np.float32)
 
 

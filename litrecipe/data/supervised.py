@@ -172,8 +172,20 @@ def _tokenise_into(folder: Path, source: str, data: Data, tokenizer: Tokenizer, 
 def _samples(
     conversations: Iterator[Conversation], data: Data, tokenizer: Tokenizer, counts: Counts
 ) -> Iterator[Sample]:
-    """The samples that can be learnt; notes in `counts` what became of each row."""
+    for conversation, encoded in encode_all(conversations, data, tokenizer, counts):
+        if sample := make_sample(conversation.where, encoded, data, counts):
+            yield sample
+
+
+def encode_all(
+    conversations: Iterable[Conversation], data: Data, tokenizer: Tokenizer, counts: Counts
+) -> Iterator[tuple[Conversation, Encoded]]:
+    """Conversations with their tokens, a batch at a time; notes in `counts` the rows and the empty ones it leaves out.
+
+    Those that cannot be rendered are raised together at the end, as InputError.
+    """
     mistakes = Mistakes()
+    conversations = iter(conversations)
     while batch := list(islice(conversations, BATCH)):
         counts.rows += len(batch)
         spoken = []
@@ -185,8 +197,8 @@ def _samples(
         for conversation, encoded in zip(spoken, tokenizer.encode_batch(spoken, data.mask), strict=True):
             if isinstance(encoded, RowError):
                 mistakes.add(f"{conversation.where}: {encoded}")
-            elif sample := make_sample(conversation.where, encoded, data, counts):
-                yield sample
+            else:
+                yield conversation, encoded
     mistakes.raise_if_any()
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
@@ -47,7 +47,7 @@ class Rendered:
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}`: prints its body between the marks LEARN and LEARNT."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own name and type)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

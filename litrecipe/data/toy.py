@@ -42,6 +42,10 @@ class Draw:
         return choices[index]
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 CONVERSIONS = [
     ("km", "m", 1000),
     ("m", "cm", 100),
@@ -71,20 +75,20 @@ def _units(draw: Draw) -> Question:
     return Question(quantity, prompt, f"{value * factor} {wanted}")
 
 
-NAMES = """
+NAMES = _words("""
     Maria Ahmed Chloe Daniel Elena Farid Grace Hiro Ines Jonas Kavya Liam Mona Nadia Oscar Priya Quentin Rosa Samir
     Tara Ugo Vera Wei Ximena Yusuf Zoe Anton Bianca Carlos Dora Emil Fatima Goran Hanna Ivan Julia Kofi Laila Marco
     Nora Omar Paula Rafael Sofia Tomas Uma Viktor Wanda Yara Zoltan
-""".split()
-CITIES = """
+""")
+CITIES = _words("""
     Oslo Lima Cairo Paris Quito Delhi Tokyo Berlin Madrid Lisbon Nairobi Sydney Toronto Dublin Prague Vienna Athens
     Warsaw Zurich Boston Denver Seattle Havana Bogota Accra Lagos Tunis Amman Seoul Hanoi Manila Jakarta Mumbai
     Dhaka Riga Tallinn Helsinki Bergen Porto Seville Naples Milan Lyon Ghent Krakow Sofia Izmir Doha Perth Auckland
-""".split()
-JOBS = """
-    nurse teacher baker pilot lawyer farmer plumber dentist painter chemist sailor tailor butcher actor judge
+""")
+JOBS = _words("""
+    nurse teacher baker pilot lawyer farmer plumber dentist painter chemist sailor tailor butcher judge
     gardener singer carpenter librarian journalist
-""".split()
+""")
 FIELDS_WORDINGS = [
     "{name}, {age}, is a {job} from {city}.",
     "The {job} {name} is {age} years old and lives in {city}.",
