@@ -1,0 +1,178 @@
+"""What a decoder is made of, read from a Hugging Face `config.json` and written back.
+
+A family is one reader function in `FAMILIES`, from the keys of its `config.json` to an `Architecture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from litrecipe.config.errors import InputError
+
+Config = dict[str, Any]
+"""A parsed `config.json`."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Shapes and constants of a decoder; everything `Decoder` needs beside its weights."""
+
+    vocab_size: int
+    """Rows of the embedding; may be padded beyond the tokenizer's tokens."""
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    """Heads of keys and values; a divisor of `num_heads` (grouped-query attention, 2305.13245)."""
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    """None, or `{"rope_type": "linear" | "llama3", …}` with the numbers of that type."""
+    max_positions: int
+    """Longest sequence the model was made for."""
+    tie_embeddings: bool
+    """Whether the head's weight is the embedding's."""
+    attention_bias: bool
+    """Biases on q, k, v and o."""
+    mlp_bias: bool
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+    family: str
+    """`model_type` of the config."""
+    initializer_range: float = 0.02
+    """Standard deviation of fresh weights."""
+
+
+def read_architecture(config: Config) -> Architecture:
+    """The architecture of a `config.json`, in the Hub's dialect or that of transformers 5.
+
+    Raises InputError with all missing keys and all values that this decoder cannot honour.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(f"config.json: model_type: {family}: one of {', '.join(FAMILIES)} can be read")
+    return FAMILIES[family](config)
+
+
+def to_hf_config(architecture: Architecture, dtype: str = "float32") -> Config:
+    """A `config.json` that transformers 4 and 5 both load; `dtype` is the name of the saved weights' torch dtype."""
+    names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+    eos = architecture.eos_ids
+    config = {
+        "architectures": [names[architecture.family]],
+        "model_type": architecture.family,
+        "hidden_act": "silu",
+        "torch_dtype": dtype,
+        **{key: getattr(architecture, name) for name, key in REQUIRED_KEYS.items()},
+        "num_key_value_heads": architecture.num_kv_heads,
+        "head_dim": architecture.head_dim,
+        "rope_theta": architecture.rope_theta,
+        "rope_scaling": architecture.rope_scaling,
+        "tie_word_embeddings": architecture.tie_embeddings,
+        "initializer_range": architecture.initializer_range,
+        "bos_token_id": architecture.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": architecture.pad_id,
+        "use_cache": True,
+    }
+    if architecture.family == "llama":
+        config |= {"attention_bias": architecture.attention_bias, "mlp_bias": architecture.mlp_bias}
+    if architecture.family == "mistral":
+        config |= {"sliding_window": None}
+    return config
+
+
+def count_parameters(architecture: Architecture) -> int:
+    """Number of weights, a tied head counted once."""
+    a = architecture
+    queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+    attention = a.hidden_size * (2 * queries + 2 * keys)
+    attention += a.attention_bias * (queries + 2 * keys + a.hidden_size)
+    mlp = 3 * a.hidden_size * a.intermediate_size
+    mlp += a.mlp_bias * (2 * a.intermediate_size + a.hidden_size)
+    embedding = a.vocab_size * a.hidden_size
+    return (2 - a.tie_embeddings) * embedding + a.num_layers * (attention + mlp + 2 * a.hidden_size) + a.hidden_size
+
+
+REQUIRED_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "rms_norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings",
+}
+"""Field → key; what has no default that holds for every model of a family."""
+
+
+def _read_llama(config: Config) -> Architecture:
+    missing = [key for key in REQUIRED_KEYS.values() if config.get(key) is None]
+    mistakes = [f"config.json: {key}: missing: it has no default" for key in missing]
+    if config.get("hidden_act", "silu") != "silu":
+        mistakes.append(f"config.json: hidden_act: {config['hidden_act']}: only silu is known for this family")
+    theta, scaling, rope_mistakes = _read_rope(config)
+    mistakes += rope_mistakes
+    if mistakes:
+        raise InputError(*mistakes)
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise InputError(f"config.json: num_key_value_heads: {kv_heads}: must divide num_attention_heads {heads}")
+    eos = config.get("eos_token_id")
+    return Architecture(
+        **{name: config[key] for name, key in REQUIRED_KEYS.items()},
+        num_kv_heads=kv_heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        attention_bias=config.get("attention_bias", False),
+        mlp_bias=config.get("mlp_bias", False),
+        bos_id=config.get("bos_token_id"),
+        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        pad_id=config.get("pad_token_id"),
+        family=config["model_type"],
+        initializer_range=config.get("initializer_range", 0.02),
+    )
+
+
+def _read_mistral(config: Config) -> Architecture:
+    if config.get("sliding_window") is not None:
+        raise InputError(
+            f"config.json: sliding_window: {config['sliding_window']}: "
+            "attention through a sliding window is not implemented; use a model whose sliding_window is null"
+        )
+    return _read_llama({**config, "attention_bias": False, "mlp_bias": False})
+
+
+FAMILIES: dict[str, Callable[[Config], Architecture]] = {"llama": _read_llama, "mistral": _read_mistral}
+"""`model_type` → its reader."""
+
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+"""Kinds of rotary embedding and the numbers each needs."""
+
+
+def _read_rope(config: Config) -> tuple[float, dict[str, Any] | None, list[str]]:
+    """Base, scaling and mistakes, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    values = config.get(key) or {}
+    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind not in ROPE_NUMBERS:
+        known = ", ".join(ROPE_NUMBERS)
+        return theta, None, [f"config.json: {key}.rope_type: {kind}: one of {known} is implemented"]
+    missing = [number for number in ROPE_NUMBERS[kind] if number not in values]
+    if missing:
+        return theta, None, [f"config.json: {key}.{number}: missing: rope_type {kind} needs it" for number in missing]
+    scaling = None if kind == "default" else {"rope_type": kind, **{n: values[n] for n in ROPE_NUMBERS[kind]}}
+    return theta, scaling, []

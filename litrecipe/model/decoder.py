@@ -1,0 +1,234 @@
+"""The decoder: one config-driven transformer whose module names are those of Hugging Face's Llama.
+
+Shapes: T tokens of a row, P predictions, d hidden size, H query heads, G key/value heads, D head dimension,
+B sequences of a decoding batch, t new tokens of each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from litrecipe.model.architecture import Architecture
+from litrecipe.model.attention import Forest
+from litrecipe.model.cache import CacheStep, KVCache
+from litrecipe.model.head import Predictions, predict, predict_through
+from litrecipe.model.row import Row, Span
+
+
+class Attention(Protocol):
+    """What tokens look at: the forest of a packed row, or a cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (T, H, D), k and v (T, G, D) → (T, H, D)."""
+
+
+class Decoder(nn.Module):
+    """A causal language model that returns log-probabilities, never logits of a whole row."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.activation_checkpointing = False
+        """Compute each layer again in the backward pass instead of keeping its insides."""
+        self.model = Backbone(architecture)
+        self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        # Neither a parameter nor a buffer: it must stay in fp32 whatever the weights are cast to.
+        self.inverse_frequencies = inverse_frequencies(architecture)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one Parameter if the architecture says so; call it after replacing parameters."""
+        if self.architecture.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
+        self.tie_weights()
+        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0, self.architecture.initializer_range, generator=generator)
+            for module in self.modules():
+                if isinstance(module, RMSNorm):
+                    module.weight.fill_(1)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    module.bias.zero_()
+
+    def compile_blocks(self) -> None:
+        """torch.compile each layer's forward, for any number of tokens."""
+        for layer in self.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+
+    def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
+        """Log-probabilities (P,) of the row's targets under logits / temperature."""
+        hidden = self._hidden(row.tokens, row.positions, Forest(row.spans, row.tokens.device))
+        hidden = self.model.norm(hidden.index_select(0, row.predict_from))
+        if type(self.lm_head) is nn.Linear:
+            return predict(hidden, self.lm_head.weight, row.target, temperature)
+        return predict_through(self.lm_head, self.architecture.vocab_size, hidden, row.target, temperature)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
+        forest = Forest([Span(0, len(tokens), -1)], tokens.device)
+        positions = torch.arange(len(tokens), device=tokens.device)
+        return self.lm_head(self.model.norm(self._hidden(tokens, positions, forest)))
+
+    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Read tokens (B, t) behind what the cache holds; returns the logits (B, V) after the last.
+
+        `positions` (B, t) ends each sequence at its right position; negative ones mark padding on the left.
+        """
+        B, t = tokens.shape
+        mask = cache.mask(positions)
+        steps = [CacheStep(cache, index, mask) for index in range(self.architecture.num_layers)]
+        hidden = self._hidden(tokens.flatten(), positions.flatten(), *steps)
+        cache.length += t
+        return self.lm_head(self.model.norm(hidden.view(B, t, -1)[:, -1]))
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, *attention: Attention) -> Tensor:
+        """Output of the last layer (T, d), not normalised. `attention` is one for all layers, or one a layer."""
+        cos, sin = rotary_tables(positions, self.inverse_frequencies)
+        x = self.model.embed_tokens(tokens)
+        for index, layer in enumerate(self.model.layers):
+            looks_at = attention[index % len(attention)]
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(layer, x, cos, sin, looks_at, use_reentrant=False))
+            else:
+                x = layer(x, cos, sin, looks_at)
+        return x
+
+
+class Backbone(nn.Module):
+    """Holds the weights that Hugging Face names `model.…`; `Decoder` runs them."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
+        self.layers = nn.ModuleList(Layer(architecture) for _ in range(architecture.num_layers))
+        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+
+
+class Layer(nn.Module):
+    """x + attention(norm x), then x + mlp(norm x)."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(architecture)
+        self.mlp = MLP(architecture)
+        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        """x (T, d) → (T, d)."""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = architecture
+        self.head_dim = a.head_dim
+        self.q_proj = nn.Linear(a.hidden_size, a.num_heads * a.head_dim, bias=a.attention_bias)
+        self.k_proj = nn.Linear(a.hidden_size, a.num_kv_heads * a.head_dim, bias=a.attention_bias)
+        self.v_proj = nn.Linear(a.hidden_size, a.num_kv_heads * a.head_dim, bias=a.attention_bias)
+        self.o_proj = nn.Linear(a.num_heads * a.head_dim, a.hidden_size, bias=a.attention_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
+        """x (T, d) → (T, d)."""
+        heads = (len(x), -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), cos, sin)
+        k = rotate(self.k_proj(x).view(heads), cos, sin)
+        v = self.v_proj(x).view(heads)
+        return self.o_proj(attention.attend(q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202): down(silu(gate x) · up x)."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        d, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
+        self.gate_proj = nn.Linear(d, inner, bias=bias)
+        self.up_proj = nn.Linear(d, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, d, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, d) → (T, d)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean x² + eps) · weight (1910.07467), in fp32 inside."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, d) → (…, d)."""
+        wide = x.float()
+        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normalised.to(x.dtype)
+
+
+def inverse_frequencies(architecture: Architecture) -> Tensor:
+    """Angle a position of each of the D / 2 rotated pairs, fp32 on the CPU (RoPE, 2104.09864).
+
+    `linear` stretches all wavelengths by `factor` (2306.15595). `llama3` (Llama 3.1) stretches those longer than
+    original / low_freq_factor, keeps those shorter than original / high_freq_factor, and goes over in between.
+    """
+    exponents = torch.arange(0, architecture.head_dim, 2, device="cpu").float() / architecture.head_dim
+    frequencies = 1.0 / architecture.rope_theta**exponents
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return stretched
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * stretched + kept * frequencies
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, (T, 1, D / 2) fp32."""
+    angles = positions.float()[:, None, None] * frequencies.to(positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + D/2}) of x (T, H, D) by their positions' angles; in fp32 inside."""
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """The backward pass of a rotation turns the gradient back; nothing but the tables is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, -1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
