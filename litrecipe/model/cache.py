@@ -8,6 +8,8 @@ to the same slot. A token's position is its slot minus the sequence's padding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,8 +35,8 @@ class KVCache:
         self.length = 0
         """Slots that are filled."""
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with some of the sequences only; rows holds their indices."""
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the sequences only, given by their indices."""
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
 
