@@ -8,7 +8,8 @@ Shapes: T tokens of the largest row, P its predictions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.head import CHUNK_ELEMENTS
 from litrecipe.model.row import Row
 from litrecipe.objectives.causal_lm import CausalLM
 
@@ -55,7 +57,8 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
 
     dtype = torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
     with FakeTensorMode():
-        model = Decoder(architecture).to(dtype)
+        with default_dtype(dtype):
+            model = Decoder(architecture)
         if recipe.adapter.method != "none":
             add_adapter(model, recipe.adapter)
         model.activation_checkpointing = recipe.fabric.activation_checkpointing
@@ -82,7 +85,8 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
     count = sum(p.numel() for p in trained)
     share = world_size if recipe.fabric.strategy == "fsdp" else 1
     widest = max(architecture.intermediate_size, architecture.hidden_size)
-    scratch = 2 * saved.head_chunk_bytes(architecture, row) + 6 * len(row.tokens) * widest * 4
+    chunk = min(CHUNK_ELEMENTS, len(row.target) * architecture.vocab_size) * 4
+    scratch = 2 * chunk + 6 * len(row.tokens) * widest * 4
     return MemoryTable(
         weights=weights // share,
         gradients=sum(p.numel() * p.element_size() for p in trained) // share,
@@ -92,6 +96,17 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
         parameters=parameters,
         trained=count,
     )
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating-point tensors are of this type inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -110,10 +125,3 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
             self._alive.append(tensor)  # a freed storage's address could be given out again
             self.total += storage.nbytes()
         return tensor
-
-    @staticmethod
-    def head_chunk_bytes(architecture: Architecture, row: Row) -> int:
-        """fp32 logits of one chunk of the head."""
-        from litrecipe.model.head import chunk_rows
-
-        return min(chunk_rows(architecture.vocab_size), len(row.target)) * architecture.vocab_size * 4

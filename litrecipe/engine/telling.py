@@ -103,6 +103,7 @@ class Teller:
             return
         self.dir.append("metrics.jsonl", {"step": step, **metrics})
         self.log(metrics, step)
+        self.last_time = time.monotonic()
         self.say("evaluation at step {}: {}".format(step, " · ".join(f"{k} {v:.4f}" for k, v in metrics.items())))
 
     def log(self, metrics: dict[str, float], step: int) -> None:

@@ -115,6 +115,7 @@ def test_loss_falls_and_everything_is_told(tmp_path, config):
     samples = Samples(8)
     job = make_job(tmp_path, config, samples=samples, val=Samples(4, seed=1), epochs=8, global_batch_size=4)
     job.recipe.eval.every = 5
+    job.recipe.optim.lr = 1e-2
     assert fit(job) == 0
     steps = [r for r in read_records(tmp_path / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 17))
