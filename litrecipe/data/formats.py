@@ -149,6 +149,8 @@ def parse_row(row: dict[str, Any], where: str, data: Data) -> Conversation:
         )
     fields = {name: row[column] for name, column in mapped.items() if row.get(column) is not None}
     messages = _READERS[layout](fields)
+    if layout == "prompt_completion" and isinstance(fields["prompt"], list):
+        layout = "messages"
     extra = {name: value for name, value in row.items() if name not in mapped.values()}
     if "tools" in fields:
         extra["tools"] = _tools(fields["tools"])

@@ -93,7 +93,7 @@ def find_files(source: str) -> list[Path]:
         if _kind(path) is None:
             raise InputError(f"{source}: {path.suffix or 'no suffix'}: data files end in {_suffixes()}")
         return [path]
-    looks_like_a_file = _kind(Path(source)) is not None
+    looks_like_a_file = _kind(Path(source.partition("?")[0])) is not None
     if HUB_ID.fullmatch(source) and not looks_like_a_file:
         return _hub_files(source)
     raise InputError(f"{source}: no such file or folder{_nearest(path)}")

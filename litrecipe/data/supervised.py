@@ -143,7 +143,9 @@ def _load_source(key: str, source: str, data: Data, tokenizer: Tokenizer, progre
     )
     folder = cache_folder(data) / "supervised" / cache_key
     with locked(folder.with_suffix(".lock")):
-        samples = _open(folder) or _tokenise_into(folder, source, data, tokenizer, progress)
+        samples = _open(folder)
+        if samples is None:
+            samples = _tokenise_into(folder, source, data, tokenizer, progress)
     counts = Counts.from_json(samples.about)
     if not len(samples):
         raise InputError(f"{key}: nothing in it can be learnt ({counts}): look at it with `litrecipe data preview`")

@@ -33,6 +33,9 @@ WRITTEN, LEARN, LEARNT = RESERVED[0], RESERVED[1], RESERVED[2]
 MAX_PRINTED = 10_000_000
 """Characters a template may print, and the longest string or list it may make by multiplication."""
 
+PYTHON_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What a template may run into besides Jinja's own errors."""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -151,7 +154,7 @@ class ChatTemplate:
                 size += len(piece)
                 if size > MAX_PRINTED:
                     raise RowError(f"the chat template prints more than {MAX_PRINTED} characters: mend the template")
-        except (TemplateError, TypeError) as error:
+        except (TemplateError, *PYTHON_ERRORS) as error:
             raise RowError(f"the chat template refuses this conversation: {error}") from error
         return "".join(printed)
 

@@ -176,10 +176,10 @@ class Tokenizer:
 
 
 class DecodeStream:
-    """Token after token into text; what is given out never changes and, put together, is the text of all ids."""
+    """Token after token into text; what is given out never changes and, put together, is the text of all ids.
 
-    WINDOW = 6
-    """Tokens of context, because some decoders treat the first token of a text differently."""
+    The tokens of the last piece given out are decoded along, because decoders treat the start of a text differently.
+    """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool) -> None:
         self._tokenizer = tokenizer
@@ -191,20 +191,20 @@ class DecodeStream:
         """The text that is certain with this token: empty while a character is incomplete."""
         self._held.append(id)
         text = self._text_of_held()
-        return "" if text.endswith("\ufffd") else self._give(text)
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._given, self._held = self._held, []
+        return text
 
     def finish(self) -> str:
         """What was held back (U+FFFD for bytes that never became a character)."""
-        return self._give(self._text_of_held())
+        text = self._text_of_held()
+        self._given, self._held = [], []
+        return text
 
     def _text_of_held(self) -> str:
         before = self._tokenizer.decode(self._given, self._skip_special)
         return self._tokenizer.decode(self._given + self._held, self._skip_special)[len(before) :]
-
-    def _give(self, text: str) -> str:
-        self._given = (self._given + self._held)[-self.WINDOW :]
-        self._held = []
-        return text
 
 
 def _dropping_marks(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from litrecipe.config.errors import InputError
+from litrecipe.data.readers import Mistakes, check_source, read_rows, source_hash
+
+ROWS = [{"text": f"row {number} é 🤗"} for number in range(1, 4)]
+JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    content = content.encode() if isinstance(content, str) else content
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    if path.suffix == ".zst":
+        content = zstandard.ZstdCompressor().compress(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def mistakes_of(path: Path) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        list(read_rows(str(path)))
+    return caught.value.mistakes
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_jsonl_gives_rows_and_lines(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, "\ufeff" + JSONL.replace("\n", "\n\n"))
+    assert list(read_rows(str(path))) == [(row, f"{path}:{2 * i + 1}") for i, row in enumerate(ROWS)]
+
+
+def test_zst_frames_one_after_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.ZstdCompressor().compress(line.encode()) for line in JSONL.splitlines(True)))
+    assert [row for row, _ in read_rows(str(path))] == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize("document", [ROWS, {"version": 1, "data": ROWS}])
+def test_json_gives_rows_of_a_list(tmp_path: Path, name: str, document: object) -> None:
+    path = write(tmp_path / name, json.dumps(document))
+    assert list(read_rows(str(path))) == [(row, f"{path}:{i + 1}") for i, row in enumerate(ROWS)]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "é"}], "n": 1}, {"messages": [], "n": None}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert list(read_rows(str(tmp_path / "a.parquet"))) == [
+        (row, f"{tmp_path / 'a.parquet'}:{i + 1}") for i, row in enumerate(rows)
+    ]
+
+
+def test_plain_text_has_a_row_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt.gz", "one\r\n\ntwo\n")
+    assert list(read_rows(str(path))) == [({"text": "one"}, f"{path}:1"), ({"text": "two"}, f"{path}:3")]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a/z.jsonl.gz", ".hidden/x.jsonl", "README.md"):
+        write(tmp_path / name, json.dumps({"text": name}))
+    assert [row["text"] for row, _ in read_rows(str(tmp_path))] == ["a/z.jsonl.gz", "b.jsonl"]
+
+
+def test_broken_lines_are_gathered_with_their_places(tmp_path: Path) -> None:
+    lines = [b'{"text": 1}', b'{"text": ', b"[1, 2]", b'{"text": "\xff"}', b"[" * 100_000, b'{"text": 2}']
+    path = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    mistakes = Mistakes()
+    assert [row["text"] for row, _ in read_rows(str(path), mistakes)] == [1, 2]
+    assert mistakes.count == 4
+    expected = ["not valid JSON", "a row must be a JSON object", "not UTF-8", "nested too deeply"]
+    for line, what, mistake in zip((2, 3, 4, 5), expected, mistakes.shown, strict=True):
+        assert mistake.startswith(f"{path}:{line}: ") and what in mistake
+
+
+def test_twenty_mistakes_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
+    found = mistakes_of(write(tmp_path / "a.jsonl", "{\n" * 50))
+    assert len(found) == 21
+    assert found[-1] == "… and 30 more mistakes"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_cut_compressed_file_is_said(tmp_path: Path, name: str, keep: float) -> None:
+    path = write(tmp_path / name, JSONL * 3000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    assert "ends too early" in mistakes_of(path)[-1]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz"])
+def test_a_file_that_is_not_compressed_at_all(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(JSONL.encode())
+    assert "not a readable compressed file" in mistakes_of(tmp_path / name)[0]
+
+
+def test_broken_json_names_its_line(tmp_path: Path) -> None:
+    assert mistakes_of(write(tmp_path / "a.json", '[\n{"a": 1},\n{"a" 2}\n]'))[0].startswith(f"{tmp_path}/a.json:3: ")
+    assert ".jsonl file" in mistakes_of(write(tmp_path / "b.json", JSONL))[0]
+    assert "neither a list" in mistakes_of(write(tmp_path / "c.json", '{"a": 1}'))[0]
+    assert mistakes_of(write(tmp_path / "d.json", "[{}, 7]"))[0].startswith(f"{tmp_path}/d.json:2: 7: ")
+    assert "a.json:2: byte 0xff" in mistakes_of(write(tmp_path / "a.json", b'[\n"\xff"]'))[0]
+
+
+def test_broken_parquet(tmp_path: Path) -> None:
+    assert "not a readable Parquet file" in mistakes_of(write(tmp_path / "a.parquet", "PAR1 no"))[0]
+
+
+def test_a_mistyped_path_gets_the_nearest_name(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train.jsonl", JSONL)
+    assert mistakes_of(tmp_path / "data" / "trian.jsonl") == [
+        f"{tmp_path}/data/trian.jsonl: no such file or folder (did you mean {tmp_path}/data/train.jsonl?)"
+    ]
+    assert f"did you mean {tmp_path}/data?" in mistakes_of(tmp_path / "dta" / "train.jsonl")[0]
+    with pytest.raises(InputError, match=r"^data\.val: .*no such file"):
+        check_source("data.val", str(tmp_path / "nothing.jsonl"))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    assert "data files end in" in mistakes_of(write(tmp_path / "a.csv", "a,b"))[0]
+    assert "no data files" in mistakes_of(tmp_path)[0]
+
+
+def test_source_hash_follows_the_content(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", JSONL)
+    before = source_hash(str(path))
+    assert source_hash(str(path)) == before
+    write(path, JSONL + JSONL)
+    assert source_hash(str(path)) != before
+    assert source_hash("toy:units?n=3") != source_hash("toy:units?n=3&seed=1")
+
+
+def hub_cache(root: Path, files: dict[str, str]) -> None:
+    """The hub library's cache as it stands after a download of org/name."""
+    repository = root / "datasets--org--name"
+    for name, content in files.items():
+        write(repository / "snapshots" / "abc" / name, content)
+    write(repository / "refs" / "main", "abc")
+
+
+def read_from_hub(root: Path, source: str) -> subprocess.CompletedProcess[str]:
+    code = (
+        "import sys\nfrom litrecipe.data.readers import read_rows\nfrom litrecipe.config.errors import InputError\n"
+        "try:\n    print([row['text'] for row, _ in read_rows(sys.argv[1])])\n"
+        "except InputError as error:\n    print(error)\nassert 'torch' not in sys.modules"
+    )
+    environment = {"HF_HUB_CACHE": str(root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", code, source], env=environment, capture_output=True, text=True, check=True, cwd=root
+    )
+
+
+def test_hub_data_sets(tmp_path: Path) -> None:
+    files = {f"data/{name}.jsonl": json.dumps({"text": name}) for name in ("train-00000", "test-00000", "dev")}
+    hub_cache(tmp_path, files)
+    assert read_from_hub(tmp_path, "org/name").stdout == "['train-00000']\n"
+    assert read_from_hub(tmp_path, "org/name?split=validation").stdout == "['dev']\n"
+    assert read_from_hub(tmp_path, "org/name?split=test&files=*.jsonl").stdout == "['test-00000']\n"
+    assert "no files of the split" in read_from_hub(tmp_path, "org/name?files=*.parquet").stdout
+    assert "options are" in read_from_hub(tmp_path, "org/name?splt=test").stdout
+
+
+def test_a_hub_data_set_offline_is_a_clear_error(tmp_path: Path) -> None:
+    told = read_from_hub(tmp_path, "org/other").stdout
+    assert told.startswith("org/other: ") and "HF_HUB_OFFLINE" in told
+
+
+def test_a_hub_data_set_without_splits_is_read_whole(tmp_path: Path) -> None:
+    hub_cache(tmp_path, {"a.jsonl": '{"text": "a"}', "b.jsonl": '{"text": "b"}'})
+    assert read_from_hub(tmp_path, "org/name").stdout == "['a', 'b']\n"
+
+
+def test_reading_imports_no_torch() -> None:
+    code = (
+        "import sys, litrecipe.data.readers, litrecipe.data.formats, litrecipe.data.toy, litrecipe.data.packing\n"
+        "heavy = {'torch', 'transformers', 'peft', 'pyarrow', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

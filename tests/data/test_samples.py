@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from litrecipe.config.errors import InputError
+from litrecipe.data.samples import SampleSet, is_complete
+from litrecipe.model.row import Sample, Segment
+
+
+def segment(*tokens: int, weights: list[float] | None = None, parent: int = -1) -> Segment:
+    return Segment(
+        np.array(tokens, dtype=np.int32),
+        np.array(weights or [0.0, *[1.0] * (len(tokens) - 1)], dtype=np.float32),
+        parent,
+    )
+
+
+PAIR = Sample("b:2", (segment(1, 2), segment(3, 4, 5, weights=[1, 1, 0], parent=0), segment(6, parent=0)))
+SAMPLES = [Sample("a:1", (segment(7, 8, 9),)), PAIR, Sample("c:3", (segment(5, 6),))]
+
+
+def same(one: Sample, other: Sample) -> None:
+    assert one.id == other.id and len(one.segments) == len(other.segments)
+    for left, right in zip(one.segments, other.segments, strict=True):
+        np.testing.assert_array_equal(left.tokens, right.tokens)
+        np.testing.assert_array_equal(left.weights, right.weights)
+        assert left.parent == right.parent
+        assert left.weights.dtype == np.float32
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    written = SampleSet.write(tmp_path / "set", iter(SAMPLES), about=lambda: {"rows": 3})
+    read = SampleSet(tmp_path / "set")
+    assert len(read) == 3 and read.about == {"rows": 3}
+    for index, sample in enumerate(SAMPLES):
+        same(read[index], sample)
+    assert read.lengths.tolist() == [3, 6, 2] == [sample.length for sample in SAMPLES]
+    assert read.supervised.tolist() == [2, 3, 1]
+    assert read.fingerprint == written.fingerprint
+    assert isinstance(read[0].segments[0].tokens, np.memmap)
+
+
+def test_weights_between_0_and_1_are_kept(tmp_path: Path) -> None:
+    fractional = Sample("d:4", (segment(1, 2, 3, weights=[0, 0.25, 1]),))
+    read = SampleSet.write(tmp_path / "set", [*SAMPLES, fractional, *SAMPLES])
+    for index, sample in enumerate([*SAMPLES, fractional, *SAMPLES]):
+        same(read[index], sample)
+
+
+def test_a_subset_is_its_samples(tmp_path: Path) -> None:
+    whole = SampleSet.write(tmp_path / "set", SAMPLES)
+    part = whole.subset([2, 1])
+    same(part[0], SAMPLES[2])
+    assert part.lengths.tolist() == [2, 6] and part.supervised.tolist() == [1, 3]
+    assert part.subset([1])[0].id == "b:2"
+    assert len({whole.fingerprint, part.fingerprint, whole.subset([1, 2]).fingerprint}) == 3
+    assert part.fingerprint == whole.subset(np.array([2, 1])).fingerprint
+
+
+def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
+    one = SampleSet.write(tmp_path / "one", SAMPLES)
+    assert one.fingerprint == SampleSet.write(tmp_path / "two", SAMPLES).fingerprint
+    assert one.fingerprint != SampleSet.write(tmp_path / "three", SAMPLES[:2]).fingerprint
+
+
+def test_an_empty_set(tmp_path: Path) -> None:
+    assert len(SampleSet.write(tmp_path / "set", [])) == 0
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "weights.bin", "segment_starts.bin", "ids.json"])
+def test_altered_cut_and_missing_files_are_named(tmp_path: Path, name: str) -> None:
+    path = SampleSet.write(tmp_path / "set", SAMPLES).folder / name
+    good = path.read_bytes()
+    for bad in (good[:-1], bytes([good[0] ^ 1]) + good[1:]):
+        path.write_bytes(bad)
+        with pytest.raises(InputError, match=f"{name}: altered"):
+            SampleSet(tmp_path / "set")
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name}: missing"):
+        SampleSet(tmp_path / "set")
+
+
+def test_nothing_appears_before_all_is_written(tmp_path: Path) -> None:
+    def failing():
+        yield SAMPLES[0]
+        assert not is_complete(tmp_path / "set")
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        SampleSet.write(tmp_path / "set", failing())
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InputError, match="no complete set"):
+        SampleSet(tmp_path / "set")

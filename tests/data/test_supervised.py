@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Data
+from litrecipe.data.supervised import cache_folder, load_supervised
+from litrecipe.data.tokenizer import Tokenizer
+
+
+def row(asked: str, said: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(chatml_folder: Path) -> Tokenizer:
+    return Tokenizer.load(chatml_folder)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    return write(tmp_path / "train.jsonl", [row(f"What is {n}?", f"{n} is {n} 🤗") for n in range(20)])
+
+
+def test_samples_are_the_conversations(tokenizer: Tokenizer, source: str) -> None:
+    loaded = load_supervised(Data(train=source), tokenizer, seed=0)
+    assert loaded.val is None and len(loaded.train) == 20
+    for n in (0, 19):
+        ids, mask = tokenizer.encode_conversation(row(f"What is {n}?", f"{n} is {n} 🤗")["messages"])
+        sample = loaded.train[n]
+        assert sample.id == f"{source}:{n + 1}"
+        np.testing.assert_array_equal(sample.segments[0].tokens, ids)
+        np.testing.assert_array_equal(sample.segments[0].weights, mask.astype(np.float32))
+    counts = loaded.report.train
+    assert (counts.rows, counts.samples) == (20, 20)
+    assert counts.tokens == loaded.train.lengths.sum()
+    assert counts.learnt == loaded.train.supervised.sum() > 0
+
+
+def test_mask_all_learns_everything_that_has_a_predecessor(tokenizer: Tokenizer, source: str) -> None:
+    train = load_supervised(Data(train=source, mask="all"), tokenizer, seed=0).train
+    assert (train.supervised == train.lengths - 1).all()
+
+
+def test_the_second_time_nothing_is_tokenised(tokenizer: Tokenizer, source: str) -> None:
+    calls = []
+
+    def progress(items: Any, label: str, total: int) -> Iterator[Any]:
+        calls.append((label, total))
+        yield from items
+
+    first = load_supervised(Data(train=source), tokenizer, seed=0, progress=progress)
+    again = load_supervised(Data(train=source), tokenizer, seed=1, progress=progress)
+    assert calls == [(f"tokenising {source}", 20)]
+    assert first.train.fingerprint == again.train.fingerprint
+    assert str(first.report) == str(again.report)
+
+
+@pytest.mark.parametrize("change", [{"max_length": 60}, {"mask": "all"}, {"format": "messages"}])
+def test_other_options_are_tokenised_anew(tokenizer: Tokenizer, source: str, change: dict[str, Any]) -> None:
+    load_supervised(Data(train=source), tokenizer, seed=0)
+    load_supervised(Data(train=source, **change), tokenizer, seed=0)
+    folder = cache_folder(Data()) / "supervised"
+    assert sum(path.is_dir() for path in folder.iterdir()) == 2
+
+
+def test_another_template_or_content_is_tokenised_anew(
+    tokenizer: Tokenizer, chatml_folder: Path, tmp_path: Path, source: str
+) -> None:
+    before = load_supervised(Data(train=source), tokenizer, seed=0).train.fingerprint
+    template = tmp_path / "mine.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    mine = Tokenizer.load(chatml_folder, str(template))
+    assert load_supervised(Data(train=source), mine, seed=0).train.fingerprint != before
+    write(Path(source), [row("a", "b")])
+    assert len(load_supervised(Data(train=source), tokenizer, seed=0).train) == 1
+
+
+def test_a_damaged_cache_is_made_anew(tokenizer: Tokenizer, source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    first = load_supervised(Data(train=source), tokenizer, seed=0).train
+    (first.folder / "tokens.bin").write_bytes(b"")
+    again = load_supervised(Data(train=source), tokenizer, seed=0).train
+    assert again.fingerprint == first.fingerprint and len(again[3].segments[0].tokens) > 0
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_cut_empty_and_masked_samples_are_counted_and_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [row("a", "b"), row("a", "b " * 300), row("a " * 300, "b"), row("a", " "), row("", "b")]
+    loaded = load_supervised(Data(train=write(tmp_path / "x.jsonl", rows), max_length=100), tokenizer, seed=0)
+    counts = loaded.report.train
+    assert [sample.id.rpartition(":")[2] for sample in map(loaded.train.__getitem__, range(2))] == ["1", "2"]
+    assert loaded.train.lengths.max() == 100
+    found = {
+        name: (trouble.count, [w.rpartition(":")[2] for w in trouble.first])
+        for name, trouble in (("truncated", counts.truncated), ("empty", counts.empty), ("masked", counts.masked))
+    }
+    assert found == {"truncated": (2, ["2", "3"]), "empty": (2, ["4", "5"]), "masked": (1, ["3"])}
+    assert "truncated to data.max_length: 2 (x.jsonl:2, x.jsonl:3)" in str(loaded.report)
+    assert "dropped as empty: 2" in str(loaded.report) and "nothing to learn: 1" in str(loaded.report)
+
+
+def test_a_set_without_anything_to_learn_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "x.jsonl", [row("a " * 300, "b")] * 3)
+    for _ in range(2):  # also from the cache
+        with pytest.raises(InputError, match=r"data\.train: nothing in it can be learnt"):
+            load_supervised(Data(train=source, max_length=50), tokenizer, seed=0)
+
+
+def test_wrong_rows_are_named_together(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = write(tmp_path / "x.jsonl", [row("a", "b"), {"messages": []}, {"rows": 1}])
+    with pytest.raises(InputError) as caught:
+        load_supervised(Data(train=source), tokenizer, seed=0)
+    assert [mistake.split(": ")[0] for mistake in caught.value.mistakes] == [f"{source}:2", f"{source}:3"]
+
+
+def test_rows_that_the_template_refuses_are_named(chatml_folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if 'no' in m.content %}{{ raise_exception('I said no') }}{% endif %}{{ m.content }}"
+        "<|im_end|>{% endfor %}"
+    )
+    source = write(tmp_path / "x.jsonl", [row("a", "b"), row("a", "no"), row("no", "b")])
+    with pytest.raises(InputError) as caught:
+        load_supervised(Data(train=source), Tokenizer.load(chatml_folder, str(template)), seed=0)
+    assert [mistake.split(": ")[0] for mistake in caught.value.mistakes] == [f"{source}:2", f"{source}:3"]
+    assert "I said no" in caught.value.mistakes[0]
+
+
+def test_held_out_samples_are_chosen_by_the_seed(tokenizer: Tokenizer, source: str) -> None:
+    data = Data(train=source, val_fraction=0.25)
+    one, same, other = (load_supervised(data, tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert one.val is not None and same.val is not None and other.val is not None
+    assert (len(one.train), len(one.val)) == (15, 5)
+    ids = {sample_set[i].id for sample_set in (one.train, one.val) for i in range(len(sample_set))}
+    assert len(ids) == 20
+    assert one.val.fingerprint == same.val.fingerprint != other.val.fingerprint
+    assert "5 samples of it held out" in str(one.report)
+
+
+def test_val_is_read_like_train(tokenizer: Tokenizer, source: str, tmp_path: Path) -> None:
+    val = write(tmp_path / "val.jsonl", [row("a", "b")])
+    loaded = load_supervised(Data(train=source, val=val), tokenizer, seed=0)
+    assert loaded.val is not None and len(loaded.val) == 1
+    assert loaded.report.val is not None and loaded.report.val.rows == 1
+    with pytest.raises(InputError, match=r"^data\.val: "):
+        long = write(tmp_path / "long.jsonl", [row("a " * 3000, "b")])
+        load_supervised(Data(train=source, val=long), tokenizer, seed=0)
+
+
+def test_several_processes_tokenise_once(chatml_folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "x.jsonl", [row(f"What is {n}?", f"{n} is " * 20) for n in range(3000)])
+    code = (
+        "import sys\nfrom litrecipe.config.groups import Data\nfrom litrecipe.data.supervised import load_supervised\n"
+        "from litrecipe.data.tokenizer import Tokenizer\nwritten = []\n"
+        "def progress(items, label, total):\n    written.append(label)\n    yield from items\n"
+        "loaded = load_supervised(Data(train=sys.argv[1]), Tokenizer.load(sys.argv[2]), seed=0, progress=progress)\n"
+        "print(len(written), loaded.train.fingerprint)"
+    )
+    command = [sys.executable, "-c", code, source, str(chatml_folder)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(3)]
+    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert sorted(count for count, _ in outputs) == ["0", "0", "1"]
+    assert len({fingerprint for _, fingerprint in outputs}) == 1

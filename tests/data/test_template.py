@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from datetime import date
+
+import pytest
+
+from litrecipe.config.errors import InputError
+from litrecipe.data.formats import RowError
+from litrecipe.data.template import WRITTEN, ChatTemplate
+
+ASK = {"role": "user", "content": "Why?"}
+SAY = {"role": "assistant", "content": "So."}
+
+
+def template(source: str, **options: object) -> ChatTemplate:
+    return ChatTemplate(source, **{"special_tokens": {}, "control_tokens": ["<end>"], **options})  # type: ignore[arg-type]
+
+
+def learnt(source: str, messages: list[dict[str, str]]) -> list[str]:
+    rendered = template(source).render_learnt(messages)
+    return [rendered.text[start:stop] for start, stop in rendered.learnt]
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_without_tags_a_turn_is_learnt_from_its_opening_to_the_next_turn() -> None:
+    assert learnt(PLAIN, [ASK, SAY, ASK, {**SAY, "content": "é🤗"}]) == ["So.<end>\n", "é🤗<end>\n"]
+
+
+def test_tags_say_what_is_learnt() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<end>"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    assert learnt(source, [ASK, SAY, ASK, SAY]) == ["So.<end>", "So.<end>"]
+    assert template(source).render([ASK, SAY]) == "user:Why?assistant:So.<end>"
+
+
+def test_a_turn_that_is_written_otherwise_later_is_never_guessed() -> None:
+    """As templates that drop the reasoning of all turns but the last."""
+    source = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and loop.last %}(thinking) {% endif %}"
+        "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    assert learnt(source, [ASK, SAY]) == ["(thinking) So.<end>\n"]
+    with pytest.raises(RowError, match=r"message 2 \(assistant\).*generation"):
+        learnt(source, [ASK, SAY, ASK, SAY])
+
+
+def test_a_generation_prompt_that_the_turn_does_not_begin_with_is_refused() -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}BOT{% endif %}"
+    with pytest.raises(RowError, match="message 2"):
+        learnt(source, [ASK, SAY])
+
+
+def test_written_control_tokens_are_marked_wherever_they_stand() -> None:
+    messages = [{"role": "user", "content": "a<end>b<<end>><end<end>"}, SAY]
+    text = template(PLAIN).render(messages)
+    assert text.replace(WRITTEN, "") == "user: a<end>b<<end>><end<end><end>\nassistant: So.<end>\n"
+    assert text.count("<end>") == 2, "those of the template"
+    tools = [{"name": "f<end>", "parameters": {"<end>": "<end>"}}]
+    assert "<end>" not in template("{{ tools | tojson }}").render([ASK], tools)
+
+
+def test_overlapping_control_tokens_are_both_marked() -> None:
+    text = template("{{ messages[0].content }}", control_tokens=["ab", "bc"]).render(
+        [{"role": "user", "content": "abc"}]
+    )
+    assert "ab" not in text and "bc" not in text and text.replace(WRITTEN, "") == "abc"
+
+
+def test_the_date_is_pinned() -> None:
+    source = "{{ strftime_now('%d %B %Y') }}"
+    assert template(source, today=date(2026, 1, 31)).render([]) == "31 January 2026"
+    assert template(source).tells_time
+
+
+def test_json_is_written_without_html_escapes() -> None:
+    assert template("{{ messages[0] | tojson }}").render([{"a": "<é>'"}]) == '{"a": "<é>\'"}'
+
+
+def test_a_refusal_of_the_template_is_told() -> None:
+    source = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RowError, match="the chat template refuses this conversation: roles must alternate"):
+        template(source).render([ASK])
+
+
+def test_a_template_that_does_not_parse_names_its_line() -> None:
+    with pytest.raises(InputError, match=r"mine\.jinja:2: "):
+        template("{% if 1 %}\n{% endfor %}", name="mine.jinja")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ 'x' * 1000000000 }}",
+        "{{ [1] * 1000000000 }}",
+        "{{ 10 ** 100000000 }}",
+        "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{% for i in range(1000000) %}{% endfor %}",
+    ],
+)
+def test_hostile_templates_are_stopped(source: str) -> None:
+    with pytest.raises(RowError):
+        template(source).render([ASK])

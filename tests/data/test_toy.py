@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from litrecipe.config.errors import InputError
+from litrecipe.data.toy import CONVERSIONS, TASKS, toy_rows
+
+
+def prompts(source: str) -> list[str]:
+    return [row["messages"][0]["content"] for row, _ in toy_rows(source)]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_depend_on_the_source_alone(task: str) -> None:
+    source = f"toy:{task}?n=50&seed=3"
+    assert list(toy_rows(source)) == list(toy_rows(source))
+    assert prompts(source) != prompts(f"toy:{task}?n=50&seed=4")
+    assert prompts(source) == prompts(f"toy:{task}?n=60&seed=3")[:50]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_train_and_test_share_no_prompt_whatever_their_seeds(task: str) -> None:
+    train = {prompt for seed in range(3) for prompt in prompts(f"toy:{task}?n=1500&seed={seed}")}
+    test = {prompt for seed in range(3) for prompt in prompts(f"toy:{task}?n=400&seed={seed}&split=test")}
+    assert len(train) > 1500 and len(test) > 400
+    assert not train & test
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_do_not_repeat(task: str) -> None:
+    assert len(set(prompts(f"toy:{task}?n=600"))) == 600
+
+
+def test_units_are_converted_right() -> None:
+    factors = {(unit, wanted): factor for unit, wanted, factor in CONVERSIONS}
+    for row, _ in toy_rows("toy:units?n=300"):
+        prompt, answer = row["messages"][0]["content"], row["messages"][1]["content"]
+        words = prompt.replace("?", " ").replace(".", " ").split()
+        value = next(word for word in words if word.isdigit())
+        unit = words[words.index(value) + 1]
+        result, wanted = answer.split()
+        assert wanted in words
+        assert int(result) == int(value) * factors[unit, wanted]
+        assert row["answer"] == answer
+
+
+def test_fields_hold_what_the_sentence_says() -> None:
+    for row, _ in toy_rows("toy:fields?n=300"):
+        sentence = row["messages"][0]["content"]
+        answer = json.loads(row["messages"][1]["content"])
+        assert list(answer) == ["name", "age", "job", "city"]
+        assert all(str(value) in sentence for value in answer.values())
+        assert row["answer"] == row["messages"][1]["content"]
+
+
+def test_places_name_task_split_and_row() -> None:
+    assert [where for _, where in toy_rows("toy:units?n=2&split=test")] == ["toy:units-test:1", "toy:units-test:2"]
+
+
+def test_every_mistake_in_a_source_is_said() -> None:
+    with pytest.raises(InputError) as caught:
+        list(toy_rows("toy:unit?n=0&sed=1&split=dev"))
+    assert len(caught.value.mistakes) == 4
+    assert "did you mean units?" in caught.value.mistakes[0]
+    assert "n=0" in caught.value.mistakes[1]
+    assert "did you mean seed?" in caught.value.mistakes[2]
+    assert "split=dev" in caught.value.mistakes[3]
+
+
+def test_more_rows_than_there_are_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match="gives at most"):
+        list(toy_rows("toy:units?n=100000"))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_most_rows_a_split_promises_can_be_had(split: str) -> None:
+    with pytest.raises(InputError) as caught:
+        list(toy_rows(f"toy:units?n=100000&split={split}"))
+    most = int(caught.value.mistakes[0].split("at most ")[1].split()[0])
+    assert len(list(toy_rows(f"toy:units?n={most}&split={split}"))) == most
