@@ -62,7 +62,7 @@ class LitrecipeLM(TemplateLM):
         """What an empty context is replaced by: bos where there is one, else eos."""
         return self.eot_token_id if self.text.bos_id is None else self.text.bos_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         """Token ids; control tokens written out in the text are recognised, because rendered chats need it.
 
         BOS is put before a text where the tokenizer's own post-processor does so and the text does not begin with it.
@@ -81,7 +81,7 @@ class LitrecipeLM(TemplateLM):
         )
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **unused: Any
     ) -> list[tuple[float, bool]]:
         results = self._score([(context, continuation) for _, context, continuation in requests], "scoring")
         for (texts, _, _), result in zip(requests, results, strict=True):

@@ -111,7 +111,7 @@ def evaluate(
     settings = Settings(limit, batch_tokens, generate or Generate(), chatty)
     results: Results = {"results": {}, "configs": {}, "versions": {}, "n-shot": {}, "higher_is_better": {}}
     results |= {"n-samples": {}, "samples": {}, "config": {"limit": limit, "batch_tokens": batch_tokens}}
-    results["date"] = time.time()
+    results |= {"date": time.time(), **_describe(model, tokenizer)}
     if wanted.lm_eval:
         _merge(results, _run_lm_eval(model, tokenizer, wanted, settings, num_fewshot, log_samples))
     for task in wanted.builtin:
@@ -205,6 +205,15 @@ def _as_results(task: Task, outcome: Outcome) -> Results:
         "n-samples": {name: {"original": outcome.available, "effective": len(outcome.samples)}},
         "samples": {name: outcome.samples},
     }
+
+
+def _describe(model: Decoder, tokenizer: Tokenizer) -> Results:
+    """The model's end of text and length, and the special tokens as [text, id], under lm-eval's keys."""
+    ids = {"pad": tokenizer.pad_id, "eos": next(iter(tokenizer.eos_ids), None), "bos": tokenizer.bos_id}
+    tokens = {
+        f"tokenizer_{name}_token": [tokenizer.special_tokens.get(f"{name}_token"), str(id)] for name, id in ids.items()
+    }
+    return {**tokens, "eot_token_id": ids["eos"], "max_length": model.architecture.max_positions}
 
 
 def _merge(results: Results, more: Results) -> None:

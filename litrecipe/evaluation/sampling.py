@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from litrecipe.config import stop
@@ -21,7 +22,7 @@ class Completion:
     text: str
     """Without special tokens, cut before the first stop string."""
     tokens: list[int]
-    """As sampled: the end token or the tokens of a stop string included."""
+    """As sampled, up to the one that completed a stop string; without the end token."""
 
 
 def complete(
@@ -44,32 +45,60 @@ def complete(
     answers = [Completion("", [])] * len(prompts)
     batches = _batches([len(prompt) for prompt in prompts], settings.max_new_tokens, batch_tokens)
     for batch in track(batches, progress) if progress else batches:
-        streams = [TextStream(tokenizer, settings.stop) for _ in batch]
+        completions = _complete_batch(
+            model, tokenizer, [prompts[index] for index in batch], settings, batch[0], on_text
+        )
+        for index, completion in zip(batch, completions, strict=True):
+            answers[index] = completion
+    return answers
 
-        def on_token(row: int, token: int, streams: list[TextStream] = streams) -> bool:
-            stop.poll()
-            text = streams[row].add(token)
-            if on_text is not None and text:
-                on_text(text)
-            return streams[row].stopped
 
-        sampled = generate(
+def _complete_batch(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    settings: Generate,
+    first: int,
+    on_text: Callable[[str], None] | None,
+) -> list[Completion]:
+    """`first` tells the draws of one batch from those of another."""
+    streams = [TextStream(tokenizer, settings.stop) for _ in prompts]
+
+    def on_token(row: int, token: int) -> None:
+        stop.poll()
+        give(streams[row].add(token))
+        if all(stream.stopped for stream in streams):
+            raise _AllStopped
+
+    def give(text: str) -> None:
+        if on_text is not None and text:
+            on_text(text)
+
+    with suppress(_AllStopped):
+        generate(
             model,
-            [prompts[index] for index in batch],
+            prompts,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            stop_ids=tokenizer.eos_ids,
-            seed=settings.seed + batch[0],
+            stop_ids=_stop_ids(tokenizer, settings.stop),
+            seed=settings.seed + first,
             on_token=on_token,
         )
-        for index, stream, tokens in zip(batch, streams, sampled, strict=True):
-            text = stream.end()
-            if on_text is not None and text:
-                on_text(text)
-            answers[index] = Completion(stream.text, tokens)
-    return answers
+    for stream in streams:
+        give(stream.end())
+    return [Completion(stream.text, stream.tokens) for stream in streams]
+
+
+def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
+    """The end tokens, and the control tokens among the stop strings (the text of an answer does not show them)."""
+    alone = [ids for ids in (tokenizer.encode(string, specials=True) for string in stop) if len(ids) == 1]
+    return {*tokenizer.eos_ids, *(id for [id] in alone if id in tokenizer.control_ids)}
+
+
+class _AllStopped(Exception):
+    """Every answer of a batch has met a stop string."""
 
 
 def plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -88,22 +117,25 @@ class TextStream:
         self._decoder = tokenizer.decode_stream()
         self._stop = [string for string in stop if string]
         self._held = ""
+        self.tokens: list[int] = []
+        """Those taken."""
         self.text = ""
         """What is certain so far."""
         self.stopped = False
         """Whether a stop string appeared."""
 
     def add(self, token: int) -> str:
-        """Take a token; returns the text that became certain."""
+        """Take a token; returns the text that became certain. After a stop string tokens are ignored."""
+        if self.stopped:
+            return ""
+        self.tokens.append(token)
         return self._give(self._decoder.push(token), last=False)
 
     def end(self) -> str:
         """No more tokens: returns what was held back."""
-        return self._give(self._decoder.finish(), last=True)
+        return "" if self.stopped else self._give(self._decoder.finish(), last=True)
 
     def _give(self, fresh: str, last: bool) -> str:
-        if self.stopped:
-            return ""
         held = self._held + fresh
         found = [place for place in map(held.find, self._stop) if place >= 0]
         self.stopped = bool(found)
@@ -124,7 +156,8 @@ def _check_room(model: Decoder, prompts: Sequence[list[int]], new_tokens: int) -
     if longest + new_tokens > reads:
         cure = f"at most {reads - longest} are left" if longest < reads else "shorten the prompt"
         raise InputError(
-            f"generate.max_new_tokens: {new_tokens}: the model reads {reads} tokens, the longest prompt has {longest}: {cure}"
+            f"generate.max_new_tokens: {new_tokens}: "
+            f"the longest prompt has {longest} tokens and the model reads {reads}: {cure}"
         )
 
 

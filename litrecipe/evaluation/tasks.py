@@ -58,7 +58,10 @@ class Task(Protocol):
     """A built-in task: where its data is, and how it is run."""
 
     higher_is_better: ClassVar[dict[str, bool]]
-    spec: str
+
+    @property
+    def spec(self) -> str:
+        """As the user wrote it."""
 
     def config(self) -> dict[str, Any]:
         """What was asked for, for the results file."""

@@ -1,4 +1,4 @@
-"""Scoring against a model whose log-prob of a token is a function of all tokens before it, so any wrong context shows."""
+"""Scoring against a model whose log-prob of a token hangs on all tokens before it, so any wrong context shows."""
 
 from __future__ import annotations
 
