@@ -1,7 +1,7 @@
 """Attention of a packed row: every token sees its own segment causally, its segment's ancestors wholly, nothing else.
 
-Shapes: T tokens of a row, H query heads, G key/value heads, R = H / G query heads a key/value head, D head dimension,
-n tokens of a segment, m tokens of its ancestors.
+Shapes: T tokens of a row, H query heads, G key/value heads, D head dimension, n tokens of a segment,
+m tokens of its ancestors.
 """
 
 from __future__ import annotations
@@ -73,33 +73,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
 
 def _attend_segments(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
     """One fused attention a segment. `split` rather than slices: its backward pass is a single concatenation."""
-    T, H, D = q.shape
-    G = k.shape[1]
-    queries = q.view(T, G, H // G, D).split(forest.lengths)
     keys, values = k.split(forest.lengths), v.split(forest.lengths)
     outputs = []
-    for query, path, mask in zip(queries, forest.paths, forest.masks, strict=True):
+    for query, path, mask in zip(q.split(forest.lengths), forest.paths, forest.masks, strict=True):
         key = keys[path[0]] if mask is None else torch.cat([keys[i] for i in path])
         value = values[path[0]] if mask is None else torch.cat([values[i] for i in path])
         outputs.append(_fused(query, key, value, mask))
-    return torch.cat(outputs).view(T, H, D)
+    return torch.cat(outputs)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q (n, G, R, D), k and v (m + n, G, D) → (n, G, R, D); causal without a mask.
-
-    The key/value heads are the batch of the kernel, and the R query heads of each share its keys through a stride of
-    0: nothing is repeated in memory.
-    """
-    repeat = (-1, q.shape[2], -1, -1)
-    output = F.scaled_dot_product_attention(
-        q.permute(1, 2, 0, 3),
-        k.permute(1, 0, 2).unsqueeze(1).expand(repeat),
-        v.permute(1, 0, 2).unsqueeze(1).expand(repeat),
-        attn_mask=mask,
-        is_causal=mask is None,
-    )
-    return output.permute(2, 0, 1, 3)
+    """q (n, H, D), k and v (m + n, G, D) → (n, H, D); causal without a mask."""
+    q, k, v = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    return output[0].transpose(0, 1)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Tensor:

