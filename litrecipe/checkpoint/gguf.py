@@ -1,0 +1,303 @@
+"""GGUF files (llama.cpp) as tensors with Hugging Face names and a Hugging Face config.
+
+Format: magic, version, counts, key-value pairs, tensor table, aligned tensor data. The header is read here rather than
+by the `gguf` package because that reader takes seconds for a large vocabulary and does not end on some damaged files;
+the package knows the quantised types and turns them into numbers. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import mmap
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from litrecipe.checkpoint.manifest import check_digest, expected_sha256, sha256_of
+from litrecipe.config.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Kinds of value → struct codes, which are numpy's as well."""
+STRING, ARRAY = 8, 9
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+"""llama.cpp's names of modules → Hugging Face's; those of a block stand behind `blk.N.`."""
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What all published Llama 3.x models share; only `factor` differs between them."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the table; `start` and `stop` are places in the file."""
+
+    kind: int
+    """ggml's number of the type."""
+    shape: tuple[int, ...]
+    """As torch has it, rows first."""
+    start: int
+    stop: int
+
+
+class GgufWeights:
+    """A GGUF file of a Llama. Raises InputError naming the file when it is damaged or another architecture's."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.paths = [path]
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError(f"{path}: reading GGUF needs a package: pip install 'litrecipe[gguf]'")
+        with path.open("rb") as handle:
+            try:
+                self._data = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+            except ValueError as error:  # an empty file cannot be mapped
+                raise InputError(f"{path}: {error}: fetch it again") from error
+        try:
+            self.metadata, self._table, header_size = _read_header(self._data)
+        except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+            raise InputError(f"{path}: truncated or damaged GGUF file ({error}): fetch it again") from error
+        self.header_digest = sha256(self._data[:header_size]).hexdigest()
+        """Names everything but the weights."""
+        self.config = self._read_config()
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face name → shape."""
+        return {name: self._table[own].shape for name, own in self._own_names.items()}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors in fp32. Raises InputError when the file is not the one the hub cache's name for it says."""
+        import torch
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        if expected := expected_sha256(self.path):
+            check_digest(self.path, sha256_of(self.path), expected)
+        for name, own in self._own_names.items():
+            entry = self._table[own]
+            kind = GGMLQuantizationType(entry.kind)
+            try:
+                values = dequantize(self._rows(name), kind)
+            except NotImplementedError as error:
+                raise InputError(f"{self.path}: {own}: type {kind.name} cannot be read: use Q8_0 or F16") from error
+            tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(entry.shape)
+            if not tensor.isfinite().all():
+                raise InputError(f"{self.path}: {own}: holds values that are not finite: fetch the file again")
+            yield name, tensor
+
+    def stored(self, name: str) -> bytes:
+        """A tensor's bytes as they are stored."""
+        entry = self._table[self._own_names[name]]
+        return bytes(self._data[entry.start : entry.stop])
+
+    @cached_property
+    def _own_names(self) -> dict[str, str]:
+        """Hugging Face name → name in the file."""
+        return {_hf_name(name): name for name in self._table if name != ROPE_FACTORS}
+
+    def _rows(self, name: str) -> np.ndarray:
+        """A tensor's bytes, a row of numbers a row, in Hugging Face's order.
+
+        llama.cpp turns neighbouring pairs (2i, 2i + 1) of a head where Hugging Face turns (i, i + D/2), so its files
+        have the rows of q and k interleaved.
+        """
+        entry = self._table[self._own_names[name]]
+        count = entry.shape[0] if len(entry.shape) > 1 or _is_rotated(name) else 1
+        rows = np.frombuffer(self._data, np.uint8, entry.stop - entry.start, entry.start).reshape(count, -1)
+        if not _is_rotated(name):
+            return rows
+        heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
+        return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
+
+    def _read_config(self) -> dict[str, Any]:
+        """The `config.json` this file would have had."""
+        meta = self.metadata
+        family = meta.get("general.architecture")
+        if family != "llama":
+            raise InputError(f"{self.path}: general.architecture: {family}: only llama can be read from GGUF")
+        if meta.get("llama.expert_count"):
+            raise InputError(f"{self.path}: llama.expert_count: mixtures of experts are not implemented")
+        keys = {
+            "hidden_size": "llama.embedding_length",
+            "intermediate_size": "llama.feed_forward_length",
+            "num_hidden_layers": "llama.block_count",
+            "num_attention_heads": "llama.attention.head_count",
+            "max_position_embeddings": "llama.context_length",
+            "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+        }
+        wrong = [key for key in keys.values() if not isinstance(meta.get(key), int | float) or meta[key] <= 0]
+        wrong += [key for key in ("token_embd.weight",) if key not in self._table]
+        if wrong:
+            raise InputError(*(f"{self.path}: {key}: missing, or not one positive number" for key in wrong))
+        config: dict[str, Any] = {key: meta[own] for key, own in keys.items()}
+        heads = config["num_attention_heads"]
+        kv_heads = meta.get("llama.attention.head_count_kv", heads)
+        if not isinstance(kv_heads, int):
+            raise InputError(f"{self.path}: llama.attention.head_count_kv: layers that differ are not implemented")
+        head_dim = meta.get("llama.attention.key_length", config["hidden_size"] // heads)
+        if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
+            raise InputError(f"{self.path}: llama.rope.dimension_count: turning a part of a head is not implemented")
+        # The file keeps fp32 numbers: 1e-5 has become 9.999999747378752e-06.
+        config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
+        theta = float(f"{meta.get('llama.rope.freq_base', 10000.0):.9g}")
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self._table["token_embd.weight"].shape[0],
+            **config,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rope_theta": theta,
+            "rope_scaling": self._read_rope_scaling(theta, head_dim),
+            "tie_word_embeddings": "output.weight" not in self._table,
+            "attention_bias": "blk.0.attn_q.bias" in self._table,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self._table,
+            "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._eos_ids(),
+            "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
+            "torch_dtype": "float32",
+        }
+
+    def _eos_ids(self) -> int | list[int] | None:
+        """Ends of a text, a turn and a message, where the file names them."""
+        names = ("eos", "eot", "eom")
+        found = (self.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in names)
+        ids = list(dict.fromkeys(id for id in found if id is not None))
+        return ids[0] if len(ids) == 1 else ids or None
+
+    def _read_rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
+        """The scaling of the metadata, or Llama 3's, which llama.cpp stores as one divisor a frequency."""
+        kind = self.metadata.get("llama.rope.scaling.type", "none")
+        if ROPE_FACTORS in self._table:
+            entry = self._table[ROPE_FACTORS]
+            divisors = np.frombuffer(self._data[entry.start : entry.stop], np.float32)
+            scaling = {"rope_type": "llama3", "factor": float(divisors.max()), **LLAMA3_ROPE}
+            if divisors.shape != (head_dim // 2,) or not np.allclose(
+                divisors, _llama3_divisors(theta, scaling, head_dim)
+            ):
+                raise InputError(f"{self.path}: {ROPE_FACTORS}: not the scaling of Llama 3; no other is implemented")
+            return scaling
+        if kind == "linear":
+            return {"rope_type": "linear", "factor": self.metadata["llama.rope.scaling.factor"]}
+        if kind != "none":
+            raise InputError(
+                f"{self.path}: llama.rope.scaling.type: {kind}: none, linear and Llama 3's are implemented"
+            )
+        return None
+
+
+def _llama3_divisors(theta: float, scaling: dict[str, Any], head_dim: int) -> np.ndarray:
+    """(head_dim / 2,): by how much Llama 3.1's scaling divides each frequency."""
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - kept) / scaling["factor"] + kept)
+
+
+def _is_rotated(name: str) -> bool:
+    return ".q_proj." in name or ".k_proj." in name
+
+
+def _hf_name(own: str) -> str:
+    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; unknown names stay as they are."""
+    match = re.fullmatch(r"(blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<leaf>weight|bias)", own)
+    if not match or match["module"] not in NAMES:
+        return own
+    prefix = f"model.layers.{match['layer']}." if match["layer"] else ""
+    return f"{prefix}{NAMES[match['module']]}.{match['leaf']}"
+
+
+class _Cursor:
+    """Reads a header from front to back. Raises struct.error or ValueError beyond its end."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.at = 0
+
+    def numbers(self, code: str, count: int) -> list[Any]:
+        """`count` little-endian numbers of a struct code."""
+        dtype = np.dtype(code).newbyteorder("<")
+        values = np.frombuffer(self.data, dtype, count, self.at) if count else np.empty(0)
+        self.at += dtype.itemsize * count
+        return values.tolist()
+
+    def number(self, code: str) -> Any:
+        """One number."""
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += struct.calcsize("<" + code)
+        return value
+
+    def text(self) -> str:
+        """A length and as many bytes of UTF-8."""
+        stop = self.number("Q") + self.at
+        if stop > len(self.data):
+            raise ValueError("a string runs over the end of the file")
+        value = str(self.data[self.at : stop], "utf-8")
+        self.at = stop
+        return value
+
+    def value(self) -> Any:
+        """A value behind its kind: a number, a string, or a list of either."""
+        kind = self.number("I")
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            return self.number(SCALARS[kind])
+        kind, count = self.number("I"), self.number("Q")
+        if kind == STRING:
+            return [self.text() for _ in range(count)]
+        return self.numbers(SCALARS[kind], count)
+
+
+def _read_header(data: memoryview) -> tuple[dict[str, Any], dict[str, GgufTensor], int]:
+    """Metadata, tensor table, and where the header ends."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    cursor = _Cursor(data)
+    magic, version, tensor_count, pair_count = bytes(data[:4]), *struct.unpack_from("<IQQ", data, 4)
+    cursor.at = 24
+    if magic != b"GGUF" or version not in (2, 3):
+        raise ValueError(f"starts with {magic!r}, version {version}; little-endian versions 2 and 3 can be read")
+    metadata = {cursor.text(): cursor.value() for _ in range(pair_count)}
+    places = []
+    for _ in range(tensor_count):
+        name = cursor.text()
+        shape = tuple(reversed(cursor.numbers("Q", cursor.number("I"))))
+        places.append((name, shape, cursor.number("I"), cursor.number("Q")))
+    alignment = metadata.get("general.alignment", 32)
+    start_of_data = -(-cursor.at // alignment) * alignment
+    table = {}
+    for name, shape, kind, offset in places:
+        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if not shape or shape[-1] % block or name in table:
+            raise ValueError(f"{name}: rows of {shape[-1:]} in blocks of {block}")
+        start = start_of_data + offset
+        table[name] = GgufTensor(kind, shape, start, start + math.prod(shape) // block * block_bytes)
+        if table[name].stop > len(data):
+            raise ValueError(f"{name}: ends at byte {table[name].stop} of {len(data)}")
+    return metadata, table, cursor.at

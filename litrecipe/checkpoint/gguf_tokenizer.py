@@ -1,0 +1,123 @@
+"""The tokenizer inside a GGUF file as the files a Hugging Face folder has. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from litrecipe.checkpoint.gguf import GgufWeights
+from litrecipe.checkpoint.manifest import user_cache
+from litrecipe.config.errors import InputError
+
+FORMAT = 1
+"""Raise it when other files come out for the same input, so that older copies are not used."""
+CONTROL, USER_DEFINED = 3, 4
+"""Kinds of token (`tokenizer.ggml.token_type`) that are found in the text before it is cut."""
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CUTS = {
+    "smollm": [r"\p{N}", GPT2],
+    "llama-bpe": [LLAMA3],
+    "gpt-2": [GPT2],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"],
+}
+"""`tokenizer.ggml.pre` → where text is cut before byte pairs are merged; each expression cuts the pieces of the one
+before it."""
+
+
+def write_tokenizer(weights: GgufWeights) -> Path:
+    """Folder with tokenizer.json and what belongs to it, made once a file header and kept in the user's cache."""
+    folder = user_cache() / "gguf" / f"{weights.header_digest[:32]}-{FORMAT}"
+    if folder.is_dir():
+        return folder
+    meta = weights.metadata
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
+    if kind != "gpt2" or pre not in CUTS:
+        raise InputError(
+            f"{weights.path}: tokenizer.ggml.model {kind}, tokenizer.ggml.pre {pre}: only gpt2 with one of "
+            f"{', '.join(CUTS)} can be rebuilt: use the model's Hugging Face folder"
+        )
+    try:
+        tokenizer = _build(meta, pre)
+        settings = _settings(meta)
+    except Exception as error:  # the library raises bare Exception
+        raise InputError(f"{weights.path}: its tokenizer is damaged ({error}): fetch the file again") from error
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=folder.parent))
+    tokenizer.save(str(draft / "tokenizer.json"))
+    _write_json(draft / "tokenizer_config.json", settings)
+    ids = {key: weights.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(draft / "generation_config.json", {key: id for key, id in ids.items() if id is not None})
+    if template := meta.get("tokenizer.chat_template"):
+        (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
+    try:
+        draft.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(draft)
+    return folder
+
+
+def _build(meta: dict[str, Any], pre: str) -> Tokenizer:
+    """Byte-level BPE with the file's tokens at the file's ids."""
+    tokens: list[str] = meta["tokenizer.ggml.tokens"]
+    kinds: list[int] = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
+    merges = [tuple(merge.split(" ", 1)) for merge in meta["tokenizer.ggml.merges"]]
+    vocab = {token: id for id, token in enumerate(tokens)}
+    # Llama 3 looks a whole piece up before it merges.
+    model = models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in _of_kind(tokens, kinds, CONTROL)]
+    )
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in _of_kind(tokens, kinds, USER_DEFINED)])
+    bos = meta.get("tokenizer.ggml.bos_token_id")
+    if meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[tokens[bos], "$A"], pair=[tokens[bos], "$A", "$B:1"], special_tokens=[(tokens[bos], bos)]
+        )
+    return tokenizer
+
+
+def _of_kind(tokens: list[str], kinds: list[int], kind: int) -> list[str]:
+    return [token for token, own in zip(tokens, kinds, strict=True) if own == kind]
+
+
+def _pre_tokenizer(pre: str) -> pre_tokenizers.PreTokenizer:
+    if pre == "smollm":  # as the model's authors wrote it; the same cuts
+        return pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    cuts = [pre_tokenizers.Split(Regex(cut), behavior="isolated") for cut in CUTS[pre]]
+    return pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _settings(meta: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json."""
+    tokens = meta["tokenizer.ggml.tokens"]
+    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+    special = {
+        f"{short}_token": tokens[meta[key]]
+        for own, short in names.items()
+        if (key := f"tokenizer.ggml.{own}_token_id") in meta
+    }
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": meta["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        **special,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,251 @@
+"""Recognise what a user calls a model, and check it before anything large is read. Imports no torch.
+
+A source is a Hugging Face folder, a hub id, a GGUF file, a PEFT adapter folder, or a `config.json` without weights.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from litrecipe.checkpoint.manifest import read_json, user_cache, verify
+from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
+from litrecipe.checkpoint.safetensors_files import find_weights
+from litrecipe.config.errors import InputError
+from litrecipe.model.architecture import Architecture, count_parameters, read_architecture
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
+"""What is fetched from the hub; pickles are not."""
+
+
+class Weights(Protocol):
+    """Tensors with Hugging Face names, wherever they are stored."""
+
+    paths: list[Path]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape, known without reading a tensor."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor once, one at a time."""
+
+    def stored(self, name: str) -> bytes:
+        """A tensor's bytes as they are stored."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk."""
+
+    source: str
+    """As the user wrote it."""
+    config: dict[str, Any]
+    """The `config.json`, in Hugging Face's dialect."""
+    architecture: Architecture
+    tokenizer_dir: Path
+    """Holds tokenizer.json, tokenizer_config.json, and what else Hugging Face keeps beside them."""
+    weights: Weights | None
+    """None when there is only a `config.json`."""
+    adapter: AdapterFiles | None = None
+    """The adapter, when `source` is a PEFT folder; all else is then its base model's."""
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor as (Hugging Face name, tensor), one at a time. Raises InputError when there are none."""
+        return self._need_weights().tensors()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape of the tensors."""
+        return self._need_weights().shapes
+
+    @property
+    def weights_name(self) -> str:
+        """The file or folder the tensors are in, for messages."""
+        paths = self._need_weights().paths
+        return str(paths[0] if len(paths) == 1 else paths[0].parent)
+
+    def weights_hash(self) -> str:
+        """sha256 over names and stored bytes of the tensors in sorted order; over the config where there are none.
+
+        The result is remembered for files of the same path, size and time.
+        """
+        if self.weights is None:
+            return sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+        stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.weights.paths]
+        memory = user_cache() / "weights" / sha256(json.dumps(stamps).encode()).hexdigest()[:32]
+        if memory.is_file():
+            return memory.read_text()
+        digest = sha256()
+        for name in sorted(self.weights.shapes):
+            digest.update(name.encode())
+            digest.update(self.weights.stored(name))
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        draft = memory.with_suffix(f".{os.getpid()}")
+        draft.write_text(digest.hexdigest())
+        draft.replace(memory)
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """One line for a person."""
+        a = self.architecture
+        line = (
+            f"{self.source}: {a.family}, {count_parameters(a):,} parameters in {a.num_layers} layers of {a.hidden_size}"
+        )
+        return line + (f", with a {self.adapter.kind} adapter" if self.adapter else "")
+
+    def _need_weights(self) -> Weights:
+        if self.weights is None:
+            raise InputError(
+                f"model.source: {self.source}: a config.json without weights: give a folder with model.safetensors, or "
+                "start from scratch with --model.init random"
+            )
+        return self.weights
+
+
+def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
+    """Find a model and read its configuration; tensors are read only when they are asked for.
+
+    `tokenizer` is a folder with `tokenizer.json` that replaces the model's own. Raises InputError naming the file when
+    something is missing, damaged, or does not fit.
+    """
+    files = _open(source)
+    if tokenizer is not None:
+        folder = Path(tokenizer).expanduser()
+        if not (folder / "tokenizer.json").is_file():
+            raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
+        files = replace(files, tokenizer_dir=folder)
+    _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
+    return files
+
+
+def _open(source: str) -> ModelFiles:
+    path = Path(source).expanduser()
+    if not source:
+        raise InputError("model.source: missing: give a Hugging Face folder, a hub id, a GGUF file or a config.json")
+    if path.is_dir():
+        return _open_folder(path, source)
+    if path.suffix == ".gguf" and path.is_file():
+        return _open_gguf(path, source)
+    if path.suffix == ".json" and path.is_file():
+        return _hf_files(source, path, weights=None)
+    if path.is_file():
+        raise InputError(
+            f"model.source: {source}: neither a folder nor a .gguf file nor a config.json: give one of them"
+        )
+    if match := HUB_ID.fullmatch(source):
+        return _open_folder(_fetch(source, match["repo"], match["revision"]), source)
+    raise InputError(f"model.source: {source}: no such file or folder{_nearest(path)}")
+
+
+def _open_folder(folder: Path, source: str) -> ModelFiles:
+    verify(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _open_adapter(folder, source)
+    config = folder / "config.json"
+    if not config.is_file():
+        if (folder / "recipe.yaml").is_file():
+            raise InputError(f"model.source: {source}: a run directory: give {folder / 'final'}")
+        one = next(folder.glob("*.gguf"), None)
+        cure = f"give {one}" if one else "give a folder with config.json and model.safetensors"
+        raise InputError(f"model.source: {source}: no config.json in it: {cure}")
+    return _hf_files(source, config, find_weights(folder))
+
+
+def _hf_files(source: str, config_path: Path, weights: Weights | None) -> ModelFiles:
+    config = read_json(config_path)
+    if "quantization_config" in config:
+        raise InputError(
+            f"{config_path}: quantization_config: weights quantised by another tool: use the original model with "
+            "--quantize.method nf4 or int8"
+        )
+    return ModelFiles(source, config, _architecture(config, config_path), config_path.parent, weights)
+
+
+def _architecture(config: dict[str, Any], path: Path) -> Architecture:
+    try:
+        return read_architecture(config)
+    except InputError as error:  # does not know where the config came from
+        raise InputError(*(line.replace("config.json", str(path), 1) for line in error.mistakes)) from error
+
+
+def _open_gguf(path: Path, source: str) -> ModelFiles:
+    from litrecipe.checkpoint.gguf import GgufWeights
+    from litrecipe.checkpoint.gguf_tokenizer import write_tokenizer
+
+    weights = GgufWeights(path)
+    return ModelFiles(source, weights.config, _architecture(weights.config, path), write_tokenizer(weights), weights)
+
+
+def _open_adapter(folder: Path, source: str) -> ModelFiles:
+    adapter = read_adapter(folder)
+    base = adapter.base
+    key = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
+    if not base:
+        raise InputError(f"{key}: missing: write the base model's folder or hub id there")
+    if (beside := folder / base).exists():
+        base = str(beside)
+    try:
+        files = _open(base)
+    except InputError as error:
+        raise InputError(f"{key}: {base}: its base model cannot be opened ({error}): write where it is") from error
+    own_tokenizer = (folder / "tokenizer.json").is_file()
+    return replace(
+        files, source=source, adapter=adapter, tokenizer_dir=folder if own_tokenizer else files.tokenizer_dir
+    )
+
+
+def _fetch(source: str, repo: str, revision: str | None) -> Path:
+    """The local copy of a hub repository, fetched when it is not there yet."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        cure = "accept its terms on the hub and run `hf auth login`"
+        raise InputError(f"model.source: {source}: the hub keeps it for those who asked: {cure}") from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        where = f" ({error.response.status_code})" if isinstance(error, HfHubHTTPError) else ""
+        raise InputError(f"model.source: {source}: the hub does not know it{where}{_nearest(Path(source))}") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"model.source: {source}: no such folder here, not in the hub cache, and the hub cannot be reached"
+            f"{_nearest(Path(source), 'go online, or give a local folder')}"
+        ) from error
+
+
+def _nearest(path: Path, cure: str = "give a Hugging Face folder, a hub id, a GGUF file or a config.json") -> str:
+    """The end of a message: the name in the same folder that looks most like this one, and the cure."""
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f": did you mean {path.parent / close[0]}?" if close else f": {cure}"
+
+
+def _check_tokenizer(path: Path, vocab_size: int) -> None:
+    """Every id of a tokenizer.json must have a row of the embedding. A missing file is for those who need it to name."""
+    if not path.is_file():
+        return
+    state = read_json(path)
+    try:
+        vocab = state["model"]["vocab"]
+        ids = [len(vocab) - 1] if isinstance(vocab, list) else list(vocab.values())
+        largest = max([*ids, *(token["id"] for token in state.get("added_tokens", []))], default=-1)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: {error}: no tokenizer the tokenizers library wrote; fetch it again") from error
+    if largest >= vocab_size:
+        raise InputError(
+            f"{path}: token id {largest}: the model's embedding has {vocab_size} rows: use the tokenizer the model was "
+            "trained with"
+        )
