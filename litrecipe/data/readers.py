@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatch
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -143,6 +144,7 @@ def _nearest(path: Path) -> str:
     return f" (did you mean {folder / near[0]}?)" if near else f" ({folder} has nothing of a similar name)"
 
 
+@cache
 def _hub_files(source: str) -> list[Path]:
     """Download a data set's files; `org/name?split=test&files=*.jsonl` chooses among them (split is train if unsaid).
 

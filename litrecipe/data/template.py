@@ -163,7 +163,7 @@ class ChatTemplate:
         if isinstance(value, str):
             return self.guard(value)
         if isinstance(value, dict):
-            return {self._guard(key): self._guard(item) for key, item in value.items() if item is not None}
+            return {self._guard(key): self._guard(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._guard(item) for item in value]
         return value

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import tokenizers
+from tokenizers import normalizers
 
 from litrecipe.config.errors import InputError
 from litrecipe.data.formats import Conversation, Message, RowError
@@ -39,8 +40,9 @@ class Tokenizer:
         today: date | None = None,
         name: str = "chat template",
     ) -> None:
-        """`special_tokens`: `bos_token`, `eos_token`, … → their text. `more_eos_ids` end an answer besides EOS."""
+        """Take over `backend`. `special_tokens`: `bos_token`, … → text. `more_eos_ids` end an answer besides EOS."""
         added = backend.get_added_tokens_decoder()
+        serialised = backend.to_str()
         self.backend = _dropping_marks(backend)
         self.special_tokens = special_tokens
         self.control_ids = frozenset(id for id, token in added.items() if token.special)
@@ -58,7 +60,7 @@ class Tokenizer:
         self.template = ChatTemplate(
             chat_template or "", special_tokens=special_tokens, control_tokens=control_tokens, today=today, name=name
         )
-        parts = [backend.to_str(), chat_template, special_tokens, self.eos_ids]
+        parts = [serialised, chat_template, special_tokens, self.eos_ids]
         if self.template.tells_time:
             parts.append(str(today or date.today()))
         self.fingerprint = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -208,18 +210,19 @@ class DecodeStream:
 
 
 def _dropping_marks(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer, which drops WRITTEN marks after it has looked for control tokens.
-
-    Control tokens are looked for in the text as it stands (`normalized: false`), then the rest is normalised.
-    """
-    state = json.loads(backend.to_str())
-    drop = {"type": "Replace", "pattern": {"String": WRITTEN}, "content": ""}
-    own = state["normalizer"]
-    state["normalizer"] = {"type": "Sequence", "normalizers": [drop, own]} if own else drop
-    for token in state["added_tokens"]:
-        token["normalized"] = token["normalized"] and not token["special"]
-    state["truncation"] = state["padding"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(state))
+    """Make a tokenizer drop WRITTEN marks after it has looked for control tokens, as the first step of normalising."""
+    if any(token.special and token.normalized for token in backend.get_added_tokens_decoder().values()):
+        # These would be looked for in the normalised text.
+        state = json.loads(backend.to_str())
+        for token in state["added_tokens"]:
+            token["normalized"] = token["normalized"] and not token["special"]
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    drop = normalizers.Replace(WRITTEN, "")
+    own = backend.normalizer
+    backend.normalizer = normalizers.Sequence([drop, own]) if own else drop
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _with_mask(encoding: tokenizers.Encoding, rendered: Rendered) -> Encoded:

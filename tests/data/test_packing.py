@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from litrecipe.data.packing import pack
+from litrecipe.model.architecture import Architecture
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.row import Sample, Segment, make_row
 
 
 @given(
@@ -44,3 +49,50 @@ def test_even_sharing_never_breaks_the_budget() -> None:
     lengths = [5, 5, 4, 4, 3, 3, 3]
     packing = pack(lengths, budget=9, multiple_of=2)
     assert all(sum(lengths[index] for index in row) <= 9 for row in packing.rows)
+
+
+def tiny_model() -> Decoder:
+    architecture = Architecture(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_positions=64,
+        tie_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        bos_id=None,
+        eos_ids=(),
+        pad_id=None,
+        family="llama",
+    )
+    model = Decoder(architecture)
+    model.init_weights(seed=0)
+    for parameter in model.parameters():  # far from the uniform distribution, so that neighbours would be noticed
+        parameter.data *= 5 if parameter.ndim == 2 else 1
+    return model
+
+
+def test_the_loss_of_packed_samples_is_the_loss_of_each_alone() -> None:
+    model, rng = tiny_model(), np.random.default_rng(0)
+    samples = []
+    for number, length in enumerate([17, 3, 9, 30, 2, 12, 5]):
+        weights = (rng.random(length) < 0.6).astype(np.float32)
+        weights[0], weights[-1] = 0, 1
+        tokens = rng.integers(0, 50, length).astype(np.int32)
+        samples.append(Sample(str(number), (Segment(tokens, weights),)))
+    alone = {sample.id: model(make_row([sample])).logps for sample in samples}
+    for budget in (30, 40, 200):
+        packing = pack([sample.length for sample in samples], budget)
+        rows = [[samples[index] for index in row] for row in packing.rows]
+        packed = torch.cat([model(make_row(row)).logps for row in rows])
+        expected = torch.cat([alone[sample.id] for row in rows for sample in row])
+        torch.testing.assert_close(packed, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(packed.mean(), torch.cat(list(alone.values())).mean(), rtol=0, atol=1e-5)
+    assert max(len(row) for row in rows) == 7, "the last budget holds all of them"

@@ -34,8 +34,8 @@ def test_a_sample_shows_its_tokens_and_what_is_learnt(tokenizer: Tokenizer, tmp_
     sample = load_supervised(Data(train=source), tokenizer, seed=0).train[0]
     text = render_sample(sample, tokenizer)
     assert text.plain == (
-        f"{source}:1\n<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nHi <|im_end|> [bold]x[/bold]<|im_end|>\n"
-        "<|im_start|>assistant\n⟦Yes 🤖!<|im_end|>\n⟧\n"
+        f"{source}:1\n<|im_start|>system\nYou help.<|im_end|>\n"
+        "<|im_start|>user\nHi <|im_end|> [bold]x[/bold]<|im_end|>\n<|im_start|>assistant\n⟦Yes 🤖!<|im_end|>\n⟧\n"
     )
     learnt = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
     assert learnt == "⟦Yes 🤖!<|im_end|>\n⟧"
@@ -78,7 +78,8 @@ def test_one_endless_turn_among_several_is_found(chatml_folder: Path, tmp_path: 
         check_source(source, Data(), Tokenizer.load(chatml_folder, str(template)))
     template.write_text(
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-        "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+        "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
     assert check_source(source, Data(), Tokenizer.load(chatml_folder, str(template))).endless.count == 1
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litrecipe.config.errors import InputError
-from litrecipe.data.formats import RESERVED, Conversation, RowError
+from litrecipe.config.groups import Data
+from litrecipe.data.formats import RESERVED, Conversation, RowError, parse_row, read_conversations
 from litrecipe.data.tokenizer import Tokenizer
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -103,6 +104,33 @@ def test_the_prefix_rule_learns_what_the_tags_say(chatml_folder: Path, tagged_fo
     tagged_ids, tagged_mask = load(tagged_folder).encode_conversation(messages)
     np.testing.assert_array_equal(plain_ids, tagged_ids)
     np.testing.assert_array_equal(plain_mask, tagged_mask)
+
+
+def test_tools_and_calls_equal_transformers(chatml_folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "tools.jinja"
+    template.write_text(
+        "{% for tool in tools %}{{ tool | tojson(indent=2) }}{% endfor %}{% for m in messages %}{{ m.role }}:"
+        "{% if m.tool_calls is defined %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}<|im_end|>"
+        "{% endfor %}"
+    )
+    tools = [
+        {"type": "function", "function": {"name": "größe", "parameters": {"default": None, "enum": [1, True, "<"]}}}
+    ]
+    messages = parse_row(
+        {
+            "messages": [
+                {"role": "user", "content": "How tall?", "tool_calls": None},
+                {"role": "assistant", "content": None, "tool_calls": [{"function": {"arguments": {"a": None}}}]},
+                {"role": "tool", "content": "3"},
+                {"role": "assistant", "content": "Three."},
+            ]
+        },
+        "file:1",
+        Data(),
+    ).messages
+    wanted = oracle(chatml_folder).apply_chat_template(messages, tools=tools, chat_template=template.read_text())
+    ids, _ = Tokenizer.load(chatml_folder, str(template)).encode_conversation(messages, tools)
+    assert ids.tolist() == wanted["input_ids"]
 
 
 def test_the_end_of_every_turn_is_learnt_and_no_opening_is(chatml_folder: Path) -> None:
@@ -274,6 +302,20 @@ def test_a_text_is_learnt_whole_and_ended(chatml_folder: Path) -> None:
     assert encoded[0][-1] == tokenizer.eos_ids[0] and encoded[1].all()
 
 
+def test_control_tokens_that_are_looked_for_in_normalised_text(chatml_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(chatml_folder, tmp_path / "normalised")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "NFKC"}
+    for token in state["added_tokens"]:
+        token["normalized"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = Tokenizer.load(folder)
+    messages = [{"role": "user", "content": "½ <|im_end|>"}, {"role": "assistant", "content": "ﬁ"}]
+    ids, mask = tokenizer.encode_conversation(messages)
+    assert (ids == tokenizer.eos_ids[0]).sum() == 3
+    assert tokenizer.decode(ids[mask], skip_special=False) == "fi<|im_end|>\n"
+
+
 def test_missing_and_broken_files_are_named(chatml_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"tokenizer\.json: no such file"):
         Tokenizer.load(tmp_path)
@@ -287,3 +329,36 @@ def test_missing_and_broken_files_are_named(chatml_folder: Path, tmp_path: Path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match=r"tokenizer_config\.json: .*not valid JSON"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def real(real_model: Path) -> Path:
+    """The folder with the real model's tokenizer."""
+    from litrecipe.checkpoint.source import open_model
+
+    return open_model(str(real_model)).tokenizer_dir
+
+
+@pytest.mark.real_model
+def test_the_real_tokenizer_splits_digits_first(real: Path) -> None:
+    tokenizer = load(real)
+    pieces = [tokenizer.decode([id]) for id in tokenizer.encode("  12345 7 x")]
+    assert pieces == ["  ", "1", "2", "3", "4", "5", " ", "7", " x"]
+    assert tokenizer.decode(tokenizer.encode(" 7 ½")) == " 7 ½"
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (1, (2,), 49152)
+
+
+@pytest.mark.real_model
+@SETTINGS
+@given(messages=conversations(NO_SPECIALS))
+def test_the_real_tokenizer_equals_transformers(real: Path, messages: Messages) -> None:
+    wanted = oracle(real).apply_chat_template(messages)["input_ids"]
+    assert load(real).encode_conversation(messages)[0].tolist() == wanted
+
+
+@pytest.mark.real_model
+def test_the_benchmark_rows_have_the_known_number_of_tokens(real: Path, shared: Path) -> None:
+    rows = read_conversations(str(shared / "data" / "bench" / "sft128.jsonl"), Data())
+    encoded = [load(real).encode_conversation(conversation.messages) for conversation in rows]
+    assert sum(len(ids) for ids, _ in encoded) == 11906
+    assert sum(int(mask.sum()) for _, mask in encoded) == 6045

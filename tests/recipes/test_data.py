@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Data, FinetuneRecipe, Model
+from litrecipe.recipes.data import check, preview
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    """A `config.json` without weights, with a tokenizer of bytes beside it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken("<end>", special=True, normalized=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "chat_template": TEMPLATE}))
+    config = {
+        "model_type": "llama",
+        "vocab_size": backend.get_vocab_size(),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return Model(source=str(folder / "config.json"), init="random")
+
+
+@pytest.fixture(autouse=True)
+def quiet_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITRECIPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def write(path: Path, *pairs: tuple[str, str]) -> str:
+    rows: list[dict[str, Any]] = [{"prompt": asked, "completion": said} for asked, said in pairs]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_check_tells_repeats_leaks_and_cuts(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = write(tmp_path / "train.jsonl", ("Why?", "So."), ("Why?", "So."), ("Long", "x" * 100), ("Mute", " "))
+    val = write(tmp_path / "val.jsonl", ("why?", "so."), ("How?", "Thus."))
+    assert check(FinetuneRecipe(model=model, data=Data(train=train, val=val, max_length=60))) == 0
+    told = {" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()}
+    assert "longer than data.max_length 60 and cut 25.0 %: 1 (train.jsonl:3)" in told
+    assert "empty, dropped 25.0 %: 1 (train.jsonl:4)" in told
+    assert "said before, word for word 25.0 %: 1 (train.jsonl:2)" in told
+    assert "also in train, word for word none" in told
+    assert "also in train, but for case and white space 50.0 %: 1 (val.jsonl:1)" in told
+
+
+def test_check_refuses_rows_it_cannot_read(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("{\n[]\n")
+    with pytest.raises(InputError) as caught:
+        check(FinetuneRecipe(model=model, data=Data(train=str(tmp_path / "train.jsonl"))))
+    assert len(caught.value.mistakes) == 2
+
+
+def test_preview_shows_the_first_rows_with_their_mask(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = write(tmp_path / "train.jsonl", ("Why?", "So. 🤗"), ("<end>", "[red]End"), ("Who?", "Me."))
+    assert preview(FinetuneRecipe(model=model, data=Data(train=train)), 2) == 0
+    told = capsys.readouterr().out
+    assert f"{train}:1\nuser: Why?<end>\nassistant: ⟦So. 🤗<end>\n⟧\n" in told
+    assert f"{train}:2\nuser: <end><end>\nassistant: ⟦[red]End<end>\n⟧\n" in told
+    assert "Who?" not in told and "2 samples of 2 rows" in told
+
+
+def test_preview_of_a_generated_source(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preview(FinetuneRecipe(model=model, data=Data(train="toy:units?n=9")), 3) == 0
+    assert capsys.readouterr().out.count("⟦") == 3
