@@ -1,0 +1,7 @@
+"""`python -m litrecipe`."""
+
+import sys
+
+from litrecipe.cli import main
+
+sys.exit(main())

@@ -1,0 +1,317 @@
+"""The front door: which verb, which recipe, and one line for each mistake.
+
+The verb is looked at first, and only its parser is built; its code is imported when it runs. Until then nothing heavy
+is imported, so help and mistakes come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from litrecipe import __version__
+from litrecipe.config.errors import InputError
+
+WRONG_INPUT = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeVerb:
+    """A verb that reads a recipe."""
+
+    summary: str
+    kind: str
+    """Name of the recipe's dataclass in `config.groups`."""
+    code: str
+    """`module:function` below `litrecipe`, called with the recipe and the options."""
+    trains: bool = False
+    """Looks at the data and answers signals before anything heavy is imported."""
+    options: dict[str, tuple[type, Any, str]] = dataclasses.field(default_factory=dict)
+    """Options that are no keys of the recipe: type, default, meaning."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainVerb:
+    """A verb that takes names of files and folders."""
+
+    summary: str
+    code: str
+    """`module:function` below `litrecipe`, called with the arguments by name."""
+    arguments: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Arguments as `argparse` takes them."""
+
+
+DRY_RUN = {"dry_run": (bool, False, "show recipe, parameters, memory, steps and one sample; write nothing")}
+RUN = {"help": "a run directory"}
+OUT = {"help": "the folder to write"}
+
+VERBS: dict[str, RecipeVerb | PlainVerb] = {
+    "finetune": RecipeVerb(
+        "fine-tune a model: full, LoRA or DoRA", "FinetuneRecipe", "recipes.finetune:main", True, DRY_RUN
+    ),
+    "evaluate": RecipeVerb("measure a model on tasks", "EvaluateRecipe", "recipes.evaluate:main"),
+    "generate": RecipeVerb("answer one prompt", "GenerateRecipe", "recipes.generate:main"),
+    "chat": RecipeVerb("talk with a model", "GenerateRecipe", "recipes.chat:main"),
+    "recipes ls": PlainVerb("list the recipes that ship with litrecipe", "hub:ls"),
+    "recipes show": PlainVerb(
+        "print a recipe",
+        "hub:show",
+        {
+            "name": {"help": "a name of `recipes ls`, its end if that is unique, or a file"},
+            "--resolved": {"action": "store_true", "help": "with `extends` and all defaults filled in"},
+        },
+    ),
+    "recipes cp": PlainVerb(
+        "copy a recipe to change it",
+        "hub:copy",
+        {"name": {"help": "a name of `recipes ls`"}, "file": {"help": "the file to write; must not exist"}},
+    ),
+    "recipes validate": PlainVerb(
+        "check recipes, and build their models without weights",
+        "hub:validate",
+        {"names": {"nargs": "*", "metavar": "NAME", "help": "recipes or files (default: the whole hub)"}},
+    ),
+    "data check": RecipeVerb("look for trouble in training data", "FinetuneRecipe", "recipes.data:check"),
+    "data preview": RecipeVerb(
+        "show samples with what is learnt of them",
+        "FinetuneRecipe",
+        "recipes.data:preview",
+        options={"n": (int, 3, "how many samples")},
+    ),
+    "model import": PlainVerb(
+        "turn a GGUF file or a hub model into a Hugging Face folder",
+        "recipes.model:import_model",
+        {"src": {"help": "a GGUF file, a hub id or a Hugging Face folder"}, "out": OUT},
+    ),
+    "model export": PlainVerb(
+        "write the newest checkpoint of a run as a Hugging Face or adapter folder",
+        "recipes.model:export",
+        {"run": RUN, "out": OUT},
+    ),
+    "model merge": PlainVerb(
+        "merge a run's adapter into its base model",
+        "recipes.model:merge",
+        {"run": {"help": "a run directory or an adapter folder"}, "out": OUT},
+    ),
+    "model info": PlainVerb(
+        "tell what a model is made of", "recipes.model:info", {"src": {"help": "whatever `--model` takes"}}
+    ),
+    "runs ls": PlainVerb(
+        "list runs",
+        "recipes.runs:ls",
+        {"folder": {"nargs": "?", "default": "runs", "help": "where they lie (default: runs)"}},
+    ),
+    "runs diff": PlainVerb(
+        "find the first step in which two runs differ, and why",
+        "recipes.runs:diff",
+        {
+            "a": RUN,
+            "b": RUN,
+            "--tolerance": {"type": float, "default": 0.0, "help": "difference of numbers that is no difference"},
+        },
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 2 wrong input, 85 pre-empted, 130 Ctrl-C."""
+    try:
+        code = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except InputError as error:
+        for mistake in error.mistakes:
+            print(f"litrecipe: error: {' '.join(mistake.splitlines())}", file=sys.stderr)
+        return WRONG_INPUT
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        print(f"litrecipe: error: torchvision: does not fit this torch: {TORCHVISION_CURE}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `litrecipe recipes show … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+TORCHVISION_CURE = "litrecipe runs without it: `pip uninstall torchvision`"
+
+
+def run(argv: list[str]) -> int:
+    """Find the verb and run it."""
+    if not argv:
+        print(help_of(""), file=sys.stderr)
+        return WRONG_INPUT
+    if argv[0] in ("-h", "--help", "help"):
+        print(help_of(""))
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"litrecipe {__version__}")
+        return 0
+    for words in (1, 2):
+        name = " ".join(argv[:words])
+        if name in VERBS:
+            verb = VERBS[name]
+            return (run_recipe if isinstance(verb, RecipeVerb) else run_plain)(name, verb, argv[words:])  # type: ignore
+    return _no_verb(argv)
+
+
+def help_of(group: str) -> str:
+    """All verbs, or those of one group (`model `), a line each."""
+    from litrecipe.config.describe import two_columns
+
+    verbs = {name: verb.summary for name, verb in VERBS.items() if name.startswith(group)}
+    return "\n".join(
+        [
+            f"usage: litrecipe {group or 'VERB '}...",
+            "",
+            "Fine-tune and evaluate language models from one YAML recipe.",
+            "",
+            *two_columns(verbs.items(), max(map(len, verbs))),
+            "",
+            "`litrecipe VERB --help` tells more about one, `litrecipe --version` the version.",
+        ]
+    )
+
+
+def _no_verb(argv: list[str]) -> int:
+    first, second = argv[0], argv[1] if len(argv) > 1 else ""
+    group = [name.split()[1] for name in VERBS if name.startswith(f"{first} ")]
+    if group and second in ("-h", "--help"):
+        print(help_of(f"{first} "))
+        return 0
+    if group:
+        near = get_close_matches(second, group, n=1)
+        cure = f"did you mean `litrecipe {first} {near[0]}`?" if near else f"give one of {', '.join(group)}"
+        raise InputError(f"{first}: {second or 'missing'}: {cure}")
+    known = list(dict.fromkeys(name.split()[0] for name in VERBS))
+    near = get_close_matches(first, known, n=1, cutoff=0.5)
+    cure = f"did you mean `litrecipe {near[0]}`?" if near else f"give one of {', '.join(known)}"
+    raise InputError(f"{first}: no such verb: {cure}")
+
+
+def call(code: str, *arguments: Any, **options: Any) -> int:
+    """Import `module:function` and call it."""
+    module, _, function = code.partition(":")
+    return int(getattr(import_module(f"litrecipe.{module}"), function)(*arguments, **options))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{self.prog.removeprefix('litrecipe ')}: {message}: see `{self.prog} --help`")
+
+
+def run_plain(name: str, verb: PlainVerb, argv: list[str]) -> int:
+    """Run a verb that takes names."""
+    parser = _Parser(prog=f"litrecipe {name}", description=verb.summary, allow_abbrev=False)
+    for argument, keywords in verb.arguments.items():
+        parser.add_argument(argument, **({"metavar": argument.upper()} if argument[0] != "-" else {}) | keywords)
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit:  # --help was printed
+        return 0
+    return call(verb.code, **vars(arguments))
+
+
+def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
+    """Run a verb that reads a recipe."""
+    from litrecipe.config import groups, schema
+
+    kind = getattr(groups, verb.kind)
+    line = Line(schema.keys(kind), verb.options)
+    line.read(argv)
+    if line.help is not None:
+        print(_help(name, kind, verb, line.help))
+        return 0
+    if verb.trains:
+        from litrecipe.config import stop
+
+        stop.install()
+    try:
+        recipe = schema.load(kind, line.configs, line.flags)
+    except InputError as error:
+        raise InputError(*line.mistakes, *error.mistakes) from None
+    if line.mistakes:
+        raise InputError(*line.mistakes)
+    if verb.trains:
+        from litrecipe.data.formats import check_rows
+
+        check_rows(recipe.data)
+    return call(verb.code, recipe, **line.options)
+
+
+def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
+    from litrecipe.config.describe import group_help, recipe_help
+
+    groups = [field.name for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.default_factory)]
+    if group in groups:
+        return group_help(name, kind, group)
+    if group:
+        near = get_close_matches(group, groups, n=1)
+        cure = f"did you mean `--help {near[0]}`?" if near else f"give one of {', '.join(groups)}"
+        raise InputError(f"--help: {group}: no such group: {cure}")
+    options = {"--config RECIPE": "a file, or a name of `litrecipe recipes ls`; may be repeated, later ones win"}
+    options |= {f"--{option}": f"{words} (default: {default})" for option, (_, default, words) in verb.options.items()}
+    options |= {"--model M": "short for --model.source M", "--help [GROUP]": "this, or the keys of one group"}
+    return recipe_help(name, kind, options)
+
+
+class Line:
+    """A command line taken apart: recipes, flags, and options that are no keys."""
+
+    def __init__(self, keys: dict[str, Any], options: dict[str, tuple[type, Any, str]]) -> None:
+        self.keys = keys
+        self.kinds = {option: kind for option, (kind, _, _) in options.items()}
+        self.options = {option: default for option, (_, default, _) in options.items()}
+        self.configs: list[str] = []
+        self.flags: list[tuple[str, str]] = []
+        self.help: str | None = None
+        self.mistakes: list[str] = []
+
+    def read(self, argv: list[str]) -> None:
+        """Go through the line once; what is wrong is added to `mistakes`."""
+        rest = list(reversed(argv))
+        while rest:
+            word = rest.pop()
+            if word in ("-h", "--help"):
+                self.help = rest.pop() if rest and not rest[-1].startswith("-") else ""
+                return
+            if not word.startswith("--"):
+                self.mistakes.append(f"{word}: belongs to no flag: a recipe is given as `--config {word}`")
+                continue
+            name, equals, value = word[2:].partition("=")
+            has_value = bool(equals) or (bool(rest) and not rest[-1].startswith("--"))
+            if not has_value and not self._is_switch(name):
+                self.mistakes.append(f"--{name}: has no value: write `--{name} VALUE` (or `--{name}=--VALUE`)")
+                continue
+            if not equals:
+                value = rest.pop() if has_value else "true"
+            self._take(name, value)
+
+    def _is_switch(self, name: str) -> bool:
+        return bool in (self.keys.get(name), self.kinds.get(name.replace("-", "_")))
+
+    def _take(self, name: str, value: str) -> None:
+        option = name.replace("-", "_")
+        if name == "config":
+            self.configs.append(value)
+        elif option not in self.kinds:
+            self.flags.append(("model.source" if name == "model" else name, value))
+        elif self.kinds[option] is bool and value in ("true", "false"):
+            self.options[option] = value == "true"
+        elif self.kinds[option] is int and value.isdecimal() and int(value) > 0:
+            self.options[option] = int(value)
+        else:
+            wanted = "true or false" if self.kinds[option] is bool else "a whole number above 0"
+            self.mistakes.append(f"--{option}: {value}: give {wanted}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What types cannot say: which values a key may have, and which keys go together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from datetime import date
+from typing import Any, get_args
+
+from litrecipe.config.groups import EvaluateRecipe, FinetuneRecipe, Target
+
+Mistake = tuple[str, Any, str]
+"""Key, value, cure."""
+
+
+def check(recipe: Any) -> Iterator[Mistake]:
+    """All mistakes in the values of a recipe whose types are right."""
+    yield from _missing(recipe)
+    for key, (is_right, cure) in RANGES.items():
+        value = _get(recipe, key)
+        if value is not None and not is_right(value):
+            yield key, value, f"give {cure}"
+    yield from _combinations(recipe)
+    if isinstance(recipe, FinetuneRecipe):
+        yield from _texts(recipe)
+        yield from _finetune_combinations(recipe)
+
+
+def _get(recipe: Any, key: str) -> Any:
+    """The value of a full key; None where a recipe has no such key."""
+    for name in key.split("."):
+        recipe = getattr(recipe, name, None)
+    return recipe
+
+
+Range = tuple[Callable[[Any], bool], str]
+
+
+def _at_least(low: int) -> Range:
+    return lambda value: value >= low, f"{low} or more"
+
+
+ABOVE_0: Range = (lambda value: value > 0, "a number above 0")
+SHARE: Range = (lambda value: 0 <= value < 1, "0 or more, and less than 1")
+
+RANGES: dict[str, Range] = {
+    "adapter.r": _at_least(1),
+    "adapter.alpha": ABOVE_0,
+    "adapter.dropout": SHARE,
+    "data.val_fraction": SHARE,
+    "data.max_length": _at_least(2),
+    "optim.lr": ABOVE_0,
+    "optim.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of 0 or more, and less than 1"),
+    "optim.eps": ABOVE_0,
+    "optim.weight_decay": _at_least(0),
+    "schedule.warmup_steps": _at_least(0),
+    "schedule.decay_steps": _at_least(1),
+    "schedule.min_lr_ratio": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "train.max_steps": _at_least(1),
+    "train.epochs": ABOVE_0,
+    "train.max_tokens": _at_least(1),
+    "train.global_batch_size": _at_least(1),
+    "train.micro_batch_tokens": _at_least(1),
+    "train.grad_clip": (lambda value: value > 0, "a number above 0, or null for no clipping"),
+    "train.seed": _at_least(0),
+    "eval.every": _at_least(1),
+    "eval.limit": _at_least(1),
+    "checkpoint.every": _at_least(1),
+    "checkpoint.keep": _at_least(1),
+    "log.every": _at_least(1),
+    "fabric.devices": (lambda value: value == "auto" or value >= 1, "1 or more, or auto"),
+    "fabric.num_nodes": _at_least(1),
+    "fabric.tensor_parallel": _at_least(1),
+    "generate.max_new_tokens": _at_least(1),
+    "generate.temperature": _at_least(0),
+    "generate.top_k": _at_least(0),
+    "generate.top_p": (lambda value: 0 < value <= 1, "a number above 0, and at most 1"),
+    "generate.seed": _at_least(0),
+    "limit": _at_least(1),
+    "num_fewshot": _at_least(0),
+    "batch_tokens": _at_least(1),
+    "schema_version": _at_least(1),
+}
+"""Key → what its value must fulfil, and that in words. A key that is null is not asked."""
+
+
+def _missing(recipe: Any) -> Iterator[Mistake]:
+    if not recipe.model.source:
+        yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"
+    if isinstance(recipe, FinetuneRecipe):
+        if not recipe.data.train:
+            yield "data.train", "missing", "give a data file or folder, a hub id, or `toy:units?n=512&seed=0`"
+        if not recipe.out_dir:
+            yield "out_dir", "''", "give the folder of the run"
+        if not recipe.adapter.targets and recipe.adapter.method != "none":
+            yield "adapter.targets", "[]", f"name layers: {', '.join(get_args(Target))}"
+    if isinstance(recipe, EvaluateRecipe) and not recipe.tasks:
+        yield "tasks", "missing", "give lm-eval names, `perplexity:FILE` or `exact_match:FILE` (`--tasks a,b`)"
+
+
+def _texts(recipe: FinetuneRecipe) -> Iterator[Mistake]:
+    """Values that are text to the type system and more than that to us."""
+    known = get_args(Target)
+    for target in recipe.adapter.targets:
+        if target not in known:
+            yield "adapter.targets", target, f"give some of {', '.join(known)}"
+    if recipe.train.max_time is not None:
+        try:
+            parse_duration(recipe.train.max_time)
+        except ValueError as error:
+            yield "train.max_time", recipe.train.max_time, str(error)
+    if recipe.data.date is not None:
+        try:
+            date.fromisoformat(recipe.data.date)
+        except ValueError:
+            yield "data.date", recipe.data.date, "give a date such as 2025-01-31"
+
+
+def _combinations(recipe: Any) -> Iterator[Mistake]:
+    """Keys that every verb has."""
+    quantized = recipe.quantize.method != "none"
+    if quantized and recipe.model.init == "random":
+        yield "quantize.method", recipe.quantize.method, "there is nothing to quantise in model.init random: use none"
+    if recipe.fabric.tensor_parallel > 1:
+        cure = "tensor parallelism is not there yet: use 1, and fabric.strategy fsdp to share a model between devices"
+        yield "fabric.tensor_parallel", recipe.fabric.tensor_parallel, cure
+
+
+def _finetune_combinations(recipe: FinetuneRecipe) -> Iterator[Mistake]:
+    method, quantize, strategy = recipe.adapter.method, recipe.quantize.method, recipe.fabric.strategy
+    if quantize != "none" and method == "none":
+        yield "quantize.method", quantize, "quantised weights cannot be trained: add adapter.method lora, or use none"
+    if quantize == "int8" and method == "dora":
+        yield "quantize.method", quantize, "DoRA does not train on an int8 base: use nf4, or adapter.method lora"
+    if quantize == "int8" and strategy == "fsdp":
+        yield "quantize.method", quantize, "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
+    if recipe.optim.name.endswith("8bit") and strategy == "fsdp":
+        yield "optim.name", recipe.optim.name, "8-bit optimizers cannot be sharded: use adamw, or fabric.strategy ddp"
+    if recipe.schedule.decay_steps is not None and recipe.schedule.name != "wsd":
+        cure = f"{recipe.schedule.name} decays over the whole run: remove it, or use schedule.name wsd"
+        yield "schedule.decay_steps", recipe.schedule.decay_steps, cure
+
+
+DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
+CLOCK = re.compile(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", re.ASCII)
+UNITS = (86400, 3600, 60, 1)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of `90s`, `30m`, `2h`, `1d`, `1h30m`, `01:30:00` or Slurm's `1-00:00:00`. ValueError for others."""
+    found = DURATION.fullmatch(text) or CLOCK.fullmatch(text)
+    seconds = sum(float(part or 0) * unit for part, unit in zip(found.groups(), UNITS, strict=True)) if found else 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError("give a time such as 90s, 30m, 2h, 1h30m or 01:30:00")
+    return seconds

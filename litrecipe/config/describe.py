@@ -1,0 +1,62 @@
+"""Help for people: groups with one line each, and the keys of one group with their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable
+from textwrap import wrap
+from typing import Any, get_type_hints
+
+
+def recipe_help(verb: str, kind: type, options: dict[str, str]) -> str:
+    """The short help of a verb that takes a recipe: its options, its groups, and the keys outside groups."""
+    hints, docs = get_type_hints(kind), key_docs(kind)
+    groups = {name: inspect.getdoc(hint) or "" for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    single = {f"--{name}": docs[name] for name in hints if name not in groups}
+    width = max(map(len, (*options, *groups, *single)))
+    return "\n".join(
+        [
+            f"usage: litrecipe {verb} [--config RECIPE]... [--KEY VALUE]...",
+            "",
+            inspect.getdoc(kind) or "",
+            "",
+            "options:",
+            *two_columns(options.items(), width),
+            "",
+            f"groups of keys (`litrecipe {verb} --help GROUP` shows one); a flag beats a file:",
+            *two_columns(groups.items(), width),
+            "",
+            "keys outside groups:",
+            *two_columns(single.items(), width),
+        ]
+    )
+
+
+def group_help(verb: str, kind: Any, name: str) -> str:
+    """All keys of one group with type, default and documentation; `name` is a group of `kind`."""
+    from jsonargparse import ArgumentParser
+
+    group = get_type_hints(kind)[name]
+    hints, docs = get_type_hints(group), key_docs(group)
+    parser = ArgumentParser(prog=f"litrecipe {verb}", usage=f"%(prog)s [--{name}.KEY VALUE]...", add_help=False)
+    keys = parser.add_argument_group(inspect.getdoc(group))
+    for key, default in vars(group()).items():
+        keys.add_argument(f"--{name}.{key}", type=hints[key], default=default, help=docs[key].replace("%", "%%"))
+    return str(parser.format_help()).rstrip()
+
+
+def key_docs(kind: type) -> dict[str, str]:
+    """Key → the string that stands under it in its dataclass."""
+    from docstring_parser import parse_from_object
+
+    return {param.arg_name: param.description or "" for param in parse_from_object(kind).params}
+
+
+def two_columns(pairs: Iterable[tuple[str, str]], width: int) -> list[str]:
+    """Lines of names and what they mean, the latter wrapped."""
+    lines = []
+    for name, words in pairs:
+        first, *rest = wrap(words, 94 - width) or [""]
+        lines += [f"  {name:{width}}  {first}".rstrip(), *(" " * (width + 4) + line for line in rest)]
+    return lines

@@ -1,0 +1,258 @@
+"""Recipes as they are written: YAML with line numbers, `extends`, several files and flags laid over one another.
+
+Everything is kept as `Node`s, which remember where they were written, until `schema` knows which type a key has.
+Plain scalars follow YAML 1.2: `1e-4` is a number; `no`, `1:30` and dates are text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SCHEMA_VERSION = 1
+"""The version of the keys in `groups`; raise it, and teach `migrate`, when a key changes its name or meaning."""
+
+INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
+NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+LONGEST_INTEGER = 18
+"""Digits; what is longer is read as a float (and would not fit 64 bits)."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value and where it was written."""
+
+    value: Any
+    """A scalar, a list of nodes, or a dict of nodes."""
+    where: str = ""
+    """`recipe.yaml:12: `, or nothing for a flag."""
+    text: str | None = None
+    """A scalar as it was written, for keys whose type is text."""
+    is_flag: bool = False
+    """From the command line: only `text` counts, and the type of the key decides how it is read."""
+
+    @property
+    def is_group(self) -> bool:
+        """Whether this is a mapping."""
+        return isinstance(self.value, dict)
+
+
+def merge(configs: Sequence[str | Path], flags: Iterable[tuple[str, str]], mistakes: list[str]) -> Node:
+    """Lay the files over one another, later ones on top, and the flags (full key, text) over all.
+
+    What cannot be read is added to `mistakes` and left out.
+    """
+    tree = Node({})
+    for config in configs:
+        path = find(str(config), None, mistakes)
+        if path is not None:
+            tree = overlay(tree, read_recipe(path, mistakes))
+    for key, text in flags:
+        node = Node(None, text=text, is_flag=True)
+        for part in reversed(key.split(".")):
+            node = Node({part: node})
+        tree = overlay(tree, node)
+    return tree
+
+
+def overlay(base: Node, top: Node) -> Node:
+    """`top` over `base`, key by key. A group without keys (`train:` and nothing below) changes nothing."""
+    if not base.is_group or (not top.is_group and (top.is_flag or top.value is not None)):
+        return top
+    if not top.is_group:
+        return base
+    merged = dict(base.value)
+    for key, node in top.value.items():
+        merged[key] = overlay(merged[key], node) if key in merged else node
+    return Node(merged, top.where)
+
+
+def read_recipe(path: Path, mistakes: list[str], chain: tuple[Path, ...] = ()) -> Node:
+    """A recipe file laid over what it `extends`."""
+    recipe = read_file(path, mistakes)
+    if "extends" not in recipe.value:
+        return recipe
+    extends = recipe.value.pop("extends")
+    if not isinstance(extends.text, str) or extends.value is None:
+        mistakes.append(f"{extends.where}extends: {show(extends)}: give the name of one recipe, or a file")
+        return recipe
+    base = find(extends.text, path.parent, mistakes, f"{extends.where}extends: ")
+    if base is None:
+        return recipe
+    chain = (*chain, path.resolve())
+    if base.resolve() in chain:
+        circle = " → ".join(displayed(link) for link in (*chain, base))
+        mistakes.append(f"{extends.where}extends: {extends.text}: a recipe cannot extend itself ({circle})")
+        return recipe
+    return overlay(read_recipe(base, mistakes, chain), recipe)
+
+
+def read_file(path: Path, mistakes: list[str]) -> Node:
+    """One YAML file, at the present schema version; an empty group when it cannot be read."""
+    name = displayed(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        mistakes.append(f"{name}: not text: byte {error.start} is not UTF-8: save the file as UTF-8")
+        return Node({})
+    except OSError as error:
+        mistakes.append(f"{name}: {error.strerror}: give a recipe file that can be read")
+        return Node({})
+    root = read_yaml(text, name, mistakes)
+    if root.value is None:
+        return Node({})
+    if not root.is_group:
+        mistakes.append(f"{root.where}{show(root)}: a recipe is made of `key: value` lines")
+        return Node({})
+    return migrate(root, mistakes)
+
+
+def migrate(recipe: Node, mistakes: list[str]) -> Node:
+    """Bring a file of an older schema version to the present keys. There is one version so far."""
+    version = recipe.value.get("schema_version")
+    if version is not None and type(version.value) in (int, float) and version.value > SCHEMA_VERSION:
+        mistakes.append(
+            f"{version.where}schema_version: {show(version)}: this program knows up to {SCHEMA_VERSION}: "
+            "use a newer litrecipe"
+        )
+        return Node({})
+    return recipe
+
+
+def read_yaml(text: str, name: str | None, mistakes: list[str]) -> Node:
+    """YAML text as nodes. `name` stands before the line number in messages (None: one line, a flag)."""
+    try:
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+        return Node(None) if root is None else _Reader(name, mistakes).node(root, "")
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"{name}:{mark.line + 1}: " if name and mark else ""
+        mistakes.append(f"{line}YAML: {error.problem or error.context}: mend it here or on the line before")
+    except yaml.reader.ReaderError as error:
+        mistakes.append(f"{name}: YAML: character {error.position}: {error.reason}: remove it")
+    except RecursionError:
+        mistakes.append(f"{name}: YAML: nested too deeply: a recipe has groups of keys, no more")
+    return Node(None)
+
+
+class _Reader:
+    """Turns PyYAML's nodes into ours."""
+
+    def __init__(self, name: str | None, mistakes: list[str]) -> None:
+        self.name = name
+        self.mistakes = mistakes
+        self.seen: set[int] = set()
+
+    def node(self, node: yaml.Node, key: str) -> Node:
+        """One node and all below; `key` is its full name."""
+        where = self.where(node)
+        if id(node) in self.seen:
+            self.mistakes.append(f"{where}{key}: an alias (`*name`) was used for this: write the value out")
+            return Node(None, where)
+        self.seen.add(id(node))
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.removeprefix("tag:yaml.org,2002:") not in TAGS:
+            self.mistakes.append(f"{where}{key}: {node.tag}: YAML tags are not read: write the value without it")
+            return Node(None, where)
+        if isinstance(node, yaml.MappingNode):
+            return Node(self.mapping(node, key), where)
+        if isinstance(node, yaml.SequenceNode):
+            return Node([self.node(item, key) for item in node.value], where)
+        value = plain(node.value) if node.style is None else node.value
+        return Node(value, where, text=node.value)
+
+    def mapping(self, node: yaml.MappingNode, prefix: str) -> dict[str, Node]:
+        """The pairs of a mapping; a key that is given twice is a mistake."""
+        pairs: dict[str, Node] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            where = self.where(key_node)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.mistakes.append(f"{where}{prefix}: a list or mapping as a key: keys are words")
+                continue
+            key = key_node.value
+            name = f"{prefix}.{key}" if prefix else key
+            if key in pairs:
+                self.mistakes.append(f"{where}{name}: given twice: line {lines[key]} has it already: remove one")
+            value = self.node(value_node, name)
+            lines[key] = key_node.start_mark.line + 1
+            pairs[key] = Node(value.value, where, value.text)
+        return pairs
+
+    def where(self, node: yaml.Node) -> str:
+        """`file:line: `."""
+        return f"{self.name}:{node.start_mark.line + 1}: " if self.name else ""
+
+
+TAGS = ("str", "seq", "map")
+"""What the base loader calls untagged nodes; its resolver knows no others."""
+
+
+def plain(text: str) -> Any:
+    """The value of a scalar that stands without quotes."""
+    if text in WORDS:
+        return WORDS[text]
+    if INTEGER.fullmatch(text) and len(text) <= LONGEST_INTEGER:
+        return int(text)
+    return float(text) if NUMBER.fullmatch(text) else text
+
+
+def show(node: Node) -> str:
+    """A value as it stands in a message: one short line."""
+    if node.text is not None:
+        words = node.text if node.text.strip() else repr(node.text)
+    elif node.is_group:
+        words = "{" + ", ".join(f"{key}: {show(child)}" for key, child in node.value.items()) + "}"
+    elif isinstance(node.value, list):
+        words = "[" + ", ".join(show(item) for item in node.value) + "]"
+    else:
+        words = "null" if node.value is None else str(node.value)
+    words = " ".join(words.split()) if words.strip("'") else words
+    return words if len(words) <= 60 else words[:57] + "..."
+
+
+def hub_folder() -> Path:
+    """Where the recipes lie that ship with the program: inside the wheel, or at the top of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "config_hub"
+    return inside if inside.is_dir() else package.parent / "config_hub"
+
+
+def hub_names() -> list[str]:
+    """Names of all recipes of the hub, sorted: `finetune/smollm2-135m/lora`."""
+    folder = hub_folder()
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def find(name: str, beside: Path | None, mistakes: list[str], key: str = "--config: ") -> Path | None:
+    """The recipe file `name` stands for: a file (relative to `beside`), a hub name, or the unique end of one."""
+    path = Path(name) if beside is None else beside / name
+    if path.is_file():
+        return path
+    names = hub_names()
+    wanted = name.removesuffix(".yaml")
+    matches = [wanted] if wanted in names else [known for known in names if known.endswith(f"/{wanted}")]
+    if len(matches) == 1:
+        return hub_folder() / f"{matches[0]}.yaml"
+    if matches:
+        mistakes.append(f"{key}{name}: could be {', '.join(matches)}: give more of the name")
+    elif path.is_dir():
+        mistakes.append(f"{key}{name}: is a folder: give a recipe file")
+    else:
+        near = get_close_matches(wanted, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`litrecipe recipes ls` lists the hub"
+        mistakes.append(f"{key}{name}: no such file, and no recipe of the hub: {hint}")
+    return None
+
+
+def displayed(path: Path) -> str:
+    """A path as messages name it; recipes of the hub without the way to it."""
+    folder = hub_folder()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
