@@ -199,7 +199,7 @@ def _from_prompt_completion(fields: dict[str, Any]) -> list[Message]:
 
 def _from_alpaca(fields: dict[str, Any]) -> list[Message]:
     instruction, given = fields.get("instruction"), fields.get("input")
-    asked = f"{instruction}\n{given}" if given else instruction
+    asked = f"{instruction}\n{given}" if isinstance(instruction, str) and given else instruction
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.get("output")}]
     return _system(fields) + messages
 
@@ -212,7 +212,7 @@ def _from_sharegpt(fields: dict[str, Any]) -> list[Message]:
     for number, turn in enumerate(turns, start=1):
         if "from" not in turn or "value" not in turn:
             raise RowError(f"turn {number} has {', '.join(turn) or 'nothing'}: a ShareGPT turn needs from and value")
-        if turn["from"] not in SHAREGPT_ROLES:
+        if turn["from"] not in list(SHAREGPT_ROLES):
             raise RowError(f"turn {number}: from={turn['from']!r}: known are {', '.join(SHAREGPT_ROLES)}")
         messages.append({"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]})
     return messages
@@ -260,7 +260,7 @@ def _check_messages(messages: list[Message], *, starts_anyhow: bool) -> None:
     before = "start"
     for number, message in enumerate(messages, start=1):
         role = message["role"]
-        if role not in MAY_FOLLOW:
+        if role not in list(MAY_FOLLOW):  # a list, because a role may be anything, unhashable too
             raise RowError(f"message {number}: role {role!r}: known are {', '.join(MAY_FOLLOW)}")
         if before not in MAY_FOLLOW[role] and not starts_anyhow:
             raise RowError(f"message {number}: {role} after {before}: turns go system, user, assistant, user, …")

@@ -236,10 +236,8 @@ class _ZstFile(io.RawIOBase):
 
 def _read_errors() -> tuple[type[Exception], ...]:
     """What reading a broken or cut compressed file raises."""
-    try:
-        from zstandard import ZstdError
-    except ModuleNotFoundError:
-        return (EOFError, gzip.BadGzipFile, zlib.error)
+    from zstandard import ZstdError
+
     return (EOFError, gzip.BadGzipFile, zlib.error, ZstdError)
 
 
@@ -280,13 +278,20 @@ def _parse(text: str, where: str, mistakes: Mistakes) -> dict[str, Any] | None:
         row = json.loads(text)
     except json.JSONDecodeError as error:
         mistakes.add(f"{where}: not valid JSON ({error.msg} at column {error.colno}): one JSON object a line")
-    except RecursionError:
-        mistakes.add(f"{where}: JSON nested too deeply: flatten it")
+    except (ValueError, RecursionError) as error:
+        mistakes.add(f"{where}: {_unreadable(error)}")
     else:
         if isinstance(row, dict):
             return row
         mistakes.add(f'{where}: {_excerpt(row)}: a row must be a JSON object like {{"messages": […]}}')
     return None
+
+
+def _unreadable(error: Exception) -> str:
+    """What Python's reader refuses although it is JSON."""
+    if isinstance(error, RecursionError):
+        return "JSON nested too deeply: flatten it"
+    return f"a number Python does not read ({error}): write it as text"
 
 
 def _excerpt(value: Any) -> str:
@@ -312,8 +317,8 @@ def _read_json(path: Path, mistakes: Mistakes) -> Iterator[Located]:
         cure = "one object a line belongs into a .jsonl file" if error.msg == "Extra data" else "mend the JSON"
         mistakes.add(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}): {cure}")
         return
-    except RecursionError:
-        mistakes.add(f"{path}:1: JSON nested too deeply: flatten it")
+    except (ValueError, RecursionError) as error:
+        mistakes.add(f"{path}:1: {_unreadable(error)}")
         return
     if isinstance(document, dict):
         lists = [value for value in document.values() if isinstance(value, list)]
@@ -339,5 +344,5 @@ def _read_parquet(path: Path, mistakes: Mistakes) -> Iterator[Located]:
             for row in batch.to_pylist():
                 number += 1
                 yield row, f"{path}:{number}"
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, *_read_errors()) as error:
         mistakes.add(f"{path}:1: not a readable Parquet file ({str(error).splitlines()[0]}): fetch or write it again")

@@ -59,6 +59,7 @@ CONVERSIONS = [
     ("decades", "years", 10),
     ("centuries", "years", 100),
 ]
+VALUES = list(range(2, 100))
 UNITS_WORDINGS = [
     "Convert {quantity} to {unit}.",
     "How many {unit} are {quantity}?",
@@ -68,7 +69,7 @@ UNITS_WORDINGS = [
 
 
 def _units(draw: Draw) -> Question:
-    value = draw.of(list(range(2, 100)))
+    value = draw.of(VALUES)
     unit, wanted, factor = draw.of(CONVERSIONS)
     quantity = f"{value} {unit}"
     prompt = draw.of(UNITS_WORDINGS).format(quantity=quantity, unit=wanted) + " Answer with number and unit only."
@@ -85,30 +86,27 @@ CITIES = _words("""
     Warsaw Zurich Boston Denver Seattle Havana Bogota Accra Lagos Tunis Amman Seoul Hanoi Manila Jakarta Mumbai
     Dhaka Riga Tallinn Helsinki Bergen Porto Seville Naples Milan Lyon Ghent Krakow Sofia Izmir Doha Perth Auckland
 """)
-JOBS = _words("""
-    nurse teacher baker pilot lawyer farmer plumber dentist painter chemist sailor tailor butcher judge
-    gardener singer carpenter librarian journalist
-""")
 FIELDS_WORDINGS = [
-    "{name}, {age}, is a {job} from {city}.",
-    "The {job} {name} is {age} years old and lives in {city}.",
-    "In {city} we met {name}, a {job} aged {age}.",
-    "At {age}, {name} moved to {city} to work as a {job}.",
-    "{name} works in {city} as a {job} and has just turned {age}.",
-    "Our new {job} is {name} ({age}), who was born in {city}.",
+    "{name}, {age}, is from {city}.",
+    "{name} is {age} years old and lives in {city}.",
+    "In {city} we met {name}, aged {age}.",
+    "At {age}, {name} moved to {city}.",
+    "{name} works in {city} and has just turned {age}.",
+    "Our guest from {city} is {name} ({age}).",
 ]
+AGES = list(range(19, 80))
 
 
 def _fields(draw: Draw) -> Question:
-    name, city, job, age = draw.of(NAMES), draw.of(CITIES), draw.of(JOBS), draw.of(list(range(19, 80)))
-    sentence = draw.of(FIELDS_WORDINGS).format(name=name, city=city, job=job, age=age)
-    answer = json.dumps({"name": name, "age": age, "job": job, "city": city})
-    return Question(f"{name}, {city}", f"Extract name, age, job and city as JSON: {sentence}", answer)
+    name, city, age = draw.of(NAMES), draw.of(CITIES), draw.of(AGES)
+    sentence = draw.of(FIELDS_WORDINGS).format(name=name, city=city, age=age)
+    answer = json.dumps({"name": name, "age": age, "city": city})
+    return Question(f"{name}, {city}", f"Extract name, age and city as JSON: {sentence}", answer)
 
 
 TASKS: dict[str, tuple[Callable[[Draw], Question], int]] = {
-    "units": (_units, 98 * len(CONVERSIONS) * len(UNITS_WORDINGS)),
-    "fields": (_fields, len(NAMES) * len(CITIES) * len(JOBS) * 61 * len(FIELDS_WORDINGS)),
+    "units": (_units, len(VALUES) * len(CONVERSIONS) * len(UNITS_WORDINGS)),
+    "fields": (_fields, len(NAMES) * len(CITIES) * len(AGES) * len(FIELDS_WORDINGS)),
 }
 """Task → what makes a question of an index, and how many there are."""
 

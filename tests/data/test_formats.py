@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.data.formats import Conversation, RowError, check_rows, parse_row, read_conversations
+from litrecipe.data.formats import COLUMNS, Conversation, RowError, check_rows, parse_row, read_conversations
 from litrecipe.data.readers import Mistakes
 
 ASK = {"role": "user", "content": "Why?"}
@@ -153,3 +155,33 @@ def test_public_data_sets_are_read_whole(shared: Path, name: str, columns: dict[
     source = str(shared / "data" / "sft" / f"{name}.jsonl.gz")
     assert sum(1 for _ in read_conversations(source, Data(columns=columns), mistakes)) == rows
     assert mistakes.shown == []
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=3)
+    | st.sampled_from(["user", "assistant", "human", "gpt"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text", "tool_calls"]), inner, max_size=4
+        )
+    ),
+    max_leaves=8,
+)
+COLUMN_NAMES = sorted({name for names in COLUMNS.values() for name in names})
+
+
+@settings(max_examples=400, deadline=None)
+@given(row=st.dictionaries(st.sampled_from(COLUMN_NAMES), JSON, max_size=5))
+def test_no_row_is_so_wrong_that_it_is_not_said(row: dict[str, Any]) -> None:
+    try:
+        conversation = parse(row)
+    except RowError as error:
+        assert str(error)
+    else:
+        assert all(isinstance(message.get("content", ""), str) for message in conversation.messages)
+        assert conversation.messages[-1]["role"] == "assistant"
+        assert conversation.empty_turn is None or not conversation.empty_turn["content"].strip()

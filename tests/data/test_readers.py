@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from litrecipe.config.errors import InputError
@@ -188,3 +190,23 @@ def test_reading_imports_no_torch() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(content=st.binary(max_size=200) | st.text(alphabet='{}[]",:1e\\ud8\n', max_size=60).map(str.encode))
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.json.zst"])
+def test_no_file_is_so_broken_that_it_is_not_said(
+    tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("broken") / name
+    path.write_bytes(content)
+    mistakes = Mistakes()
+    for row, where in read_rows(str(path), mistakes):
+        assert isinstance(row, dict) and where.startswith(f"{path}:")
+    assert all(mistake.startswith(f"{path}:") for mistake in mistakes.shown)
+
+
+def test_numbers_too_long_for_python(tmp_path: Path) -> None:
+    number = "1" * 5000
+    assert "a number Python does not read" in mistakes_of(write(tmp_path / "a.jsonl", f'{{"a": {number}}}'))[0]
+    assert "a number Python does not read" in mistakes_of(write(tmp_path / "a.json", f"[{number}]"))[0]
