@@ -103,10 +103,9 @@ class GgufWeights:
                 values = dequantize(self._rows(name), kind)
             except NotImplementedError as error:
                 raise InputError(f"{self.path}: {own}: type {kind.name} cannot be read: use Q8_0 or F16") from error
-            tensor = torch.from_numpy(np.array(values, dtype=np.float32)).view(entry.shape)
-            if not tensor.isfinite().all():
+            if not np.isfinite(values).all():
                 raise InputError(f"{self.path}: {own}: holds values that are not finite: fetch the file again")
-            yield name, tensor
+            yield name, torch.from_numpy(np.array(values, dtype=np.float32)).view(entry.shape)
 
     def stored(self, name: str) -> bytes:
         """A tensor's bytes as they are stored."""

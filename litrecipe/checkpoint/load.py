@@ -6,8 +6,10 @@ each layer is quantised as soon as it is complete, so the peak is the finished m
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
@@ -37,20 +39,19 @@ def load_model(
     of other settings on top of it is refused. Raises InputError when tensors are missing, unexpected or of another
     shape than the config says.
     """
+    quantize = quantize or Quantize()
     with torch.device("meta"):
         model = Decoder(files.architecture)
     if init == "random":
         model.to_empty(device=device)
         model.init_weights(seed)
         model.to(dtype)
+        if quantize.method != "none":
+            _quantize(model, quantize)
     else:
         _check_tensors(files, model)
-        _fill(model, files, dtype, device)
-    model.tie_weights()
-    if quantize and quantize.method != "none":
-        from litrecipe.model.quantize import quantize_linears
-
-        quantize_linears(model, quantize)
+        _fill(model, files, dtype, device, quantize)
+        model.tie_weights()
     _adapt(model, files, adapter, quantize)
     return model
 
@@ -74,27 +75,42 @@ def _check_tensors(files: ModelFiles, model: Decoder) -> None:
         raise InputError(*(f"{files.weights_name}: {mistake}" for mistake in [*mistakes[:SHOWN], *more]))
 
 
-def _fill(model: Decoder, files: ModelFiles, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Put every tensor into the module it belongs to."""
-    wanted = {name for name, _ in model.named_parameters()}
+def _fill(
+    model: Decoder, files: ModelFiles, dtype: torch.dtype, device: torch.device | str, quantize: Quantize
+) -> None:
+    """Put every tensor into the module it belongs to; quantise a layer with its last tensor."""
+    names = {name for name, _ in model.named_parameters()}
+    waiting = Counter(_layer(name) for name in names)
     for name, tensor in track(files.tensors(), "loading weights", total=len(files.shapes)):
-        if name in wanted:
-            owner, _, leaf = name.rpartition(".")
-            _replace(model.get_submodule(owner), leaf, tensor.to(device, dtype))
+        if name not in names:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+        waiting[_layer(name)] -= 1
+        if quantize.method != "none" and not waiting[_layer(name)]:
+            _quantize(model.get_submodule(_layer(name)), quantize)
 
 
-def _replace(module: nn.Module, leaf: str, tensor: Tensor) -> None:
-    setattr(module, leaf, nn.Parameter(tensor))
+def _layer(name: str) -> str:
+    """`model.layers.3` of a tensor in it; the module itself of any other."""
+    parts = name.split(".")
+    return ".".join(parts[:3] if parts[1] == "layers" else parts[:-1])
 
 
-def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize: Quantize | None) -> None:
+def _quantize(module: nn.Module, quantize: Quantize) -> None:
+    from litrecipe.model.quantize import quantize_linears  # bitsandbytes takes seconds to import
+
+    quantize_linears(module, quantize)
+
+
+def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize: Quantize) -> None:
     """Inject the adapter after the base weights are there: DoRA's magnitudes are made from them."""
     wanted = adapter if adapter and adapter.method != "none" else None
     if files.adapter is None and wanted is None:
         return
     from litrecipe.model.adapters import add_adapter, load_adapter_state
 
-    quantized = quantize is not None and quantize.method != "none"
+    quantized = quantize.method != "none"
     if files.adapter is None:
         add_adapter(model, wanted, quantized)
         return
@@ -102,7 +118,7 @@ def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize:
     if wanted and _essence(wanted) != _essence(saved):
         raise InputError(
             f"adapter: model.source is a {saved.method} adapter with r={saved.r}, alpha={saved.alpha:g} on "
-            f"{', '.join(saved.targets)}: ask for the same to train it further, or merge it first (`litrecipe model merge`)"
+            f"{', '.join(saved.targets)}: ask for the same to train it further, or `litrecipe model merge` it first"
         )
     add_adapter(model, wanted or saved, quantized)
     load_adapter_state(model, files.adapter.state())

@@ -96,10 +96,13 @@ def _entries(manifest: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its manifest and its name only when the body is done; it replaces an older one.
+    """A folder to fill, which gets its manifest and its name only when the body is done.
 
-    Raises InputError when it cannot be written; what was at `target` is then untouched.
+    It replaces one that was written here before, never another. Raises InputError when it cannot be written; what was
+    at `target` is then untouched.
     """
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists, and was not written by litrecipe: name another folder, or remove it")
     draft = target.with_name(target.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -107,7 +110,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield draft
         _finish(draft)
         shutil.rmtree(target, ignore_errors=True)
-        os.replace(draft, target)
+        draft.replace(target)
     except OSError as error:
         raise InputError(f"{target}: {error}: make room, or name a folder that can be written") from error
     finally:

@@ -30,7 +30,11 @@ class AdapterFiles:
     @property
     def base(self) -> str:
         """Folder or hub id of the model it was trained on; may be empty."""
-        return self.config.get("base_model_name_or_path") or ""
+        base = self.config.get("base_model_name_or_path") or ""
+        if (beside := self.folder / base).exists():
+            return str(beside)
+        revision = self.config.get("revision")
+        return f"{base}@{revision}" if base and revision and not Path(base).exists() else base
 
     @property
     def kind(self) -> str:

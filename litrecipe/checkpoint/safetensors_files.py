@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from litrecipe.checkpoint.manifest import check_digest, expected_sha256, read_json
 from litrecipe.config.errors import InputError
 
@@ -25,8 +27,13 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 LARGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
-FLOATS = {"F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2)}
-"""Types a weight may have: name in the file → torch's name, bytes."""
+FLOATS = {
+    "F64": ("float64", 8, 0x7FF0_0000_0000_0000),
+    "F32": ("float32", 4, 0x7F80_0000),
+    "F16": ("float16", 2, 0x7C00),
+    "BF16": ("bfloat16", 2, 0x7F80),
+}
+"""Types a weight may have: name in the file → torch's name, bytes, the bits that are all set in infinities and NaNs."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +67,12 @@ class SafetensorsFile:
             digest = hashlib.sha256(handle.read(self.entries[0].start if self.entries else -1))
             for entry in self.entries:
                 raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-                if handle.readinto(raw.numpy()) != len(raw):  # type: ignore[attr-defined]
+                if handle.readinto(raw.numpy().data) != len(raw):
                     raise InputError(f"{self.path}: it became shorter while it was read: load it again")
                 tensor = raw.view(getattr(torch, FLOATS[entry.dtype][0])).view(entry.shape)
                 if expected:
-                    digest.update(raw.numpy())
-                elif not tensor.isfinite().all():
+                    digest.update(raw.numpy().data)
+                elif not _is_finite(raw.numpy(), entry.dtype):
                     raise InputError(
                         f"{self.path}: {entry.name}: holds values that are not finite: fetch the file again"
                     )
@@ -165,6 +172,12 @@ def _read_entries(path: Path) -> list[Entry]:
         what = "truncated" if size < end else "longer than its header says"
         raise InputError(f"{path}: {what} ({size} bytes, its header says {end}): fetch it again")
     return entries
+
+
+def _is_finite(raw: np.ndarray, dtype: str) -> bool:
+    _, size, exponent = FLOATS[dtype]
+    # numpy looks through the bits many times faster than torch's isfinite does on a busy machine.
+    return not ((raw.view(f"<u{size}") & exponent) == exponent).any()
 
 
 def _entry(name: str, value: dict, data: int) -> Entry:

@@ -66,6 +66,11 @@ class ModelFiles:
         return self._need_weights().tensors()
 
     @property
+    def base(self) -> str:
+        """Where the base model is: `source`, or what an adapter folder names."""
+        return self.adapter.base if self.adapter else self.source
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape of the tensors."""
         return self._need_weights().shapes
@@ -190,16 +195,13 @@ def _open_gguf(path: Path, source: str) -> ModelFiles:
 
 def _open_adapter(folder: Path, source: str) -> ModelFiles:
     adapter = read_adapter(folder)
-    base = adapter.base
     key = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
-    if not base:
+    if not adapter.config.get("base_model_name_or_path"):
         raise InputError(f"{key}: missing: write the base model's folder or hub id there")
-    if (beside := folder / base).exists():
-        base = str(beside)
     try:
-        files = _open(base)
+        files = _open(adapter.base)
     except InputError as error:
-        raise InputError(f"{key}: {base}: its base model cannot be opened ({error}): write where it is") from error
+        raise InputError(f"{key}: its base model cannot be opened ({error}): write where it is") from error
     own_tokenizer = (folder / "tokenizer.json").is_file()
     return replace(
         files, source=source, adapter=adapter, tokenizer_dir=folder if own_tokenizer else files.tokenizer_dir
@@ -234,7 +236,7 @@ def _nearest(path: Path, cure: str = "give a Hugging Face folder, a hub id, a GG
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:
-    """Every id of a tokenizer.json must have a row of the embedding. A missing file is for those who need it to name."""
+    """Every id of a tokenizer.json must have a row of the embedding. Who needs the file says so when it is missing."""
     if not path.is_file():
         return
     state = read_json(path)

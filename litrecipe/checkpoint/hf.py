@@ -1,0 +1,117 @@
+"""Write a model as a Hugging Face folder that transformers and litrecipe load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from litrecipe.checkpoint.manifest import new_folder
+from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
+from litrecipe.model.architecture import Architecture, to_hf_config
+from litrecipe.model.decoder import Decoder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+GENERATION = "generation_config.json"
+
+
+def save_model(
+    folder: Path,
+    model: Decoder,
+    tokenizer_dir: Path,
+    *,
+    chat_template: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write config, weights, tokenizer and a manifest; the folder has its name only once it is complete.
+
+    `chat_template` is a Jinja file that replaces the tokenizer's; `dtype` is what floating-point weights are stored in
+    (default: as they are). Sharded parameters are gathered shard by shard, so every rank has to call this; the first
+    one writes. Raises ValueError for a model with adapters or quantised weights, InputError when the disk is full.
+    """
+    parameters = dict(model.named_parameters())
+    if strange := [n for n, p in parameters.items() if not p.is_floating_point() or ".base_layer." in n]:
+        raise ValueError(f"{strange[0]}: merge adapters and dequantise before saving")
+    dtype = dtype or parameters["model.embed_tokens.weight"].dtype
+    shards = list(_cut(parameters, dtype.itemsize, max_shard_bytes))
+    if not is_writer():
+        for names in shards:
+            gather((name, parameters[name]) for name in names)
+        return
+    with new_folder(folder) as draft:
+        where: dict[str, str] = {}
+        for index, names in enumerate(shards):
+            file = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {n: t.to(dtype) for n, t in gather((name, parameters[name]) for name in names).items()}
+            save_file(tensors, draft / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(names, file)
+        if len(shards) > 1:
+            size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+            _write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        _write_json(draft / "config.json", to_hf_config(model.architecture, str(dtype).removeprefix("torch.")))
+        copy_tokenizer(tokenizer_dir, draft, chat_template)
+        _write_generation(tokenizer_dir, draft, model.architecture)
+
+
+def is_writer() -> bool:
+    """Whether this process writes what all of them hold."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def gather(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Whole tensors in main memory. A sharded one is put together on every rank: all have to call this."""
+    whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors)
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in whole}
+
+
+def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None) -> None:
+    """Copy what makes a tokenizer; `chat_template` is a Jinja file that replaces the model's own."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if chat_template is not None:
+        shutil.copyfile(Path(chat_template).expanduser(), target / "chat_template.jinja")
+
+
+def _cut(parameters: dict[str, nn.Parameter], itemsize: int, limit: float) -> Iterator[list[str]]:
+    """Names of the tensors of each shard, in order."""
+    names: list[str] = []
+    size = 0
+    for name, parameter in parameters.items():
+        if names and size + parameter.numel() * itemsize > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += parameter.numel() * itemsize
+    yield names
+
+
+def _write_generation(source: Path, target: Path, architecture: Architecture) -> None:
+    """The tokenizer folder's generation settings, or the ids of the architecture."""
+    if (source / GENERATION).is_file():
+        shutil.copyfile(source / GENERATION, target / GENERATION)
+        return
+    config = to_hf_config(architecture)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    _write_json(target / GENERATION, ids)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
