@@ -205,7 +205,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
-        scale = torch.linalg.vecdot(wide, wide)[..., None].div_(x.shape[-1]).add_(eps).rsqrt_()
+        # Not vecdot: autocast would take it for a matrix product and compute it in bf16.
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).to(x.dtype).mul_(weight)
 
@@ -218,7 +219,7 @@ class _RMSNorm(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None
         inner = grad.float() * weight
-        along = torch.linalg.vecdot(inner, normalised)[..., None].div_(x.shape[-1])
+        along = (inner * normalised).mean(-1, keepdim=True)
         return inner.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
 
 
