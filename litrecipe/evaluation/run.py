@@ -102,7 +102,7 @@ def evaluate(
     log_samples: bool = False,
     chatty: bool = True,
 ) -> Results:
-    """Run the tasks and return lm-eval's results dictionary, the built-in tasks merged in.
+    """Run the tasks (in evaluation mode) and return lm-eval's results dictionary, the built-in tasks merged in.
 
     `limit` bounds the samples of each task; `num_fewshot` and `log_samples` are lm-eval's. Raises InputError for tasks
     that do not exist or whose data cannot be had.
@@ -112,10 +112,13 @@ def evaluate(
     results: Results = {"results": {}, "configs": {}, "versions": {}, "n-shot": {}, "higher_is_better": {}}
     results |= {"n-samples": {}, "samples": {}, "config": {"limit": limit, "batch_tokens": batch_tokens}}
     results |= {"date": time.time(), **_describe(model, tokenizer)}
+    was_training = model.training
+    model.eval()
     if wanted.lm_eval:
         _merge(results, _run_lm_eval(model, tokenizer, wanted, settings, num_fewshot, log_samples))
     for task in wanted.builtin:
         _merge(results, _as_results(task, task.run(model, tokenizer, settings)))
+    model.train(was_training)
     if not log_samples:
         del results["samples"]
     return results
@@ -230,16 +233,17 @@ def table(results: Results) -> Table:
     from rich.table import Table
 
     shown = Table("task", "metric", "value", "stderr", "n", box=None)
+    shown.columns[0].overflow = "fold"
     for column in shown.columns[2:]:
         column.justify = "right"
     for task, measured in (results["results"] | results.get("groups", {})).items():
         count = results["n-samples"].get(task, {}).get("effective", "")
-        for metric, value, stderr in _metrics(measured):
+        for metric, value, stderr in metrics(measured):
             shown.add_row(task, metric, f"{value:.4f}", f"± {stderr:.4f}" if stderr is not None else "", str(count))
     return shown
 
 
-def _metrics(measured: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+def metrics(measured: dict[str, Any]) -> Iterator[tuple[str, float, float | None]]:
     """The `metric,filter` entries of a task as (name, value, standard error)."""
     for key, value in measured.items():
         metric, comma, filter_name = key.partition(",")

@@ -31,17 +31,18 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
-    _check(model, fabric)
+    device = _device(fabric)
     source = final_of_run(model.source)
     files = open_model(source, tokenizer=model.tokenizer)
     tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template)
     decoder = load_model(
         files,
         dtype=torch.bfloat16 if fabric.precision == "bf16-true" else torch.float32,
+        device=device,
         quantize=quantize,
         init=model.init,
     )
-    decoder = decoder.to(_device(fabric)).eval().requires_grad_(False)
+    decoder.eval().requires_grad_(False)
     if fabric.compile:
         decoder.compile_blocks()
     return Session(decoder, tokenizer, source)
@@ -57,21 +58,16 @@ def final_of_run(source: str) -> str:
     return str(folder / "final")
 
 
-def _check(model: groups.Model, fabric: groups.Fabric) -> None:
+def _device(fabric: groups.Fabric) -> torch.device:
     mistakes = []
-    if not model.source:
-        mistakes.append("model.source: missing: give a folder, a hub id or a GGUF file (`--model M`)")
     if fabric.devices not in ("auto", 1) or fabric.num_nodes != 1 or fabric.strategy != "auto":
         mistakes.append(f"fabric.devices: {fabric.devices}: evaluation and sampling run in one process: leave it out")
     if fabric.precision == "bf16-mixed":
         mistakes.append("fabric.precision: bf16-mixed: only training mixes precisions: use 32-true or bf16-true")
+    if fabric.accelerator == "cuda" and not torch.cuda.is_available():
+        mistakes.append("fabric.accelerator: cuda: this machine shows no CUDA device: use cpu or auto")
     if mistakes:
         raise InputError(*mistakes)
-
-
-def _device(fabric: groups.Fabric) -> torch.device:
     if fabric.accelerator == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if fabric.accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("fabric.accelerator: cuda: this machine shows no CUDA device: use cpu or auto")
     return torch.device(fabric.accelerator)
