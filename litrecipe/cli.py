@@ -21,6 +21,10 @@ from litrecipe.config.errors import InputError
 WRONG_INPUT = 2
 
 
+Option = tuple[type, Any, str]
+"""Type (bool or int), default, meaning."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RecipeVerb:
     """A verb that reads a recipe."""
@@ -32,8 +36,8 @@ class RecipeVerb:
     """`module:function` below `litrecipe`, called with the recipe and the options."""
     trains: bool = False
     """Looks at the data and answers signals before anything heavy is imported."""
-    options: dict[str, tuple[type, Any, str]] = dataclasses.field(default_factory=dict)
-    """Options that are no keys of the recipe: type, default, meaning."""
+    options: dict[str, Option] = dataclasses.field(default_factory=dict)
+    """Options that are no keys of the recipe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +51,9 @@ class PlainVerb:
     """Arguments as `argparse` takes them."""
 
 
-DRY_RUN = {"dry_run": (bool, False, "show recipe, parameters, memory, steps and one sample; write nothing")}
+DRY_RUN: dict[str, Option] = {
+    "dry_run": (bool, False, "show recipe, parameters, memory, steps and one sample; write nothing")
+}
 RUN = {"help": "a run directory"}
 OUT = {"help": "the folder to write"}
 
@@ -158,8 +164,8 @@ def run(argv: list[str]) -> int:
     for words in (1, 2):
         name = " ".join(argv[:words])
         if name in VERBS:
-            verb = VERBS[name]
-            return (run_recipe if isinstance(verb, RecipeVerb) else run_plain)(name, verb, argv[words:])  # type: ignore
+            verb, rest = VERBS[name], argv[words:]
+            return run_recipe(name, verb, rest) if isinstance(verb, RecipeVerb) else run_plain(name, verb, rest)
     return _no_verb(argv)
 
 
@@ -266,7 +272,7 @@ def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
 class Line:
     """A command line taken apart: recipes, flags, and options that are no keys."""
 
-    def __init__(self, keys: dict[str, Any], options: dict[str, tuple[type, Any, str]]) -> None:
+    def __init__(self, keys: dict[str, Any], options: dict[str, Option]) -> None:
         self.keys = keys
         self.kinds = {option: kind for option, (kind, _, _) in options.items()}
         self.options = {option: default for option, (_, default, _) in options.items()}
@@ -287,6 +293,9 @@ class Line:
                 self.mistakes.append(f"{word}: belongs to no flag: a recipe is given as `--config {word}`")
                 continue
             name, equals, value = word[2:].partition("=")
+            if not name:
+                self.mistakes.append(f"{word}: names no key: write `--KEY VALUE`")
+                continue
             has_value = bool(equals) or (bool(rest) and not rest[-1].startswith("--"))
             if not has_value and not self._is_switch(name):
                 self.mistakes.append(f"--{name}: has no value: write `--{name} VALUE` (or `--{name}=--VALUE`)")

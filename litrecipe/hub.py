@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES
-from litrecipe.config.merge import displayed, find, hub_folder, hub_names
+from litrecipe.config.groups import RECIPES, FinetuneRecipe
+from litrecipe.config.merge import Mistakes, displayed, find, find_in_hub, hub_folder, hub_names, read_recipe
 
 
 def ls() -> int:
@@ -19,54 +19,51 @@ def ls() -> int:
 
     table = Table("recipe", "what it does", "hardware", box=None)
     for name in hub_names():
-        words, hardware = headline(hub_folder() / f"{name}.yaml")
-        table.add_row(name, words, hardware)
+        table.add_row(name, *headline(hub_folder() / f"{name}.yaml"))
     console = Console()
-    if not console.is_terminal:  # whoever reads this is a program: do not fold names
+    if not console.is_terminal:  # a program reads this: do not fold lines
         console.width = 200
     console.print(table, highlight=False)
     return 0
 
 
-def headline(path: Path) -> tuple[str, str]:
+def headline(recipe: Path) -> tuple[str, str]:
     """The first comment line of a recipe, and its `Hardware:` line."""
-    comments = [line.lstrip("# ").rstrip() for line in path.read_text().splitlines() if line.startswith("#")]
+    comments = [line.removeprefix("#").strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
     hardware = [line.removeprefix("Hardware: ") for line in comments if line.startswith("Hardware: ")]
-    return (comments or [""])[0], (hardware or [""])[0]
+    return comments[0], hardware[0]
 
 
 def show(name: str, resolved: bool = False) -> int:
     """Print a recipe as it is written, or with `extends` and all defaults filled in."""
-    path = _find(name)
+    path = _found(name)
     print(schema.dump(schema.load(kind_of(path), [path])) if resolved else path.read_text(), end="")
     return 0
 
 
 def copy(name: str, file: str) -> int:
-    """Copy a recipe to a file of one's own; what it extends is named so that it is found from there."""
-    source, target = _find(name), Path(file)
-    target = target / source.name if target.is_dir() else target
+    """Copy a hub recipe. What it extends beside it is named by its hub name, so that the copy still finds it."""
+    mistakes = Mistakes()
+    source, target = find_in_hub(name, mistakes), Path(file)
+    if source is None:
+        raise InputError(*mistakes)
+    if target.is_dir():
+        target /= source.name
     if target.exists():
         raise InputError(f"{target}: exists: give another name, or remove it first")
     if not target.parent.is_dir():
-        raise InputError(f"{target}: no such folder {target.parent}: create it first")
-    lines = source.read_text().splitlines(keepends=True)
-    target.write_text("".join(_extends_by_name(line, source) for line in lines))
-    print(f"wrote {target}: run it with --config {target}")
+        raise InputError(f"{target.parent}: no such folder: create it first")
+    target.write_text("".join(_extends_by_name(line, source) for line in source.read_text().splitlines(keepends=True)))
+    print(f"wrote {target}: run it with `--config {target}`")
     return 0
 
 
 def _extends_by_name(line: str, source: Path) -> str:
-    """`extends: lora.yaml` beside a hub recipe becomes `extends: finetune/smollm2-135m/lora`."""
     key, _, base = line.partition(":")
     beside = source.parent / base.strip()
     if key != "extends" or not beside.is_file():
         return line
-    return f"extends: {displayed(beside.resolve()).removesuffix('.yaml') if _is_ours(beside) else beside.resolve()}\n"
-
-
-def _is_ours(path: Path) -> bool:
-    return path.resolve().is_relative_to(hub_folder())
+    return f"extends: {displayed(beside).removesuffix('.yaml')}\n"
 
 
 def validate(names: list[str]) -> int:
@@ -77,9 +74,9 @@ def validate(names: list[str]) -> int:
     mistakes: list[str] = []
     for name in names or hub_names():
         try:
-            path = _find(name)
-            recipe = schema.load(kind_of(path), [path])
-            print(f"{name}: {_parameters(recipe, path)}")
+            path = _found(name)
+            recipe: Any = schema.load(kind_of(path), [path])
+            print(f"{name}: {_check_beyond_keys(recipe, path)}", flush=True)
         except InputError as error:
             mistakes += error.mistakes
     if mistakes:
@@ -87,11 +84,20 @@ def validate(names: list[str]) -> int:
     return 0
 
 
-def _parameters(recipe: Any, path: Path) -> str:
-    """Build the model on the meta device from the `config.json` beside a recipe, and count."""
+def _check_beyond_keys(recipe: Any, path: Path) -> str:
+    """Check generated data, and build the model from the `config.json` beside the recipe where there is one."""
+    from litrecipe.data.readers import check_source
+
+    if isinstance(recipe, FinetuneRecipe):
+        for key, source in (("data.train", recipe.data.train), ("data.val", recipe.data.val)):
+            if source and source.startswith("toy:"):
+                check_source(f"{displayed(path)}: {key}", source)
     config = path.parent / "config.json"
-    if not config.is_file():
-        return "keys are right"
+    return f"valid, {_count_parameters(recipe, config)}" if config.is_file() else "valid"
+
+
+def _count_parameters(recipe: Any, config: Path) -> str:
+    """Build model and adapter on the meta device: shapes without weights."""
     import torch
 
     from litrecipe.model.adapters import add_adapter
@@ -105,24 +111,19 @@ def _parameters(recipe: Any, path: Path) -> str:
             return f"{count:,} parameters, all trained"
         add_adapter(model, recipe.adapter)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{count:,} parameters, and {trained:,} trained in the adapter"
+    return f"{count:,} parameters, {trained:,} more are trained in the adapter"
 
 
 def kind_of(path: Path) -> type:
-    """The recipe's dataclass: by the verb its hub folder is named after, else by the groups the file has."""
-    if _is_ours(path):
-        return RECIPES[path.resolve().relative_to(hub_folder()).parts[0]]
-    return max(RECIPES.values(), key=lambda kind: len(_known_keys(path, kind)))
+    """The dataclass of a recipe: the verb its hub folder is named after, or the one that knows most of its keys."""
+    if path.is_relative_to(hub_folder()):
+        return RECIPES[path.relative_to(hub_folder()).parts[0]]
+    names = set(read_recipe(path, Mistakes()).value)
+    return max(RECIPES.values(), key=lambda kind: len(names.intersection(get_type_hints(kind))))
 
 
-def _known_keys(path: Path, kind: type) -> set[str]:
-    from litrecipe.config.merge import read_recipe
-
-    return set(read_recipe(path, []).value) & set(kind.__dataclass_fields__)  # type: ignore[attr-defined]
-
-
-def _find(name: str) -> Path:
-    mistakes: list[str] = []
+def _found(name: str) -> Path:
+    mistakes = Mistakes()
     path = find(name, None, mistakes, key="")
     if path is None:
         raise InputError(*mistakes)

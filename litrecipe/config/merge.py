@@ -20,7 +20,7 @@ SCHEMA_VERSION = 1
 
 INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 LONGEST_INTEGER = 18
 """Digits; what is longer is read as a float (and would not fit 64 bits)."""
@@ -45,7 +45,19 @@ class Node:
         return isinstance(self.value, dict)
 
 
-def merge(configs: Sequence[str | Path], flags: Iterable[tuple[str, str]], mistakes: list[str]) -> Node:
+class Mistakes(list[str]):
+    """Lines gathered while reading."""
+
+    unread = False
+    """Whether something is missing as a whole: a file, or what it extends."""
+
+    def without(self, line: str) -> None:
+        """Note that something could not be read at all."""
+        self.append(line)
+        self.unread = True
+
+
+def merge(configs: Sequence[str | Path], flags: Iterable[tuple[str, str]], mistakes: Mistakes) -> Node:
     """Lay the files over one another, later ones on top, and the flags (full key, text) over all.
 
     What cannot be read is added to `mistakes` and left out.
@@ -75,14 +87,14 @@ def overlay(base: Node, top: Node) -> Node:
     return Node(merged, top.where)
 
 
-def read_recipe(path: Path, mistakes: list[str], chain: tuple[Path, ...] = ()) -> Node:
+def read_recipe(path: Path, mistakes: Mistakes, chain: tuple[Path, ...] = ()) -> Node:
     """A recipe file laid over what it `extends`."""
     recipe = read_file(path, mistakes)
     if "extends" not in recipe.value:
         return recipe
     extends = recipe.value.pop("extends")
     if not isinstance(extends.text, str) or extends.value is None:
-        mistakes.append(f"{extends.where}extends: {show(extends)}: give the name of one recipe, or a file")
+        mistakes.without(f"{extends.where}extends: {show(extends)}: give the name of one recipe, or a file")
         return recipe
     base = find(extends.text, path.parent, mistakes, f"{extends.where}extends: ")
     if base is None:
@@ -90,36 +102,36 @@ def read_recipe(path: Path, mistakes: list[str], chain: tuple[Path, ...] = ()) -
     chain = (*chain, path.resolve())
     if base.resolve() in chain:
         circle = " → ".join(displayed(link) for link in (*chain, base))
-        mistakes.append(f"{extends.where}extends: {extends.text}: a recipe cannot extend itself ({circle})")
+        mistakes.without(f"{extends.where}extends: {extends.text}: a recipe cannot extend itself ({circle})")
         return recipe
     return overlay(read_recipe(base, mistakes, chain), recipe)
 
 
-def read_file(path: Path, mistakes: list[str]) -> Node:
+def read_file(path: Path, mistakes: Mistakes) -> Node:
     """One YAML file, at the present schema version; an empty group when it cannot be read."""
     name = displayed(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        mistakes.append(f"{name}: not text: byte {error.start} is not UTF-8: save the file as UTF-8")
+        mistakes.without(f"{name}: not text: byte {error.start} is not UTF-8: save the file as UTF-8")
         return Node({})
     except OSError as error:
-        mistakes.append(f"{name}: {error.strerror}: give a recipe file that can be read")
+        mistakes.without(f"{name}: {error.strerror}: give a recipe file that can be read")
         return Node({})
     root = read_yaml(text, name, mistakes)
     if root.value is None:
         return Node({})
     if not root.is_group:
-        mistakes.append(f"{root.where}{show(root)}: a recipe is made of `key: value` lines")
+        mistakes.without(f"{root.where}{show(root)}: a recipe is made of `key: value` lines")
         return Node({})
     return migrate(root, mistakes)
 
 
-def migrate(recipe: Node, mistakes: list[str]) -> Node:
+def migrate(recipe: Node, mistakes: Mistakes) -> Node:
     """Bring a file of an older schema version to the present keys. There is one version so far."""
     version = recipe.value.get("schema_version")
     if version is not None and type(version.value) in (int, float) and version.value > SCHEMA_VERSION:
-        mistakes.append(
+        mistakes.without(
             f"{version.where}schema_version: {show(version)}: this program knows up to {SCHEMA_VERSION}: "
             "use a newer litrecipe"
         )
@@ -127,46 +139,47 @@ def migrate(recipe: Node, mistakes: list[str]) -> Node:
     return recipe
 
 
-def read_yaml(text: str, name: str | None, mistakes: list[str]) -> Node:
+def read_yaml(text: str, name: str | None, mistakes: Mistakes) -> Node:
     """YAML text as nodes. `name` stands before the line number in messages (None: one line, a flag)."""
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
-        return Node(None) if root is None else _Reader(name, mistakes).node(root, "")
+        return (root and _Reader(name, mistakes).node(root, "")) or Node(None)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f"{name}:{mark.line + 1}: " if name and mark else ""
-        mistakes.append(f"{line}YAML: {error.problem or error.context}: mend it here or on the line before")
+        mistakes.without(f"{line}YAML: {error.problem or error.context}: mend it here or on the line before")
     except yaml.reader.ReaderError as error:
-        mistakes.append(f"{name}: YAML: character {error.position}: {error.reason}: remove it")
+        mistakes.without(f"{name}: YAML: character {error.position}: {error.reason}: remove it")
     except RecursionError:
-        mistakes.append(f"{name}: YAML: nested too deeply: a recipe has groups of keys, no more")
+        mistakes.without(f"{name}: YAML: nested too deeply: a recipe has groups of keys, no more")
     return Node(None)
 
 
 class _Reader:
     """Turns PyYAML's nodes into ours."""
 
-    def __init__(self, name: str | None, mistakes: list[str]) -> None:
+    def __init__(self, name: str | None, mistakes: Mistakes) -> None:
         self.name = name
         self.mistakes = mistakes
         self.seen: set[int] = set()
 
-    def node(self, node: yaml.Node, key: str) -> Node:
-        """One node and all below; `key` is its full name."""
+    def node(self, node: yaml.Node, key: str) -> Node | None:
+        """One node and all below, None when it is not read; `key` is its full name."""
         where = self.where(node)
         if id(node) in self.seen:
-            self.mistakes.append(f"{where}{key}: an alias (`*name`) was used for this: write the value out")
-            return Node(None, where)
+            self.mistakes.append(f"{where}{key}: an alias (`*name`): YAML aliases are not read: write the value out")
+            return None
         self.seen.add(id(node))
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.removeprefix("tag:yaml.org,2002:") not in TAGS:
+        if node.tag not in UNTAGGED:
             self.mistakes.append(f"{where}{key}: {node.tag}: YAML tags are not read: write the value without it")
-            return Node(None, where)
+            return None
         if isinstance(node, yaml.MappingNode):
             return Node(self.mapping(node, key), where)
         if isinstance(node, yaml.SequenceNode):
-            return Node([self.node(item, key) for item in node.value], where)
-        value = plain(node.value) if node.style is None else node.value
-        return Node(value, where, text=node.value)
+            items = [self.node(item, key) for item in node.value]
+            return Node([item for item in items if item is not None], where)
+        is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+        return Node(plain(node.value) if is_plain else node.value, where, text=node.value)
 
     def mapping(self, node: yaml.MappingNode, prefix: str) -> dict[str, Node]:
         """The pairs of a mapping; a key that is given twice is a mistake."""
@@ -175,15 +188,16 @@ class _Reader:
         for key_node, value_node in node.value:
             where = self.where(key_node)
             if not isinstance(key_node, yaml.ScalarNode):
-                self.mistakes.append(f"{where}{prefix}: a list or mapping as a key: keys are words")
+                self.mistakes.append(f"{where}{prefix or 'recipe'}: a list or mapping as a key: keys are words")
                 continue
             key = key_node.value
             name = f"{prefix}.{key}" if prefix else key
-            if key in pairs:
+            if key in lines:
                 self.mistakes.append(f"{where}{name}: given twice: line {lines[key]} has it already: remove one")
             value = self.node(value_node, name)
             lines[key] = key_node.start_mark.line + 1
-            pairs[key] = Node(value.value, where, value.text)
+            if value is not None:
+                pairs[key] = Node(value.value, where, value.text)
         return pairs
 
     def where(self, node: yaml.Node) -> str:
@@ -191,8 +205,8 @@ class _Reader:
         return f"{self.name}:{node.start_mark.line + 1}: " if self.name else ""
 
 
-TAGS = ("str", "seq", "map")
-"""What the base loader calls untagged nodes; its resolver knows no others."""
+UNTAGGED = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "seq", "map")}
+"""What the base loader calls nodes without a tag."""
 
 
 def plain(text: str) -> Any:
@@ -231,24 +245,30 @@ def hub_names() -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def find(name: str, beside: Path | None, mistakes: list[str], key: str = "--config: ") -> Path | None:
+def find(name: str, beside: Path | None, mistakes: Mistakes, key: str = "--config: ") -> Path | None:
     """The recipe file `name` stands for: a file (relative to `beside`), a hub name, or the unique end of one."""
     path = Path(name) if beside is None else beside / name
     if path.is_file():
         return path
+    if path.is_dir() and name not in hub_names():
+        mistakes.without(f"{key}{name}: is a folder: give a recipe file")
+        return None
+    return find_in_hub(name, mistakes, key)
+
+
+def find_in_hub(name: str, mistakes: Mistakes, key: str = "") -> Path | None:
+    """The file of a hub name, or of the unique end of one."""
     names = hub_names()
     wanted = name.removesuffix(".yaml")
     matches = [wanted] if wanted in names else [known for known in names if known.endswith(f"/{wanted}")]
     if len(matches) == 1:
         return hub_folder() / f"{matches[0]}.yaml"
     if matches:
-        mistakes.append(f"{key}{name}: could be {', '.join(matches)}: give more of the name")
-    elif path.is_dir():
-        mistakes.append(f"{key}{name}: is a folder: give a recipe file")
+        mistakes.without(f"{key}{name}: could be {', '.join(matches)}: give more of the name")
     else:
         near = get_close_matches(wanted, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else "`litrecipe recipes ls` lists the hub"
-        mistakes.append(f"{key}{name}: no such file, and no recipe of the hub: {hint}")
+        mistakes.without(f"{key}{name}: no such file, and no recipe of the hub: {hint}")
     return None
 
 

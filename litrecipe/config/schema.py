@@ -13,7 +13,7 @@ import yaml
 
 from litrecipe.config.checks import check, parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.config.merge import Node, merge, plain, read_yaml, show
+from litrecipe.config.merge import Mistakes, Node, merge, plain, read_yaml, show
 
 __all__ = ["dump", "keys", "load", "parse_duration"]
 
@@ -25,13 +25,12 @@ def load(kind: type[Recipe], configs: Sequence[str | Path] = (), flags: Iterable
 
     Raises InputError with every mistake that can be found.
     """
-    mistakes: list[str] = []
+    mistakes = Mistakes()
     tree = merge(configs, flags, mistakes)
-    was_read = not mistakes
     walk = _Walk(kind)
     recipe = walk.group(kind, tree, "")
     mistakes += walk.mistakes
-    if was_read:  # of a recipe that could not be read whole, nobody knows what is missing
+    if not mistakes.unread:  # of a recipe that could not be read whole, nobody knows what is missing
         for key, value, cure in check(recipe):
             if key not in walk.wrong:
                 mistakes.append(f"{walk.where.get(key, '')}{key}: {value}: {cure}")
@@ -44,8 +43,8 @@ class _Dumper(yaml.SafeDumper):
     """Groups as blocks, lists on one line."""
 
 
-_Dumper.add_representer(list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
-_Dumper.add_representer(tuple, lambda dumper, data: dumper.represent_list(data))
+for _kind in (list, tuple):
+    _Dumper.add_representer(_kind, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
 
 
 def dump(recipe: Any) -> str:
@@ -171,7 +170,7 @@ def _item(whole: Any, hint: Any, node: Node) -> Any:
     try:
         return _convert(hint, node)
     except _Misfit:
-        raise _Misfit(f"{describe(whole)} ({show(node)} is none)") from None
+        raise _Misfit(f"{describe(whole)} ({show(node)} is not one)") from None
 
 
 def _read_flag(hint: Any, text: str) -> Node:
@@ -182,7 +181,7 @@ def _read_flag(hint: Any, text: str) -> Node:
     is_list = any(get_origin(member) in (list, tuple) for member in members)
     if is_list and not text.startswith("[") and text != "null":
         return Node([Node(plain(part.strip()), text=part.strip()) for part in text.split(",") if part.strip()])
-    broken: list[str] = []
+    broken = Mistakes()
     node = read_yaml(text, None, broken)
     return Node(text, text=text) if broken else node
 
@@ -195,7 +194,9 @@ def describe(hint: Any) -> str:
     if kind in (types.UnionType, Union):
         return " or ".join(describe(member) for member in arguments)
     if kind is list:
-        return f"a list of {describe(arguments[0]).removeprefix('a ')}: [a, b]"
+        if get_origin(arguments[0]) is Literal:
+            return f"a list out of {', '.join(get_args(arguments[0]))}"
+        return "a list of words: [a, b]"
     if kind is tuple:
         return f"a list of {len(arguments)} {describe(arguments[0]).removeprefix('a ')}s"
     if kind is dict:
