@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track
 from litrecipe.data.cache import cache_folder, key_of
-from litrecipe.data.readers import Located, Mistakes, read_rows, source_hash
+from litrecipe.data.readers import Located, Mistakes, check_sources, read_rows, source_hash
 
 Message = dict[str, Any]
 Layout = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
@@ -44,7 +44,7 @@ MAY_FOLLOW = {
 }
 """Role → the roles it may come after."""
 
-COLUMNS: dict[str, tuple[str, ...]] = {
+COLUMNS: dict[Layout, tuple[str, ...]] = {
     "messages": ("messages", "tools"),
     "prompt_completion": ("prompt", "completion", "system"),
     "alpaca": ("instruction", "input", "output", "system"),
@@ -53,13 +53,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Layout → the names of its columns; `data.columns` maps them to a file's own names."""
 
-NEEDED: dict[str, tuple[str, ...]] = {
+NEEDED: dict[Layout, tuple[str, ...]] = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
-    "sharegpt": ("conversations",),
     "text": ("text",),
 }
+"""Layout → the columns by which a row is recognised, in this order."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,10 @@ def check_rows(data: Data) -> int:
 
     Raises InputError with all mistakes of both. Needs no torch, so that a bad file is found in the first second.
     """
+    sources = {key: source for key, source in (("data.train", data.train), ("data.val", data.val)) if source}
+    check_sources(sources)
     mistakes = Mistakes()
-    count = sum(count_rows(source, data, mistakes) for source in (data.train, data.val) if source)
+    count = sum(count_rows(source, data, mistakes) for source in sources.values())
     mistakes.raise_if_any()
     return count
 
@@ -141,12 +144,10 @@ def parse_row(row: dict[str, Any], where: str, data: Data) -> Conversation:
     """The conversation in a row; raises RowError."""
     layout: Layout = recognise(row, data.columns) if data.format == "auto" else data.format
     mapped = {name: data.columns.get(name, name) for name in COLUMNS[layout]}
-    missing = [mapped[name] for name in NEEDED[layout] if mapped[name] not in row]
+    missing = [mapped[name] for name in NEEDED[layout] if row.get(mapped[name]) is None]
     if missing:
-        have = ", ".join(row) or "none"
-        raise RowError(
-            f"column {', '.join(map(repr, missing))} is missing (it has {have}): set data.columns or data.format"
-        )
+        names, have = ", ".join(map(repr, missing)), ", ".join(row) or "none"
+        raise RowError(f"column {names} is missing or null (it has {have}): set data.columns or data.format")
     fields = {name: row[column] for name, column in mapped.items() if row.get(column) is not None}
     messages = _READERS[layout](fields)
     if layout == "prompt_completion" and isinstance(fields["prompt"], list):
@@ -159,21 +160,12 @@ def parse_row(row: dict[str, Any], where: str, data: Data) -> Conversation:
 
 
 def recognise(row: dict[str, Any], columns: dict[str, str]) -> Layout:
-    """The layout whose columns a row has; raises RowError when none fits."""
-
-    def has(name: str) -> bool:
-        return columns.get(name, name) in row
-
-    if has("messages"):
-        return "messages"
-    if has("conversations"):
-        return "sharegpt"
-    if has("prompt") and has("completion"):
-        return "prompt_completion"
-    if has("instruction") and has("output"):
-        return "alpaca"
-    if has("text"):
-        return "text"
+    """The layout whose columns a row has, if need be as nulls; raises RowError when none fits."""
+    filled = {name for name, value in row.items() if value is not None}
+    for present in (filled, set(row)):
+        for layout, names in NEEDED.items():
+            if present.issuperset(columns.get(name, name) for name in names):
+                return layout
     raise RowError(
         f"columns {', '.join(row) or 'none'}: known are messages, prompt + completion, instruction + output, "
         "conversations, text: name yours with data.columns"
@@ -222,7 +214,7 @@ def _from_text(fields: dict[str, Any]) -> list[Message]:
     return [{"role": "assistant", "content": fields.get("text")}]
 
 
-_READERS = {
+_READERS: dict[Layout, Callable[[dict[str, Any]], list[Message]]] = {
     "messages": _from_messages,
     "prompt_completion": _from_prompt_completion,
     "alpaca": _from_alpaca,

@@ -100,15 +100,24 @@ def find_files(source: str) -> list[Path]:
     raise InputError(f"{source}: no such file or folder{_nearest(path)}")
 
 
+def check_sources(sources: dict[str, str]) -> None:
+    """Raise InputError naming the recipe's keys whose sources cannot be found; their rows are not read."""
+    mistakes = []
+    for key, source in sources.items():
+        try:
+            if source.startswith("toy:"):
+                ToySource.parse(source)
+            else:
+                find_files(source)
+        except InputError as error:
+            mistakes += [f"{key}: {mistake}" for mistake in error.mistakes]
+    if mistakes:
+        raise InputError(*mistakes)
+
+
 def check_source(key: str, source: str) -> None:
-    """Raise InputError naming the recipe's key when the source cannot be found, without reading its rows."""
-    try:
-        if source.startswith("toy:"):
-            ToySource.parse(source)
-        else:
-            find_files(source)
-    except InputError as error:
-        raise InputError(*(f"{key}: {mistake}" for mistake in error.mistakes)) from error
+    """`check_sources` of one."""
+    check_sources({key: source})
 
 
 def _suffixes() -> str:

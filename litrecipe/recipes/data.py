@@ -8,8 +8,8 @@ from rich.console import Console
 
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config.groups import FinetuneRecipe
-from litrecipe.data.formats import read_conversations
-from litrecipe.data.readers import Mistakes
+from litrecipe.data.formats import check_rows, read_conversations
+from litrecipe.data.readers import Mistakes, check_source
 from litrecipe.data.report import check_tables, render_sample
 from litrecipe.data.supervised import Counts, encode_all, make_sample
 from litrecipe.data.tokenizer import Tokenizer
@@ -17,6 +17,7 @@ from litrecipe.data.tokenizer import Tokenizer
 
 def check(recipe: FinetuneRecipe) -> int:
     """Print duplicates, leakage, template trouble, lengths and what is cut or dropped. 0 unless rows cannot be read."""
+    check_rows(recipe.data)
     console = Console()
     for table in check_tables(recipe.data, _tokenizer(recipe), recipe.train.seed):
         console.print(table)
@@ -25,6 +26,7 @@ def check(recipe: FinetuneRecipe) -> int:
 
 def preview(recipe: FinetuneRecipe, n: int) -> int:
     """Print the first `n` rows as they will be learnt: learnt tokens are green and between ⟦ ⟧."""
+    check_source("data.train", recipe.data.train)
     console = Console()
     tokenizer = _tokenizer(recipe)
     counts = Counts(recipe.data.train)

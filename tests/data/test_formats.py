@@ -61,6 +61,11 @@ def test_columns_give_other_names_and_format_decides() -> None:
     assert parse({"chat": [ASK, SAY]}, columns={"messages": "chat"}).messages == [ASK, SAY]
 
 
+def test_a_table_of_several_layouts_is_read_by_what_is_filled_in() -> None:
+    row = {"messages": None, "prompt": "Why?", "completion": "Because.", "text": None}
+    assert parse(row).messages == [ASK, SAY]
+
+
 def test_tools_and_other_columns_are_kept() -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     result = {"role": "tool", "content": ""}
@@ -101,7 +106,8 @@ def test_an_empty_turn_is_noticed() -> None:
         ({"messages": [ASK, {"role": "assistant", "content": [{"type": "image"}]}]}, "not text"),
         ({"messages": [ASK, {"role": "assistant", "content": "a\ud800"}]}, "not text (a lone surrogate"),
         ({"messages": [ASK, {"role": "assistant", "content": "a\ufdd0"}]}, "not text (a lone surrogate"),
-        ({"prompt": "x", "completion": None}, "content is NoneType"),
+        ({"prompt": "x", "completion": None}, "column 'completion' is missing or null"),
+        ({"prompt": 7, "completion": "x"}, "content is int"),
         ({"conversations": [{"from": "human"}]}, "turn 1 has from"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "from='alien'"),
         ({"messages": [ASK, SAY], "tools": "{"}, "tools are not valid JSON"),
@@ -115,7 +121,7 @@ def test_what_is_wrong_with_a_row_is_said(row: dict[str, Any], said: str) -> Non
 
 
 def test_a_missing_column_of_a_given_format_is_named() -> None:
-    with pytest.raises(RowError, match=r"column 'answer' is missing \(it has question\)"):
+    with pytest.raises(RowError, match=r"column 'answer' is missing or null \(it has question\)"):
         parse({"question": "x"}, format="prompt_completion", columns={"prompt": "question", "completion": "answer"})
 
 
@@ -127,6 +133,13 @@ def test_all_mistakes_of_train_and_val_come_at_once(tmp_path: Path) -> None:
         check_rows(Data(train=f"{tmp_path}/train.jsonl", val=f"{tmp_path}/val.jsonl"))
     places = [mistake.partition(": ")[0] for mistake in caught.value.mistakes]
     assert places == [f"{tmp_path}/train.jsonl:2", f"{tmp_path}/train.jsonl:3", f"{tmp_path}/val.jsonl:1"]
+
+
+def test_sources_that_are_not_there_are_named_by_their_keys(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        check_rows(Data(train=str(tmp_path / "train.jsonl"), val="toy:unit"))
+    keys = [mistake.partition(": ")[0] for mistake in caught.value.mistakes]
+    assert keys == ["data.train", "data.val"]
 
 
 def test_checked_rows_are_counted_and_not_checked_again(tmp_path: Path) -> None:

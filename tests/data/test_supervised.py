@@ -164,7 +164,7 @@ def test_val_is_read_like_train(tokenizer: Tokenizer, source: str, tmp_path: Pat
 
 
 def test_several_processes_tokenise_once(chatml_folder: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "x.jsonl", [row(f"What is {n}?", f"{n} is " * 20) for n in range(3000)])
+    source = write(tmp_path / "x.jsonl", [row(f"What is {n}?", f"{n} is " * 20) for n in range(2000)])
     code = (
         "import sys\nfrom litrecipe.config.groups import Data\nfrom litrecipe.data.supervised import load_supervised\n"
         "from litrecipe.data.tokenizer import Tokenizer\nwritten = []\n"
@@ -173,7 +173,7 @@ def test_several_processes_tokenise_once(chatml_folder: Path, tmp_path: Path) ->
         "print(len(written), loaded.train.fingerprint)"
     )
     command = [sys.executable, "-c", code, source, str(chatml_folder)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(3)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert sorted(count for count, _ in outputs) == ["0", "0", "1"]
+    assert sorted(count for count, _ in outputs) == ["0", "1"]
     assert len({fingerprint for _, fingerprint in outputs}) == 1
