@@ -1,0 +1,211 @@
+"""Low-rank adapters on a decoder: put in, taken out, switched off, merged, counted.
+
+Shapes: i inputs, o outputs of a linear layer, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Adapter
+
+if TYPE_CHECKING:
+    from litrecipe.model.lora_linear import LoraLinear
+
+PEFT_PREFIX = "base_model.model."
+"""peft keeps a model under two names of its own, which stand before every name in an adapter file."""
+
+
+def add_adapter(model: nn.Module, config: Adapter, quantized: str = "none", *, seed: int = 0) -> None:
+    """Wrap the target layers of a model whose weights are loaded, and freeze all but the adapter.
+
+    The adapter is fp32 whatever the model is, drawn from `seed` alone: A from U(-1/√i, 1/√i), B zero. DoRA's magnitudes
+    are the row norms of the weights that are there now; call `refresh_dora` after loading others. `quantized` is the
+    method of the base's `quantize` group. A model on the meta device gets an adapter without values. Raises InputError
+    for targets that the model does not have, and for DoRA on an int8 base.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from litrecipe.model.lora_linear import LoraLinear
+
+    if config.method == "dora" and quantized == "int8":
+        raise InputError("adapter.method: dora: does not train on an int8 base: use quantize.method nf4, or lora")
+    _check_targets(model, config)
+    peft_config = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=list(config.targets),
+        use_rslora=config.rslora,
+        use_dora=config.method == "dora",
+    )
+    peft_config._register_custom_module({nn.Linear: LoraLinear})
+    inject_adapter_in_model(peft_config, model)
+    model.requires_grad_(False)
+    for parameter in _parameters(model).values():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
+    _draw(model, seed)
+    refresh_dora(model)
+
+
+def _check_targets(model: nn.Module, config: Adapter) -> None:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    there = sorted({name.rpartition(".")[2] for name in linears} - {"lm_head"})
+    mistakes = [
+        f"adapter.targets: {target}: no such layer: the model has {', '.join(there)}"
+        for target in config.targets
+        if target not in there
+    ]
+    if mistakes:
+        raise InputError(*mistakes)
+
+
+def _draw(model: nn.Module, seed: int) -> None:
+    """Drawn on the CPU, so that every device starts with the same adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in _parameters(model).items():
+            if parameter.is_meta:
+                continue
+            if name.endswith("lora_A.weight"):
+                bound = 1 / math.sqrt(parameter.shape[1])
+                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            elif name.endswith("lora_B.weight"):
+                parameter.zero_()
+
+
+def refresh_dora(model: nn.Module) -> None:
+    """Set DoRA's magnitudes to the row norms ‖W + s B A‖, so that they scale by one."""
+    for _, layer in _layers(model):
+        if layer.is_dora and not layer.magnitude.is_meta:
+            layer.magnitude.data = layer.row_norms()
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter under the names of `adapter_model.safetensors`; of a sharded model on every rank in full."""
+    return {name: _whole(parameter.detach()) for name, parameter in _parameters(model).items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy saved values into the adapter. Raises InputError naming all that is missing, unexpected or misshapen."""
+    parameters = _parameters(model)
+    mistakes = [f"adapter: {name}: missing from the file" for name in parameters if name not in state]
+    mistakes += [f"adapter: {name}: not in this model's adapter" for name in state if name not in parameters]
+    mistakes += [
+        f"adapter: {name}: shape {list(state[name].shape)}: must be {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in state and state[name].shape != parameter.shape
+    ]
+    if mistakes:
+        raise InputError(*mistakes)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def adapter_config(config: Adapter, base: str) -> dict[str, Any]:
+    """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.r,
+        # other readers of the format take whole numbers only
+        "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.targets),
+        "use_rslora": config.rslora,
+        "use_dora": config.method == "dora",
+        "bias": "none",
+        "inference_mode": True,
+    }
+
+
+@torch.no_grad()
+def merge_adapter(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
+    """Fold the adapter into the weights and take its layers out.
+
+    A plain layer keeps its dtype; quantised layers, adapted or not, become plain ones of their restored weights in
+    `dtype`.
+    """
+    from litrecipe.model.quantize import QuantizedLinear, dequantize, plain_linear
+
+    for name, layer in _layers(model):
+        base = layer.base_layer
+        target = dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+        model.set_submodule(name, plain_linear(layer.merged_weight().to(target), base.bias))
+    dequantize(model, dtype=dtype)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base, bit for bit."""
+    layers = [layer for _, layer in _layers(model)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        # peft's enable_adapters would also switch requires_grad, which the optimizer and sharding rely on
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+class Count(NamedTuple):
+    """Parameters of one kind."""
+
+    total: int
+    trained: int
+
+
+def describe_parameters(model: nn.Module) -> dict[str, Count]:
+    """Counts by kind (embedding, attention, mlp, norm, head, adapter) and over all; a quantised weight counts whole."""
+    counts: dict[str, Count] = {}
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        module = modules[owner]
+        is_packed = leaf == "weight" and isinstance(module, nn.Linear) and not parameter.is_floating_point()
+        size = module.in_features * module.out_features if is_packed else parameter.numel()
+        for kind in (_kind(name), "all"):
+            total, trained = counts.get(kind, (0, 0))
+            counts[kind] = Count(total + size, trained + size * parameter.requires_grad)
+    return counts
+
+
+def _kind(name: str) -> str:
+    parts = name.split(".")
+    if any(part.startswith("lora_") for part in parts):
+        return "adapter"
+    words = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "mlp", "lm_head": "head"}
+    return next((kind for word, kind in words.items() if word in parts), "norm")
+
+
+def _layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+    from litrecipe.model.lora_linear import LoraLinear
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's own parameters under peft's names."""
+    return {
+        f"{PEFT_PREFIX}{path}.{name}": parameter
+        for path, layer in _layers(model)
+        for name, parameter in layer.adapter_parameters().items()
+    }

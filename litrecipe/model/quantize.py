@@ -1,0 +1,147 @@
+"""Linear layers whose frozen weight is stored in 4 or 8 bits and restored for each product.
+
+bitsandbytes stores and restores. The products are our own, the same on every device: y = x Ŵᵀ + b with the restored
+weight Ŵ, which the backward pass restores again instead of keeping it. bitsandbytes' own forward passes would repack NF4
+weights on some CPUs once they ran without gradients, after which they cannot be trained through, and round the
+activations of int8 layers on GPUs, so that merging would change what the model computes.
+
+Shapes: T tokens, i inputs, o outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from litrecipe.config.groups import Quantize
+
+
+class NF4Linear(bnb.nn.Linear4bit):
+    """NormalFloat4 in blocks of 64 weights (QLoRA, 2305.14314, section 3)."""
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The restored weight (o, i)."""
+        # The module's state, not the weight's: a sharded weight comes back as a plain tensor.
+        return bnb.functional.dequantize_4bit(self.weight.data, self.quant_state).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, i) → (…, o)."""
+        return _FrozenProduct.apply(x.to(product_dtype(x)), self)
+
+
+class Int8Linear(bnb.nn.Linear8bitLt):
+    """Whole numbers up to 127, one scale an output: the weights of LLM.int8 (2208.07339, section 2.1)."""
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The restored weight (o, i)."""
+        return (self.weight.data * (self.weight.SCB[:, None] / 127)).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, i) → (…, o)."""
+        return _FrozenProduct.apply(x.to(product_dtype(x)), self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        """Move or cast; the scales are an attribute of the weight, which torch would leave where they were."""
+        scales = self.weight.SCB
+        super()._apply(fn, recurse)
+        self.weight.SCB = scales.to(self.weight.device)
+        return self
+
+
+QuantizedLinear = NF4Linear | Int8Linear
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What the products with `x` are computed in: autocast's dtype where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The weight (o, i) of a plain or quantised layer in `dtype`."""
+    if isinstance(linear, QuantizedLinear):
+        return linear.dense_weight(dtype)
+    return linear.weight.to(dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Ŵᵀ + b for a frozen layer: keeps nothing at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: QuantizedLinear) -> Tensor:
+        ctx.linear = linear
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, linear.dense_weight(x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.linear.dense_weight(grad.dtype), None
+
+
+def quantize_linears(model: nn.Module, config: Quantize, *, compute_dtype: torch.dtype | None = None) -> None:
+    """Swap every linear layer but `lm_head` for a quantised, frozen one, on the device it is on.
+
+    The old weights are freed one by one. The new ones are restored to `compute_dtype` (default: the dtype they had).
+    """
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
+            model.set_submodule(name, quantize_linear(module, config, compute_dtype))
+
+
+def quantize_linear(linear: nn.Linear, config: Quantize, compute_dtype: torch.dtype | None = None) -> QuantizedLinear:
+    """The quantised twin of a linear layer, which loses its weight."""
+    weight = linear.weight.detach().to(compute_dtype or linear.weight.dtype)
+    del linear.weight
+    layer = _nf4(weight, config.double_quant) if config.method == "nf4" else _int8(weight)
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.detach().to(weight.dtype), requires_grad=False)
+    return layer
+
+
+def _nf4(weight: Tensor, double_quant: bool) -> NF4Linear:
+    o, i = weight.shape
+    layer = NF4Linear(
+        i, o, bias=False, compute_dtype=weight.dtype, compress_statistics=double_quant, quant_type="nf4", device="meta"
+    )
+    packed, layer.quant_state = bnb.functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+    )
+    layer.weight = bnb.nn.Params4bit(
+        packed,
+        quant_state=layer.quant_state,
+        compress_statistics=double_quant,
+        quant_type="nf4",
+        module=layer,
+        bnb_quantized=True,
+    )
+    return layer
+
+
+def _int8(weight: Tensor) -> Int8Linear:
+    o, i = weight.shape
+    layer = Int8Linear(i, o, bias=False, has_fp16_weights=False, device="meta")
+    whole, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
+    layer.weight = bnb.nn.Int8Params(whole, requires_grad=False, has_fp16_weights=False, SCB=scales)
+    return layer
+
+
+def dequantize(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
+    """Turn quantised layers back into plain ones of their restored weights."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            model.set_submodule(name, plain_linear(module.dense_weight(dtype), module.bias))
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer of these values (o, i) and (o,), in the dtype of the weight."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    return linear
