@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.attention import Forest
 from litrecipe.model.cache import CacheStep, KVCache
-from litrecipe.model.head import Predictions, predict, predict_through
+from litrecipe.model.head import Predictions, predict, predict_through, widen
 from litrecipe.model.row import Row, Span
 
 
@@ -204,7 +204,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
+        wide = widen(x)
         # Not vecdot: autocast would take it for a matrix product and compute it in bf16.
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -214,11 +214,11 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        normalised = x.float() * scale
+        normalised = widen(x) * scale
         grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_weight, None
-        inner = grad.float() * weight
+        inner = widen(grad) * weight
         along = (inner * normalised).mean(-1, keepdim=True)
         return inner.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
 
@@ -252,5 +252,5 @@ def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + D/2}) of x (T, H, D) by their positions' angles; in fp32 inside."""
-    wide = x.float()
+    wide = widen(x)
     return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

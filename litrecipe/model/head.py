@@ -47,7 +47,7 @@ def predict_through(
     """The same for a head that is more than a weight (adapted, quantised): each chunk is computed again backward."""
 
     def one_chunk(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(hidden).float() / temperature
+        logits = widen(head(hidden)) / temperature
         chosen = logits.gather(1, target[:, None])[:, 0]
         return chosen - logits.logsumexp(1), chosen == logits.amax(1)
 
@@ -60,15 +60,18 @@ def predict_through(
     return Predictions(torch.cat(logps), torch.cat(correct))
 
 
+def widen(x: Tensor) -> Tensor:
+    """x in fp32, or as it is where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _chunk_size(vocab_size: int) -> int:
     return max(1, CHUNK_ELEMENTS // vocab_size)
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """(C, V) in fp32, or in fp64 where the inputs are."""
-    logits = F.linear(hidden, weight)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    """(C, V)"""
+    logits = widen(F.linear(hidden, weight))
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
