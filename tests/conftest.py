@@ -100,6 +100,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def varied_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with 256 positions and weights so large that its likeliest tokens vary and differ clearly."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    from litrecipe.model.architecture import read_architecture
+    from litrecipe.model.decoder import Decoder
+
+    folder = tmp_path_factory.mktemp("varied") / "model"
+    shutil.copytree(tiny_model, folder)
+    config = TINY_CONFIG | {"initializer_range": 0.3, "max_position_embeddings": 256}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Decoder(read_architecture(config))
+    model.init_weights(seed=1)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def litrecipe():
     """Run the program as a user would; returns the finished process with its output as text."""

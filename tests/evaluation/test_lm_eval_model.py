@@ -111,10 +111,11 @@ def test_fifty_piqa_rows_on_the_real_model(real_model, shared, tmp_path) -> None
     """The same GGUF weights, exported to a Hugging Face folder for lm-eval's backend."""
     from lm_eval.models.huggingface import HFLM
 
-    from litrecipe.checkpoint.hf import write_folder
+    from litrecipe.checkpoint.hf import save_model
+    from litrecipe.checkpoint.source import open_model
 
     session = open_session(groups.Model(source=str(real_model)), groups.Quantize(), groups.Fabric(accelerator="cpu"))
-    write_folder(tmp_path, session)
+    save_model(tmp_path, session.model, open_model(str(real_model)).tokenizer_dir)
     with gzip.open(shared / "data/eval/piqa_val.jsonl.gz", "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(50), strict=False)]
     asked = [(f"Question: {row['goal']}\nAnswer:", " " + row[choice]) for row in rows for choice in ("sol1", "sol2")]

@@ -213,14 +213,14 @@ def test_results_file_and_table(tiny, task_folder, tmp_path) -> None:
     assert list(shown.columns[4].cells) == ["2", "2", "2"]
 
 
-def test_built_in_tasks_do_without_lm_eval(tiny_folder, tmp_path) -> None:
+def test_built_in_tasks_do_without_lm_eval(varied_model, tmp_path) -> None:
     (tmp_path / "text.txt").write_text("some text " * 20)
     program = f"""
 import sys
 from litrecipe.config import groups
 from litrecipe.recipes.evaluate import main
 main(groups.EvaluateRecipe(
-    model=groups.Model(source={str(tiny_folder)!r}),
+    model=groups.Model(source={str(varied_model)!r}),
     tasks=["exact_match:toy:units?n=2", {f"perplexity:{tmp_path / 'text.txt'}"!r}],
     generate=groups.Generate(max_new_tokens=4),
 ))

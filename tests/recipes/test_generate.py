@@ -1,0 +1,85 @@
+"""`litrecipe generate`, beside transformers on the same folder."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Generate, GenerateRecipe, Model
+from litrecipe.recipes.generate import main
+
+QUESTION = "what does the fox say?"
+
+
+def recipe(folder, **keys) -> GenerateRecipe:
+    return GenerateRecipe(model=Model(source=str(folder)), generate=Generate(max_new_tokens=12), **keys)
+
+
+@pytest.fixture(scope="module")
+def transformers_says(varied_model):
+    """Greedy continuation of a text by transformers, as text."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(varied_model)
+    model = AutoModelForCausalLM.from_pretrained(varied_model, dtype=torch.float32)
+
+    def say(text: str | list) -> str:
+        if isinstance(text, list):
+            text = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return say
+
+
+def test_only_the_answer_goes_to_standard_output(varied_model, transformers_says, capsys) -> None:
+    assert main(recipe(varied_model, prompt=QUESTION)) == 0
+    captured = capsys.readouterr()
+    assert captured.out == transformers_says([{"role": "user", "content": QUESTION}]) + "\n"
+    assert "tokens read, 12 sampled" in captured.err
+
+
+def test_a_system_message(varied_model, transformers_says, capsys) -> None:
+    main(recipe(varied_model, prompt=QUESTION, system="be brief"))
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": QUESTION}]
+    assert capsys.readouterr().out == transformers_says(messages) + "\n"
+
+
+def test_raw_text_from_standard_input(varied_model, transformers_says, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the quick brown"))
+    main(recipe(varied_model, prompt="-", raw=True))
+    assert capsys.readouterr().out == transformers_says("the quick brown") + "\n"
+
+
+def test_a_terminal_sees_the_answer_piece_by_piece(varied_model, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return len(text)
+
+    pieces: list[str] = []
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    main(recipe(varied_model, prompt=QUESTION))
+    answer = [piece for piece in pieces if piece != "\n"]
+    assert len(answer) > 3
+    assert pieces[-1] == "\n"
+
+
+def test_mistakes(varied_model) -> None:
+    with pytest.raises(InputError) as caught:
+        main(recipe(varied_model, raw=True, system="x"))
+    assert [mistake.split(":")[0] for mistake in caught.value.mistakes] == ["prompt", "system"]
+    with pytest.raises(InputError, match=r"generate\.max_new_tokens: 12: the longest prompt has \d+ tokens"):
+        main(recipe(varied_model, prompt="word " * 600))
+    with pytest.raises(InputError, match=r"fabric\.precision: bf16-mixed"):
+        wrong = recipe(varied_model, prompt="x")
+        wrong.fabric.precision = "bf16-mixed"
+        main(wrong)
