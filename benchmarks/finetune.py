@@ -91,9 +91,10 @@ def main() -> None:
         rows, told = work / "rows.jsonl", work / "told.json"
         contestants: dict[str, list[str | Path]] = {}
         if args.peers_python:
-            contestants["trl"] = [args.peers_python, PEERS / "trl_sft.py", model, rows, told]
-            if args.trl_checkpointing:
-                contestants["trl, recomputing"] = [*contestants["trl"], "--checkpointing"]
+            flags = ["--checkpointing"] if args.trl_checkpointing else []
+            for micro in args.trl_micro:
+                command = [args.peers_python, PEERS / "trl_sft.py", model, rows, told, "--micro", str(micro), *flags]
+                contestants[f"trl, {micro} at once"] = command
         if args.litgpt_python:
             contestants["litgpt"] = [args.litgpt_python, PEERS / "litgpt_lora.py", model, rows, told]
         runs: dict[str, list[dict[str, Any]]] = {"litrecipe": [], **{name: [] for name in contestants}}

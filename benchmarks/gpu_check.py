@@ -193,8 +193,8 @@ def check_quantised(bench: Bench) -> dict[str, Any]:
 def check_speed(bench: Bench) -> dict[str, Any]:
     """Tokens a second, model FLOPs utilisation and memory of full fine-tuning at one billion parameters in bf16.
 
-    FLOPs of a token: 6 for each parameter of a matrix, and 6 times layers, width and mean context for attention (causal;
-    Narayanan et al., 2104.04473, without recomputation).
+    FLOPs of a token: 6 for each parameter of a matrix, and 6 times layers, width and sequence length for attention,
+    which sees half of the sequence on average (2104.04473, causal and without recomputation).
     """
     shape = BILLION if bench.accelerator == "cuda" else SMALL
     config = bench.config("billion", shape)

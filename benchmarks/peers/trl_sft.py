@@ -1,15 +1,15 @@
 """TRL's SFTTrainer on tokenised rows; runs in an environment that holds trl.
 
-    python trl_sft.py MODEL_FOLDER ROWS.jsonl OUT.json [--checkpointing]
+    python trl_sft.py MODEL_FOLDER ROWS.jsonl OUT.json [--micro 8] [--checkpointing]
 
-The rows are taken in the order of the file, 8 a step, with the labels as they stand. TRL recomputes activations by
-default; here it does so only on request, because without it is faster.
+The rows are taken in the order of the file, 8 a step, with the labels as they stand, `--micro` of them in one padded
+batch. TRL recomputes activations by default; here it does so only on request, because without it is faster.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,15 +25,22 @@ from trl import SFTConfig, SFTTrainer  # noqa: E402
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def main(model_folder: str, rows_file: str, out: str, checkpointing: bool) -> None:
-    rows = [json.loads(line) for line in Path(rows_file).read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model_folder")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--micro", type=int, default=8)
+    parser.add_argument("--checkpointing", action="store_true")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()]
+    model = AutoModelForCausalLM.from_pretrained(args.model_folder, dtype=torch.float32)
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         use_cpu=True,
         bf16=False,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=args.micro,
+        gradient_accumulation_steps=8 // args.micro,
         num_train_epochs=1,
         learning_rate=2e-4,
         lr_scheduler_type="constant",
@@ -43,7 +50,7 @@ def main(model_folder: str, rows_file: str, out: str, checkpointing: bool) -> No
         max_length=2048,
         shuffle_dataset=False,
         train_sampling_strategy="sequential",
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=args.checkpointing,
         logging_steps=1,
         report_to="none",
         save_strategy="no",
@@ -54,7 +61,7 @@ def main(model_folder: str, rows_file: str, out: str, checkpointing: bool) -> No
         model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(model_folder),
+        processing_class=AutoTokenizer.from_pretrained(args.model_folder),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM"),
     )
     setup = time.monotonic() - BEGAN
@@ -63,8 +70,8 @@ def main(model_folder: str, rows_file: str, out: str, checkpointing: bool) -> No
     train = time.monotonic() - began
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result = {"setup_seconds": setup, "train_seconds": train, "losses": losses, "threads": torch.get_num_threads()}
-    Path(out).write_text(json.dumps(result))
+    args.out.write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], checkpointing="--checkpointing" in sys.argv)
+    main()
