@@ -53,13 +53,16 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
 
 def shard(module: nn.Module, mesh: Any) -> nn.Module:
     """FSDP2 (2304.11277, per-parameter sharding): each decoder block is gathered on its own, the rest with the root."""
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     for name, child in module.named_modules():
         if name.endswith("layers") and isinstance(child, nn.ModuleList):
             for block in child:
                 fully_shard(block, mesh=mesh["data_parallel"])
-    return fully_shard(module, mesh=mesh["data_parallel"])
+    fully_shard(module, mesh=mesh["data_parallel"])
+    if hasattr(module, "decode"):
+        register_fsdp_forward_method(module, "decode")
+    return module
 
 
 def _refuse_plain_sbatch() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from litrecipe.checkpoint import state as training_state
 from litrecipe.config import progress, schema, stop
+from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
 from litrecipe.data.packing import pack
 from litrecipe.data.source import SampleList, StepSource
@@ -253,7 +254,7 @@ class Run:
         """Whether `train.max_time` has passed, as rank 0's clock says."""
         if self.train_config.max_time is None:
             return False
-        late = time.monotonic() - started > schema.parse_duration(self.train_config.max_time)
+        late = time.monotonic() - started > parse_duration(self.train_config.max_time)
         return bool(ranks.sums(self.fabric, {"late": float(late and self.fabric.global_rank == 0)})["late"])
 
     def save(self) -> None:

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import torch
 
+from litrecipe.checkpoint.hf import save_model
 from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.config.progress import say
 from litrecipe.data.source import RecordedSource
-from litrecipe.data.supervised import Supervised, load_supervised
+from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
+from litrecipe.evaluation.run import evaluate, metrics
 from litrecipe.model.decoder import Decoder
 from litrecipe.objectives.causal_lm import CausalLM
 
@@ -21,7 +25,7 @@ from litrecipe.objectives.causal_lm import CausalLM
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
-    tokenizer = Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template)
+    tokenizer = Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
     if dry_run:
         from litrecipe.recipes.dry_run import show
 
@@ -29,28 +33,50 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
 
     fabric = make_fabric(recipe.fabric)
     data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed)
+    say(str(data.report))
     model = build_model(recipe, files)
-    model = model.to(fabric.device) if recipe.fabric.strategy != "fsdp" else model
-    job = Job(
-        fabric=fabric,
-        recipe=recipe,
-        module=model,
-        objective=CausalLM(),
-        source=RecordedSource(data.train, recipe.train),
-        val=data.val,
-        save_final=lambda folder: save_final(recipe, files, model, folder),
-        evaluate_tasks=task_evaluator(recipe, model, tokenizer) if recipe.eval.tasks else None,
-        identity=identity(recipe, files, data),
+
+    def save_final(folder: Path) -> None:
+        if recipe.adapter.method == "none":
+            save_model(folder, model, files.tokenizer_dir, chat_template=recipe.model.chat_template)
+        else:
+            save_adapter(
+                folder,
+                model,
+                recipe.adapter,
+                base_name(recipe),
+                files.tokenizer_dir,
+                chat_template=recipe.model.chat_template,
+            )
+
+    def run_tasks() -> dict[str, float]:
+        results = evaluate(model, tokenizer, recipe.eval.tasks, limit=recipe.eval.limit, chatty=False)
+        return {f"{task}/{name}": value for task, found in results["results"].items() for name, value, _ in metrics(found)}
+
+    return fit(
+        Job(
+            fabric=fabric,
+            recipe=recipe,
+            module=model,
+            objective=CausalLM(),
+            source=RecordedSource(data.train, recipe.train),
+            val=data.val,
+            save_final=save_final,
+            evaluate_tasks=run_tasks if recipe.eval.tasks else None,
+            identity={
+                "base weights": files.weights_hash(),
+                "tokenizer": tokenizer.fingerprint,
+                "data": data.train.fingerprint,
+            },
+        )
     )
-    return fit(job)
 
 
 def build_model(recipe: FinetuneRecipe, files: ModelFiles) -> Decoder:
     """The model as it is trained: base weights, quantised or not, and the adapter."""
-    dtype = torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
     model = load_model(
         files,
-        dtype=dtype,
+        dtype=torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32,
         quantize=recipe.quantize,
         adapter=recipe.adapter,
         init=recipe.model.init,
@@ -60,3 +86,9 @@ def build_model(recipe: FinetuneRecipe, files: ModelFiles) -> Decoder:
     if recipe.fabric.compile:
         model.compile_blocks()
     return model.train()
+
+
+def base_name(recipe: FinetuneRecipe) -> str:
+    """How an adapter names its base: a hub id as it is, a local path in full."""
+    path = Path(recipe.model.source).expanduser()
+    return str(path.resolve()) if path.exists() else recipe.model.source
