@@ -25,7 +25,7 @@ from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.optim import load_optimizer_state, make_optimizer, optimizer_state, trained_parameters
 from litrecipe.engine.recorder import flight_record, hash_rng
-from litrecipe.engine.resume import capture_rng, restore_rng
+from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.engine.telling import Teller
@@ -102,6 +102,7 @@ class Run:
         self.saved_at: int | None = None
         self.evaluated_at: int | None = None
         self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
+        seed_rng(self.train_config.seed, self.fabric.global_rank)
         if resume is not None:
             self.load(resume)
         if self.fabric.global_rank == 0:
