@@ -6,6 +6,7 @@ each layer is quantised as soon as it is complete, so the peak is the finished m
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import torch
@@ -52,7 +53,7 @@ def load_model(
         _check_tensors(files, model)
         _fill(model, files, dtype, device, quantize)
         model.tie_weights()
-    _adapt(model, files, adapter, quantize)
+    _adapt(model, files, adapter, quantize, seed)
     return model
 
 
@@ -86,15 +87,16 @@ def _fill(
             continue
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
-        waiting[_layer(name)] -= 1
-        if quantize.method != "none" and not waiting[_layer(name)]:
-            _quantize(model.get_submodule(_layer(name)), quantize)
+        layer = _layer(name)
+        waiting[layer] -= 1
+        if layer and not waiting[layer] and quantize.method != "none":
+            _quantize(model.get_submodule(layer), quantize)
 
 
 def _layer(name: str) -> str:
-    """`model.layers.3` of a tensor in it; the module itself of any other."""
-    parts = name.split(".")
-    return ".".join(parts[:3] if parts[1] == "layers" else parts[:-1])
+    """`model.layers.3` of a tensor in it, empty for all others."""
+    match = re.match(r"model\.layers\.\d+", name)
+    return match[0] if match else ""
 
 
 def _quantize(module: nn.Module, quantize: Quantize) -> None:
@@ -103,25 +105,28 @@ def _quantize(module: nn.Module, quantize: Quantize) -> None:
     quantize_linears(module, quantize)
 
 
-def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize: Quantize) -> None:
+def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize: Quantize, seed: int) -> None:
     """Inject the adapter after the base weights are there: DoRA's magnitudes are made from them."""
     wanted = adapter if adapter and adapter.method != "none" else None
-    if files.adapter is None and wanted is None:
+    saved = files.adapter.settings if files.adapter else None
+    settings = wanted or saved
+    if settings is None:
         return
-    from litrecipe.model.adapters import add_adapter, load_adapter_state
-
-    quantized = quantize.method != "none"
-    if files.adapter is None:
-        add_adapter(model, wanted, quantized)
-        return
-    saved = files.adapter.settings
-    if wanted and _essence(wanted) != _essence(saved):
+    if wanted and saved and _essence(wanted) != _essence(saved):
         raise InputError(
             f"adapter: model.source is a {saved.method} adapter with r={saved.r}, alpha={saved.alpha:g} on "
             f"{', '.join(saved.targets)}: ask for the same to train it further, or `litrecipe model merge` it first"
         )
-    add_adapter(model, wanted or saved, quantized)
-    load_adapter_state(model, files.adapter.state())
+    from litrecipe.model.adapters import add_adapter, load_adapter_state  # peft takes seconds to import
+
+    add_adapter(model, settings, quantize.method, seed=seed)
+    if files.adapter:
+        state = files.adapter.state()
+        try:
+            load_adapter_state(model, state)
+        except InputError as error:  # does not know where the tensors came from
+            path = files.adapter.weights.path
+            raise InputError(*(f"{path}{line.removeprefix('adapter')}" for line in error.mistakes)) from error
 
 
 def _essence(adapter: Adapter) -> tuple:

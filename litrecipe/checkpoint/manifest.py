@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from litrecipe.config.errors import InputError
 
 MANIFEST = "manifest.json"
@@ -111,7 +113,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         _finish(draft)
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{target}: {error}: make room, or name a folder that can be written") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litrecipe.checkpoint.manifest import read_json
+from litrecipe.checkpoint.manifest import new_folder, read_json
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from litrecipe.model.decoder import Decoder
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -88,3 +91,39 @@ def read_adapter(folder: Path) -> AdapterFiles:
     if mistakes:
         raise InputError(*mistakes)
     return AdapterFiles(folder, config, SafetensorsFile(folder / ADAPTER_WEIGHTS))
+
+
+def save_adapter(
+    folder: Path,
+    model: Decoder,
+    adapter: Adapter,
+    base: str,
+    tokenizer_dir: Path,
+    *,
+    chat_template: str | None = None,
+) -> None:
+    """Write the adapter of `model` as a folder that peft and litrecipe load, with the tokenizer beside it.
+
+    `adapter` holds the settings it was made with; `base` is where its base model is, a path or `org/name[@revision]`;
+    `chat_template` is a Jinja file that replaces the tokenizer's. Every rank has to call this; the first one writes.
+    Raises InputError when the disk is full.
+    """
+    from safetensors.torch import save_file
+
+    from litrecipe.checkpoint.hf import copy_tokenizer, gather, is_writer
+    from litrecipe.model.adapters import adapter_config, adapter_state
+
+    state = gather(adapter_state(model).items())
+    if not is_writer():
+        return
+    if Path(base).expanduser().exists():
+        name, revision = str(Path(base).expanduser().resolve()), ""
+    else:
+        name, _, revision = base.partition("@")
+    config = adapter_config(adapter, name)
+    if revision:
+        config["revision"] = revision
+    with new_folder(folder) as draft:
+        (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(state, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        copy_tokenizer(tokenizer_dir, draft, chat_template)

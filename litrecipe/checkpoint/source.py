@@ -182,7 +182,7 @@ def _architecture(config: dict[str, Any], path: Path) -> Architecture:
     try:
         return read_architecture(config)
     except InputError as error:  # does not know where the config came from
-        raise InputError(*(line.replace("config.json", str(path), 1) for line in error.mistakes)) from error
+        raise InputError(*(f"{path}{line.removeprefix('config.json')}" for line in error.mistakes)) from error
 
 
 def _open_gguf(path: Path, source: str) -> ModelFiles:
