@@ -41,7 +41,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
     """All state as tensors named `<parameter>::<key>`; plain numbers become tensors of no dimension."""
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             state[f"{name}::{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     return state
 
