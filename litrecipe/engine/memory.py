@@ -8,12 +8,11 @@ Shapes: T tokens of the largest row, P its predictions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.model.adapters import add_adapter
@@ -56,11 +55,12 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     dtype = torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
-    with FakeTensorMode():
-        with default_dtype(dtype):
-            model = Decoder(architecture)
-        if recipe.adapter.method != "none":
-            add_adapter(model, recipe.adapter)
+    with torch.device("meta"):
+        model = Decoder(architecture).to(dtype)
+    if recipe.adapter.method != "none":
+        add_adapter(model, recipe.adapter)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fill_with_fakes(model)
         model.activation_checkpointing = recipe.fabric.activation_checkpointing
         saved = SavedBytes(model.parameters())
         fake = Row(
@@ -98,15 +98,17 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
     )
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New floating-point tensors are of this type inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def fill_with_fakes(model: nn.Module) -> None:
+    """Give a model on the meta device parameters of the mode that is on; tied ones stay tied."""
+    twins: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in twins:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+                twins[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            module._parameters[name] = twins[parameter]
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
