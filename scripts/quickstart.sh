@@ -5,11 +5,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PATH="$PWD/.venv/bin:$PATH"
-model=.models/SmolLM2-135M-Instruct.Q4_1.gguf
-recipe=finetune/smollm2-135m/lora
+train=finetune/smollm2-135m/lora
+measure=evaluate/smollm2-135m/quickstart
 out=${OUT:-runs/quickstart}
-test_split='toy:units?n=64&seed=0&split=test'
-question='Convert 2.5 km to m.'
+question='How many cm are 37 m? Answer with number and unit only.'
 
 score() {  # the exact-match score in a results file, as a percentage
     python - "$1" <<'PY'
@@ -19,16 +18,19 @@ print(f"{100 * task['exact_match,none']:.1f} %")
 PY
 }
 
+if [ -e "$out/checkpoints" ]; then
+    echo "quickstart: $out holds a run already: remove it, or set OUT to another folder" >&2
+    exit 2
+fi
 mkdir -p "$out"
 began=$SECONDS
 echo "== 1/4 the model as it comes, on 64 questions it will not be trained on"
-litrecipe evaluate --model "$model" --tasks "exact_match:$test_split" --out "$out/before.json"
-echo "== 2/4 LoRA fine-tuning with the recipe $recipe"
-litrecipe finetune --config "$recipe" --model "$model" --out_dir "$out"
+litrecipe evaluate --config "$measure" --out "$out/before.json"
+echo "== 2/4 fine-tuning with the recipe $train"
+litrecipe finetune --config "$train" --out_dir "$out"
 echo "== 3/4 the fine-tuned model on the same questions"
-litrecipe evaluate --model "$out/final" --tasks "exact_match:$test_split" --out "$out/after.json"
-echo "== 4/4 one answer"
-echo "$question"
+litrecipe evaluate --config "$measure" --model "$out/final" --out "$out/after.json"
+echo "== 4/4 one answer to: $question"
 litrecipe generate --model "$out/final" --prompt "$question"
 
 echo

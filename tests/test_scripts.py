@@ -127,17 +127,29 @@ def imported_packages(folder: Path) -> dict[str, Path]:
     return found
 
 
+def declared(lines: list[str]) -> set[str]:
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def imported_distributions() -> dict[str, Path]:
+    """Distributions that litrecipe imports, with one file of each."""
+    owners = importlib.metadata.packages_distributions()
+    packages = imported_packages(REPO / "litrecipe").items()
+    third_party = {name: path for name, path in packages if name != "litrecipe" and name not in sys.stdlib_module_names}
+    return {canonicalize_name(owner): path for name, path in third_party.items() for owner in owners.get(name, [name])}
+
+
 def test_every_import_is_declared() -> None:
-    declared = {
-        canonicalize_name(Requirement(line).name)
-        for line in [*PROJECT["dependencies"], *EXTRAS["eval"], *EXTRAS["gguf"], *EXTRAS["loggers"]]
-    }
-    distributions = importlib.metadata.packages_distributions()
-    for package, path in imported_packages(REPO / "litrecipe").items():
-        if package == "litrecipe" or package in sys.stdlib_module_names:
-            continue
-        owners = {canonicalize_name(owner) for owner in distributions.get(package, [])}
-        assert owners & declared, f"{path.relative_to(REPO)} imports {package}, which pyproject.toml does not declare"
+    known = declared([*PROJECT["dependencies"], *EXTRAS["eval"], *EXTRAS["gguf"], *EXTRAS["loggers"]])
+    for name, path in imported_distributions().items():
+        assert name in known, f"{path.relative_to(REPO)} imports {name}, which pyproject.toml does not declare"
+
+
+def test_every_dependency_is_used() -> None:
+    only_through_lightning = {"tensorboard", "wandb", "mlflow-skinny"}
+    needed_by_lm_eval = {"datasets"}
+    known = declared([*PROJECT["dependencies"], *EXTRAS["eval"], *EXTRAS["gguf"], *EXTRAS["loggers"]])
+    assert known - only_through_lightning - needed_by_lm_eval <= imported_distributions().keys()
 
 
 def test_make_lists_its_targets() -> None:
