@@ -105,7 +105,7 @@ def test_ours_comes_back_bit_for_bit(base: Path, trained, our_logits, adapter: A
 
 @every_adapter
 def test_merged_equals_unmerged(tmp_path: Path, base: Path, trained, our_logits, adapter: Adapter) -> None:
-    model, folder = trained(adapter)
+    model, _ = trained(adapter)
     before = our_logits(model)
     merge_adapter(model)
     close(our_logits(model), before)
