@@ -61,6 +61,7 @@ class CacheStep:
         self.start = cache.length
         self.mask = mask
 
+    @torch.compiler.disable  # the number of filled slots changes with every step
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (B t, H, D), k and v (B t, G, D) → (B t, H, D)."""
         (tokens, H, D), (B, G) = q.shape, self.keys.shape[:2]

@@ -8,6 +8,7 @@ import torch
 
 from litrecipe.model.architecture import read_architecture, to_hf_config
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoding import generate
 from litrecipe.model.row import Row, Sample, Segment, make_row
 
 CONFIG: dict[str, Any] = {
@@ -253,6 +254,7 @@ def test_compiled_blocks_equal_eager_for_any_row() -> None:
     model = make_model()
     rows = [make_row(conversations(5, 9)), make_row([tree()]), make_row(conversations(33))]
     eager = [loss_and_gradients(model, [row]) for row in rows]
+    answers = generate(model, [[1, 2, 3], [4]], max_new_tokens=6)
     names = set(model.state_dict())
     model.compile_blocks()
     assert set(model.state_dict()) == names
@@ -261,4 +263,6 @@ def test_compiled_blocks_equal_eager_for_any_row() -> None:
         again, right = loss_and_gradients(model, [row])
         assert_same(loss, again)
         assert_same(gradients, right)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert generate(model, [[1, 2, 3], [4]], max_new_tokens=6) == answers
+    # Four graphs around the attention, with gradients and without; none for another row or another step.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8
