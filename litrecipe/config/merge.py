@@ -22,8 +22,8 @@ INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
-LONGEST_INTEGER = 18
-"""Digits; what is longer is read as a float (and would not fit 64 bits)."""
+LONGEST_INTEGER = 40
+"""Characters; longer ones would not fit 64 bits, and Python refuses to read very long ones."""
 
 
 @dataclass(frozen=True)

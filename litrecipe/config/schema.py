@@ -27,7 +27,7 @@ def load(kind: type[Recipe], configs: Sequence[str | Path] = (), flags: Iterable
     """
     mistakes = Mistakes()
     tree = merge(configs, flags, mistakes)
-    walk = _Walk(kind)
+    walk = Walk(kind)
     recipe = walk.group(kind, tree, "")
     mistakes += walk.mistakes
     if not mistakes.unread:  # of a recipe that could not be read whole, nobody knows what is missing
@@ -40,9 +40,13 @@ def load(kind: type[Recipe], configs: Sequence[str | Path] = (), flags: Iterable
 
 
 class _Dumper(yaml.SafeDumper):
-    """Groups as blocks, lists on one line."""
+    """Groups as blocks, lists on one line, and quotes where a character cannot be seen."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
 
 
+_Dumper.add_representer(str, _Dumper.represent_str)
 for _kind in (list, tuple):
     _Dumper.add_representer(_kind, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, True))
 
@@ -64,7 +68,7 @@ def keys(kind: type) -> dict[str, Any]:
     return found
 
 
-class _Walk:
+class Walk:
     """Holds a recipe against its dataclass; gathers what is wrong and remembers where keys were written."""
 
     def __init__(self, kind: type) -> None:
@@ -220,7 +224,10 @@ def _distance(name: str, known: str) -> float:
     """Edits between two full names; the group counts at most `FARTHEST_GROUP`."""
     group, _, leaf = name.lower().replace("-", "_").rpartition(".")
     known_group, _, known_leaf = known.rpartition(".")
-    return min(_edits(group, known_group), FARTHEST_GROUP) + _edits(leaf, known_leaf)
+    # `batch_size` for global_batch_size, `lora_alpha` for alpha
+    is_end = f"_{leaf}".endswith(f"_{known_leaf}") or f"_{known_leaf}".endswith(f"_{leaf}")
+    between_leaves = min(_edits(leaf, known_leaf), 1) if is_end else _edits(leaf, known_leaf)
+    return min(_edits(group, known_group), FARTHEST_GROUP) + between_leaves
 
 
 def _edits(a: str, b: str) -> int:
