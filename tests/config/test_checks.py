@@ -1,0 +1,133 @@
+"""Values and combinations that types cannot rule out."""
+
+from __future__ import annotations
+
+import pytest
+
+from litrecipe.config import schema
+from litrecipe.config.checks import RANGES, check, parse_duration
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import RECIPES, EvaluateRecipe, FinetuneRecipe, GenerateRecipe
+
+GOOD = [("model.source", "m"), ("data.train", "d")]
+
+
+def mistakes(*flags: tuple[str, str], kind: type = FinetuneRecipe) -> list[str]:
+    try:
+        schema.load(kind, [], [*GOOD, *flags] if kind is FinetuneRecipe else flags)
+    except InputError as wrong:
+        return wrong.mistakes
+    return []
+
+
+def test_defaults_lack_only_what_nobody_can_guess() -> None:
+    assert [key for key, _, _ in check(FinetuneRecipe())] == ["model.source", "data.train"]
+    assert [key for key, _, _ in check(EvaluateRecipe())] == ["model.source", "tasks"]
+    assert [key for key, _, _ in check(GenerateRecipe())] == ["model.source"]
+
+
+def test_every_range_belongs_to_a_key() -> None:
+    known = {key for kind in RECIPES.values() for key in schema.keys(kind)}
+    assert set(RANGES) <= known
+
+
+@pytest.mark.parametrize(
+    ("key", "right", "wrong"),
+    [
+        ("optim.lr", ["1e-9", "1"], ["0", "-1"]),
+        ("optim.betas", ["0,0.999"], ["0.9,1", "-0.1,0.9"]),
+        ("optim.weight_decay", ["0", "0.1"], ["-0.1"]),
+        ("adapter.r", ["1"], ["0", "-3"]),
+        ("adapter.alpha", ["0.5"], ["0"]),
+        ("adapter.dropout", ["0", "0.99"], ["1", "-0.1"]),
+        ("data.val_fraction", ["0", "0.5"], ["1", "-0.1"]),
+        ("data.max_length", ["2"], ["1"]),
+        ("data.date", ["2024-02-29"], ["2023-02-29", "yesterday"]),
+        ("schedule.warmup_steps", ["0"], ["-1"]),
+        ("schedule.min_lr_ratio", ["0", "1"], ["1.1"]),
+        ("train.max_steps", ["1", "null"], ["0"]),
+        ("train.epochs", ["0.1"], ["0"]),
+        ("train.global_batch_size", ["1"], ["0"]),
+        ("train.micro_batch_tokens", ["1"], ["0"]),
+        ("train.grad_clip", ["null", "0.1"], ["0"]),
+        ("train.max_time", ["90s", "1h30m", "01:30:00"], ["90", "soon", "0s", "1m1h", ""]),
+        ("checkpoint.every", ["null", "1"], ["0"]),
+        ("checkpoint.keep", ["1"], ["0"]),
+        ("fabric.devices", ["auto", "1"], ["0", "-1"]),
+        ("fabric.tensor_parallel", ["1"], ["0", "2"]),
+        ("out_dir", ["a"], [""]),
+    ],
+)
+def test_ranges(key: str, right: list[str], wrong: list[str]) -> None:
+    for text in right:
+        assert mistakes((key, text)) == []
+    for text in wrong:
+        [mistake] = mistakes((key, text))
+        assert mistake.startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "cure"),
+    [
+        ("quantize.method=nf4", "quantize.method", "add adapter.method lora"),
+        ("quantize.method=int8 adapter.method=dora", "quantize.method", "use nf4"),
+        ("quantize.method=int8 adapter.method=lora fabric.strategy=fsdp", "quantize.method", "use nf4"),
+        ("quantize.method=nf4 adapter.method=lora model.init=random", "quantize.method", "use none"),
+        ("optim.name=adamw8bit fabric.strategy=fsdp", "optim.name", "use adamw"),
+        ("optim.name=paged_adamw8bit fabric.strategy=fsdp", "optim.name", "use adamw"),
+        ("fabric.tensor_parallel=2", "fabric.tensor_parallel", "fabric.strategy fsdp"),
+        ("schedule.decay_steps=3", "schedule.decay_steps", "schedule.name wsd"),
+        ("adapter.method=lora adapter.targets=[]", "adapter.targets", "q_proj"),
+        ("adapter.targets=[q_proj,lm_head]", "adapter.targets", "q_proj"),
+    ],
+)
+def test_what_does_not_go_together(flags: str, key: str, cure: str) -> None:
+    [mistake] = mistakes(*(tuple(flag.split("=")) for flag in flags.split()))  # type: ignore[arg-type]
+    assert mistake.startswith(f"{key}: ")
+    assert cure in mistake
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "quantize.method=nf4 adapter.method=lora fabric.strategy=fsdp",
+        "quantize.method=nf4 adapter.method=dora",
+        "quantize.method=int8 adapter.method=lora",
+        "optim.name=adamw8bit fabric.strategy=ddp",
+        "schedule.name=wsd schedule.decay_steps=3",
+        "model.init=random",
+    ],
+)
+def test_what_does(flags: str) -> None:
+    assert mistakes(*(tuple(flag.split("=")) for flag in flags.split())) == []  # type: ignore[arg-type]
+
+
+def test_a_quantised_model_can_be_measured() -> None:
+    assert mistakes(("model.source", "m"), ("tasks", "a"), ("quantize.method", "int8"), kind=EvaluateRecipe) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", 90),
+        ("0.5s", 0.5),
+        ("30m", 1800),
+        ("2h", 7200),
+        ("1d", 86400),
+        ("1h30m", 5400),
+        ("01:30:00", 5400),
+        ("1:30:05", 5405),
+        ("1-00:00:01", 86401),
+        ("100:00:00", 360000),
+    ],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "90", "s", "1:30", "01:60:00", "-1s", "1e3s", "1s ", "٣s", "9" * 400 + "s", "0:00:00"]
+)
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="give a time"):
+        parse_duration(text)

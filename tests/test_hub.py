@@ -1,0 +1,119 @@
+"""The recipes that ship with the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from litrecipe import hub
+from litrecipe.config import schema
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import EvaluateRecipe, FinetuneRecipe
+from litrecipe.config.merge import hub_folder, hub_names
+
+
+@pytest.mark.parametrize("name", hub_names())
+def test_a_recipe_says_what_it_is(name: str) -> None:
+    path = hub_folder() / f"{name}.yaml"
+    words, hardware = hub.headline(path)
+    assert words and hardware
+    verb = name.split("/")[0]
+    assert f"#   litrecipe {verb} --config {name}\n" in path.read_text()
+
+
+def test_the_recipes_that_must_be_there() -> None:
+    for model, recipes in {
+        "smollm2-135m": ("full", "lora", "dora", "qlora"),
+        "llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
+        "llama-3.2-1b": ("lora", "qlora", "full-fsdp"),
+    }.items():
+        assert {f"finetune/{model}/{recipe}" for recipe in recipes} <= set(hub_names())
+
+
+def test_all_are_valid_and_large_models_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert hub.validate([]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert set(lines) == set(hub_names())
+    assert lines["finetune/llama-3.1-8b/full-fsdp"] == "valid, 8,030,261,248 parameters, all trained"
+    assert lines["finetune/llama-3.2-1b/full-fsdp"] == "valid, 1,235,814,400 parameters, all trained"
+    # rank 16 on seven projections: r * (in + out) each
+    per_layer = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert f" {32 * per_layer:,} more are trained" in lines["finetune/llama-3.1-8b/lora"]
+
+
+def test_validate_tells_the_mistakes_of_all(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: {source: m}\ndata: {train: 'toy:unit?n=3'}\n")
+    (tmp_path / "b.yaml").write_text("model: {source: m}\ntasks: [x]\nlimit: 0\n")
+    with pytest.raises(InputError) as wrong:
+        hub.validate([str(tmp_path / "a.yaml"), "no-such", str(tmp_path / "b.yaml")])
+    toy, missing, limit = wrong.value.mistakes
+    assert "data.train" in toy and "units" in toy
+    assert "no-such" in missing
+    assert "b.yaml:3: limit: 0" in limit
+
+
+def test_validate_reads_the_architecture_beside_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: {source: m}\ndata: {train: d}\n")
+    (tmp_path / "config.json").write_text('{"model_type": "nothing known"}')
+    with pytest.raises(InputError, match="model_type"):
+        hub.validate([str(tmp_path / "r.yaml")])
+
+
+def test_the_kind_of_a_file_is_seen_by_its_keys(tmp_path: Path) -> None:
+    (tmp_path / "f.yaml").write_text("model: {source: m}\ntrain: {seed: 1}\n")
+    (tmp_path / "e.yaml").write_text("model: {source: m}\ntasks: [a]\n")
+    (tmp_path / "x.yaml").write_text("extends: evaluate/smollm2-135m/quickstart\n")
+    assert hub.kind_of(tmp_path / "f.yaml") is FinetuneRecipe
+    assert hub.kind_of(tmp_path / "e.yaml") is EvaluateRecipe
+    assert hub.kind_of(tmp_path / "x.yaml") is EvaluateRecipe
+
+
+def test_ls_names_every_recipe_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    hub.ls()
+    first_words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert first_words[1:] == hub_names()
+
+
+def test_show_as_written_and_resolved(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    hub.show("smollm2-135m/dora")
+    assert capsys.readouterr().out == (hub_folder() / "finetune/smollm2-135m/dora.yaml").read_text()
+    hub.show("smollm2-135m/dora", resolved=True)
+    (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
+    assert schema.load(FinetuneRecipe, [tmp_path / "r.yaml"]) == schema.load(FinetuneRecipe, ["smollm2-135m/dora"])
+
+
+@pytest.mark.parametrize("name", hub_names())
+def test_a_copy_means_the_same_away_from_the_hub(name: str, tmp_path: Path) -> None:
+    kind = hub.kind_of(hub_folder() / f"{name}.yaml")
+    hub.copy(name, str(tmp_path / "mine.yaml"))
+    assert schema.load(kind, [tmp_path / "mine.yaml"]) == schema.load(kind, [name])
+
+
+def test_cp_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("precious")
+    with pytest.raises(InputError, match=r"mine\.yaml: exists"):
+        hub.copy("smollm2-135m/lora", str(tmp_path / "mine.yaml"))
+    assert (tmp_path / "mine.yaml").read_text() == "precious"
+    with pytest.raises(InputError, match="no such folder"):
+        hub.copy("smollm2-135m/lora", str(tmp_path / "none" / "mine.yaml"))
+    hub.copy("smollm2-135m/lora", str(tmp_path))
+    assert (tmp_path / "lora.yaml").is_file()
+
+
+def test_the_llama_configs_are_those_of_the_models() -> None:
+    import json
+
+    from litrecipe.model.architecture import read_architecture
+
+    facts = {
+        "llama-3.1-8b": SimpleNamespace(
+            hidden_size=4096, num_layers=32, head_dim=128, tie_embeddings=False, factor=8.0
+        ),
+        "llama-3.2-1b": SimpleNamespace(hidden_size=2048, num_layers=16, head_dim=64, tie_embeddings=True, factor=32.0),
+    }
+    for name, fact in facts.items():
+        architecture = read_architecture(json.loads((hub_folder() / "finetune" / name / "config.json").read_text()))
+        for key, value in vars(fact).items():
+            assert (architecture.rope_scaling or {}).get(key, getattr(architecture, key, None)) == value
