@@ -18,6 +18,7 @@ from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
 from litrecipe.model.architecture import Architecture, to_hf_config
 from litrecipe.model.decoder import Decoder
 
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,8 +28,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
     "chat_template.jinja",
+    GENERATION,  # says which ids end an answer
 )
-GENERATION = "generation_config.json"
 
 
 def save_model(
@@ -67,7 +68,8 @@ def save_model(
             _write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
         _write_json(draft / "config.json", to_hf_config(model.architecture, str(dtype).removeprefix("torch.")))
         copy_tokenizer(tokenizer_dir, draft, chat_template)
-        _write_generation(tokenizer_dir, draft, model.architecture)
+        if not (draft / GENERATION).is_file():
+            _write_json(draft / GENERATION, _special_ids(model.architecture))
 
 
 def is_writer() -> bool:
@@ -103,14 +105,9 @@ def _cut(parameters: dict[str, nn.Parameter], itemsize: int, limit: float) -> It
     yield names
 
 
-def _write_generation(source: Path, target: Path, architecture: Architecture) -> None:
-    """The tokenizer folder's generation settings, or the ids of the architecture."""
-    if (source / GENERATION).is_file():
-        shutil.copyfile(source / GENERATION, target / GENERATION)
-        return
+def _special_ids(architecture: Architecture) -> dict[str, int | list[int]]:
     config = to_hf_config(architecture)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-    _write_json(target / GENERATION, ids)
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
 
 
 def _write_json(path: Path, value: dict) -> None:

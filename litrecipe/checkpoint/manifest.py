@@ -103,8 +103,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     It replaces one that was written here before, never another. Raises InputError when it cannot be written; what was
     at `target` is then untouched.
     """
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"{target}: exists, and was not written by litrecipe: name another folder, or remove it")
+    refuse_foreign(target)
     draft = target.with_name(target.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -117,6 +116,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise InputError(f"{target}: {error}: make room, or name a folder that can be written") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse_foreign(target: Path) -> None:
+    """Raise InputError when something is at `target` that a `new_folder` must not replace."""
+    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{target}: exists, and was not written by litrecipe: name another folder, or remove it")
 
 
 def _finish(draft: Path) -> None:

@@ -76,7 +76,7 @@ def write_gguf(
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model(meta.pop("kind", "gpt2"))
+    writer.add_tokenizer_model(meta.pop("vocabulary", "gpt2"))
     writer.add_tokenizer_pre(meta.pop("pre", "smollm"))
     writer.add_token_list([*TOKENS, *(f"<unused {i}>" for i in range(VOCAB - len(TOKENS)))])
     writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 4) + [4] + [5] * (VOCAB - len(TOKENS)))
@@ -229,7 +229,7 @@ def test_bos_is_added_where_the_file_says_so(make_gguf) -> None:
 
 
 def test_other_tokenizers_and_architectures_are_refused(make_gguf, tmp_path: Path) -> None:
-    for meta in ({"kind": "llama"}, {"pre": "tekken"}):
+    for meta in ({"vocabulary": "llama"}, {"pre": "tekken"}):
         _, path = make_gguf(meta=meta)
         with pytest.raises(InputError, match=f"{path}: tokenizer.ggml"):
             open_model(str(path))
