@@ -264,7 +264,8 @@ def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
         cure = f"did you mean `--help {near[0]}`?" if near else f"give one of {', '.join(groups)}"
         raise InputError(f"--help: {group}: no such group: {cure}")
     options = {"--config RECIPE": "a file, or a name of `litrecipe recipes ls`; may be repeated, later ones win"}
-    options |= {f"--{option}": f"{words} (default: {default})" for option, (_, default, words) in verb.options.items()}
+    for option, (_, default, words) in verb.options.items():
+        options[f"--{option}"] = words if default is False else f"{words} (default: {default})"
     options |= {"--model M": "short for --model.source M", "--help [GROUP]": "this, or the keys of one group"}
     return recipe_help(name, kind, options)
 

@@ -40,7 +40,7 @@ def group_help(verb: str, kind: Any, name: str) -> str:
     group = get_type_hints(kind)[name]
     hints, docs = get_type_hints(group), key_docs(group)
     parser = ArgumentParser(prog=f"litrecipe {verb}", usage=f"%(prog)s [--{name}.KEY VALUE]...", add_help=False)
-    keys = parser.add_argument_group(inspect.getdoc(group))
+    keys = parser.add_argument_group(name, inspect.getdoc(group))
     for key, default in vars(group()).items():
         keys.add_argument(f"--{name}.{key}", type=hints[key], default=default, help=docs[key].replace("%", "%%"))
     return str(parser.format_help()).rstrip()
