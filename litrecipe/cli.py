@@ -267,7 +267,7 @@ def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
     for option, (_, default, words) in verb.options.items():
         options[f"--{option}"] = words if default is False else f"{words} (default: {default})"
     options |= {"--model M": "short for --model.source M", "--help [GROUP]": "this, or the keys of one group"}
-    return recipe_help(name, kind, options)
+    return recipe_help(name, f"{verb.summary[0].upper()}{verb.summary[1:]}.", kind, options)
 
 
 class Line:

@@ -9,7 +9,7 @@ from textwrap import wrap
 from typing import Any, get_type_hints
 
 
-def recipe_help(verb: str, kind: type, options: dict[str, str]) -> str:
+def recipe_help(verb: str, summary: str, kind: type, options: dict[str, str]) -> str:
     """The short help of a verb that takes a recipe: its options, its groups, and the keys outside groups."""
     hints, docs = get_type_hints(kind), key_docs(kind)
     groups = {name: inspect.getdoc(hint) or "" for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
@@ -19,7 +19,7 @@ def recipe_help(verb: str, kind: type, options: dict[str, str]) -> str:
         [
             f"usage: litrecipe {verb} [--config RECIPE]... [--KEY VALUE]...",
             "",
-            inspect.getdoc(kind) or "",
+            summary,
             "",
             "options:",
             *two_columns(options.items(), width),
