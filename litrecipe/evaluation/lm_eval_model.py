@@ -31,7 +31,7 @@ class LitrecipeLM(TemplateLM):
     """A `Decoder` and a `Tokenizer` behind lm-eval's interface, on one device.
 
     `batch_tokens` bounds the tokens of a forward pass and, when sampling, those of the cache. `defaults` samples where
-    a task says nothing (its `stop` strings are always added).
+    a task says nothing (its `stop` strings are always added). `chatty` shows progress.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class LitrecipeLM(TemplateLM):
         batch_tokens: int = 8192,
         max_length: int | None = None,
         defaults: Generate | None = None,
+        chatty: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -49,6 +50,7 @@ class LitrecipeLM(TemplateLM):
         self.batch_tokens = batch_tokens
         self.max_length = max_length or model.architecture.max_positions
         self.defaults = defaults or Generate()
+        self.chatty = chatty
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
@@ -77,7 +79,11 @@ class LitrecipeLM(TemplateLM):
 
     def _score(self, requests: Sequence[Request], label: str) -> list[tuple[float, bool]]:
         return loglikelihoods(
-            self.model, requests, batch_tokens=self.batch_tokens, max_length=self.max_length, progress=label
+            self.model,
+            requests,
+            batch_tokens=self.batch_tokens,
+            max_length=self.max_length,
+            progress=label if self.chatty else None,
         )
 
     def _loglikelihood_tokens(
@@ -119,7 +125,12 @@ class LitrecipeLM(TemplateLM):
                 )
             prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in indices]
             completions = complete(
-                self.model, self.text, prompts, settings, batch_tokens=self.batch_tokens, progress="generating"
+                self.model,
+                self.text,
+                prompts,
+                settings,
+                batch_tokens=self.batch_tokens,
+                progress="generating" if self.chatty else None,
             )
             for index, completion in zip(indices, completions, strict=True):
                 answers[index] = completion.text

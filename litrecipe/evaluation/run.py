@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import sys
@@ -57,11 +58,10 @@ def plan(tasks: Sequence[str]) -> Plan:
     for spec in tasks:
         kind, _, rest = spec.partition(":")
         folder, _, name = spec.rpartition(":")
-        if kind in BUILTINS:
-            if rest:
-                builtin.extend(_gather(mistakes, BUILTINS[kind].parse, spec))
-            else:
-                mistakes.append(f"tasks: {spec}: needs data: {kind}:FILE")
+        if kind in BUILTINS and rest:
+            builtin.extend(_gather(mistakes, BUILTINS[kind].parse, spec))
+        elif kind in BUILTINS:
+            mistakes.append(f"tasks: {spec}: needs data: {kind}:FILE")
         elif Path(spec).is_dir():
             local.append((spec, "*"))
         elif folder and Path(folder).is_dir():
@@ -74,20 +74,23 @@ def plan(tasks: Sequence[str]) -> Plan:
         mistakes.append("tasks: nothing to measure: give names, e.g. `--tasks piqa,exact_match:test.jsonl`")
     if (local or names) and find_spec("lm_eval") is None:
         mistakes.append("tasks: lm-eval is not installed: pip install 'litrecipe[eval]'")
+        local, names = [], []
+    found = _look_up(mistakes, local, names)
     if mistakes:
         raise InputError(*mistakes)
+    return Plan(builtin, found, tuple(dict.fromkeys(folder for folder, _ in local)), own=bool(names))
 
+
+def _look_up(mistakes: list[str], local: list[tuple[str, str]], names: list[str]) -> list[str]:
+    """Names that lm-eval knows, each once, for tasks of folders and tasks of its own."""
     found: list[str] = []
     for folder, name in local:
-        found += _matches(mistakes, f"{folder}:{name}", name, _task_names(_manager((folder,), own=False)))
-    folders = tuple(dict.fromkeys(folder for folder, _ in local))
+        found += _matches(mistakes, f"{folder}:{name}", name, _manager((folder,), own=False))
     if names:
-        known = [*_task_names(_manager(folders, own=True)), *BUILTINS]
+        manager = _manager(tuple(dict.fromkeys(folder for folder, _ in local)), own=True)
         for name in names:
-            found += _matches(mistakes, name, name, known)
-    if mistakes:
-        raise InputError(*mistakes)
-    return Plan(builtin, list(dict.fromkeys(found)), folders, own=bool(names))
+            found += _matches(mistakes, name, name, manager)
+    return list(dict.fromkeys(found))
 
 
 def evaluate(
@@ -136,7 +139,13 @@ def _run_lm_eval(
 
     from litrecipe.evaluation.lm_eval_model import LitrecipeLM
 
-    lm = LitrecipeLM(model, tokenizer, batch_tokens=settings.batch_tokens, defaults=settings.generate)
+    lm = LitrecipeLM(
+        model,
+        tokenizer,
+        batch_tokens=settings.batch_tokens,
+        defaults=settings.generate,
+        chatty=settings.chatty,
+    )
     try:
         with redirect_stdout(sys.stderr):
             return simple_evaluate(
@@ -162,18 +171,11 @@ def _manager(folders: tuple[str, ...], own: bool) -> TaskManager:
     return TaskManager(include_path=list(folders), include_defaults=own)
 
 
-def _task_names(manager: TaskManager) -> list[str]:
-    return manager.all_tasks
-
-
-def _matches(mistakes: list[str], spec: str, name: str, known: Iterable[str]) -> list[str]:
-    """The known names that `name`, which may hold `*`, stands for."""
-    from fnmatch import filter as matching
-
-    known = list(known)
-    found = matching(known, name)
+def _matches(mistakes: list[str], spec: str, name: str, manager: TaskManager) -> list[str]:
+    """The task, group or tag of this name; of a pattern, the tasks it matches."""
+    found = [name] if name in manager.all_tasks else fnmatch.filter(manager.all_subtasks, name)
     if not found:
-        mistakes.append(f"tasks: {spec}: no such task{_hint(name, known)}")
+        mistakes.append(f"tasks: {spec}: no such task{_hint(name, [*manager.all_tasks, *BUILTINS])}")
     return found
 
 
