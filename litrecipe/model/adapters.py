@@ -90,14 +90,8 @@ def refresh_dora(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter under the names of `adapter_model.safetensors`; of a sharded model on every rank in full."""
-    return {name: _whole(parameter.detach()) for name, parameter in _parameters(model).items()}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """The adapter under the names of `adapter_model.safetensors`; tensors of a sharded model stay sharded."""
+    return {name: parameter.detach() for name, parameter in _parameters(model).items()}
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -145,7 +139,7 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> No
     from litrecipe.model.quantize import QuantizedLinear, dequantize, plain_linear
 
     for name, layer in _layers(model):
-        base = layer.base_layer
+        base = layer.base
         target = dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
         model.set_submodule(name, plain_linear(layer.merged_weight().to(target), base.bias))
     dequantize(model, dtype=dtype)

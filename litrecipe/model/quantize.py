@@ -1,11 +1,11 @@
 """Linear layers whose frozen weight is stored in 4 or 8 bits and restored for each product.
 
 bitsandbytes stores and restores. The products are our own, the same on every device: y = x Ŵᵀ + b with the restored
-weight Ŵ, which the backward pass restores again instead of keeping it. bitsandbytes' own forward passes would repack NF4
-weights on some CPUs once they ran without gradients, after which they cannot be trained through, and round the
+weight Ŵ, which the backward pass restores again instead of keeping it. bitsandbytes' own forward passes would repack
+NF4 weights on some CPUs once they ran without gradients, after which they cannot be trained through, and round the
 activations of int8 layers on GPUs, so that merging would change what the model computes.
 
-Shapes: T tokens, i inputs, o outputs.
+Shapes: i inputs, o outputs.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class NF4Linear(bnb.nn.Linear4bit):
 
 class Int8Linear(bnb.nn.Linear8bitLt):
     """Whole numbers up to 127, one scale an output: the weights of LLM.int8 (2208.07339, section 2.1)."""
+
+    weight: Any
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The restored weight (o, i)."""
