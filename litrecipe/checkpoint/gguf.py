@@ -77,11 +77,11 @@ class GgufWeights:
                 raise InputError(f"{path}: {error}: fetch it again") from error
         try:
             self.metadata, self._table, header_size = _read_header(self._data)
-        except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
+            self.config = self._read_config()
+        except (struct.error, ArithmeticError, LookupError, MemoryError, TypeError, ValueError) as error:
             raise InputError(f"{path}: truncated or damaged GGUF file ({error}): fetch it again") from error
         self.header_digest = sha256(self._data[:header_size]).hexdigest()
         """Names everything but the weights."""
-        self.config = self._read_config()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -148,7 +148,8 @@ class GgufWeights:
             "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
         }
         wrong = [key for key in keys.values() if not isinstance(meta.get(key), int | float) or meta[key] <= 0]
-        wrong += [key for key in ("token_embd.weight",) if key not in self._table]
+        last = f"blk.{meta.get(keys['num_hidden_layers'], 1) - 1}.attn_norm.weight"
+        wrong += [key for key in ("token_embd.weight", last) if not wrong and key not in self._table]
         if wrong:
             raise InputError(*(f"{self.path}: {key}: missing, or not one positive number" for key in wrong))
         config: dict[str, Any] = {key: meta[own] for key, own in keys.items()}

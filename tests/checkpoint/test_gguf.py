@@ -307,6 +307,28 @@ def test_a_flipped_bit_of_the_header_never_ends_in_a_traceback(
         assert all(line.startswith(str(damaged)) for line in error.mistakes)
 
 
+@pytest.fixture
+def whole_file(make_gguf) -> Path:
+    """A small model with everything a file has."""
+    return make_gguf()[1]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_flipped_bit_of_the_metadata_never_ends_in_a_traceback(
+    whole_file: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    whole = bytearray(whole_file.read_bytes())
+    bit = data.draw(st.integers(0, 8 * 1400 - 1))  # what stands before the tokens
+    whole[bit // 8] ^= 1 << bit % 8
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(whole)
+    try:
+        load_model(open_model(str(damaged)))
+    except InputError as error:
+        assert all(line.startswith(str(damaged)) for line in error.mistakes)
+
+
 @pytest.fixture(scope="module")
 def smollm2(real_model: Path):
     """The real model, its tokenizer and its files."""
