@@ -32,8 +32,10 @@ def shared() -> Path:
         pytest.skip("no shared data beside the checkout")
     return SHARED
 
+
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TINY_CONFIG = {
@@ -65,9 +67,14 @@ def write_tiny_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and asks what the answer is"] * 9, trainer)
+    tokenizer.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog and asks what the answer is"] * 9, trainer
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -126,7 +133,13 @@ def litrecipe():
     """Run the program as a user would; returns the finished process with its output as text."""
 
     def run(*args: object, check: bool = True, timeout: float = 240, **keys):
-        done = subprocess.run([sys.executable, "-m", "litrecipe", *map(str, args)], text=True, capture_output=True, timeout=timeout, **keys)
+        done = subprocess.run(
+            [sys.executable, "-m", "litrecipe", *map(str, args)],
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            **keys,
+        )
         if check and done.returncode:
             raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done

@@ -98,7 +98,7 @@ def save(
             digests["state.json"] = describe_file(draft / "state.json")
             write_text(draft / MANIFEST, json.dumps({"files": digests}, indent=1))
             shutil.rmtree(target, ignore_errors=True)
-            os.replace(draft, target)
+            draft.replace(target)
             _sync_folder(target.parent)
         except OSError as error:
             failures = [str(error)]

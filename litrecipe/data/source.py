@@ -39,7 +39,10 @@ class StepSource(Protocol):
 class SampleList(Protocol):
     """Random access to samples whose lengths are known without reading them."""
 
-    lengths: Sequence[int] | np.ndarray
+    @property
+    def lengths(self) -> Sequence[int] | np.ndarray:
+        """Tokens of each sample."""
+        ...
 
     def __len__(self) -> int: ...
 

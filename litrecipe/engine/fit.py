@@ -96,7 +96,7 @@ class Run:
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim)
-        self.optimizer = self.fabric.setup_optimizers(self.raw_optimizer)
+        self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.step, self.tokens, self.skipped = 0, 0, 0
         self.lr = 0.0
         self.saved_at: int | None = None

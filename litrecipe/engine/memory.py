@@ -9,7 +9,7 @@ Shapes: T tokens of the largest row, P its predictions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -63,13 +63,9 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
         fill_with_fakes(model)
         model.activation_checkpointing = recipe.fabric.activation_checkpointing
         saved = SavedBytes(model.parameters())
-        fake = Row(
-            *(torch.empty(t.shape, dtype=t.dtype) for t in (row.tokens, row.positions)),
-            row.spans,
-            *(torch.empty(t.shape, dtype=t.dtype) for t in (row.predict_from, row.target, row.weight, row.segment)),
-            row.sample_ids,
-            row.sample_of_span,
-        )
+        tensors = {field.name: getattr(row, field.name) for field in fields(row)}
+        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if isinstance(t, Tensor)}
+        fake = replace(row, **tensors)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.fabric.precision == "bf16-mixed")
         with saved, autocast:
             CausalLM()(model(fake), fake)
@@ -80,8 +76,7 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
     weights = sum(p.numel() * p.element_size() for p in trained + frozen)
     if recipe.quantize.method != "none":
         quantised = NF4_BYTES if recipe.quantize.method == "nf4" else 1.0
-        adapter = sum(p.numel() for p in trained)
-        weights = int(weights - linear * dtype.itemsize + linear * quantised + adapter * 0)
+        weights = int(weights - linear * dtype.itemsize + linear * quantised)
     count = sum(p.numel() for p in trained)
     share = world_size if recipe.fabric.strategy == "fsdp" else 1
     widest = max(architecture.intermediate_size, architecture.hidden_size)

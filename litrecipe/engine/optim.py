@@ -58,17 +58,17 @@ def load_optimizer_state(
     for full_name in saved.names():
         name, key = full_name.rsplit("::", 1)
         keys.setdefault(name, []).append(key)
-    is_bitsandbytes = hasattr(optimizer, "init_state")
+    bitsandbytes: Any = optimizer if hasattr(optimizer, "init_state") else None
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
             name = next(name for name, candidate in parameters.items() if candidate is parameter)
             if name not in keys:
                 continue
-            if is_bitsandbytes:
+            if bitsandbytes:
                 # Its buffers have their own makers (paged memory, shared maps), so fill them in place.
-                optimizer.check_overrides()
-                optimizer.init_state(group, parameter, group_index, index)
-                optimizer.initialized = True
+                bitsandbytes.check_overrides()
+                bitsandbytes.init_state(group, parameter, group_index, index)
+                bitsandbytes.initialized = True
             _fill(optimizer.state[parameter], name, keys[name], saved, parameter)
 
 

@@ -13,14 +13,14 @@ def seed_rng(seed: int, rank: int) -> None:
     """Start every generator anew; ranks draw different numbers."""
     mine = seed + 100_003 * rank
     random.seed(mine)
-    np.random.seed(mine % 2**32)
+    np.random.seed(mine % 2**32)  # noqa: NPY002 - what user code may still draw from
     torch.manual_seed(mine)
 
 
 def capture_rng() -> dict[str, Any]:
     """The state of every generator a step may draw from."""
     version, internal, gauss = random.getstate()
-    name, keys, *rest = np.random.get_state()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
         "numpy": [name, np.asarray(keys).tolist(), *rest],
@@ -35,7 +35,7 @@ def restore_rng(state: dict[str, Any]) -> None:
     """Put every generator back where it stood."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(state["numpy"]))
+    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
     torch.set_rng_state(_tensor(state["torch"]))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_tensor(state["cuda"]))

@@ -72,4 +72,4 @@ def _truncate_after(path: Path, step: int) -> None:
     kept = [record for record in read_records(path) if record["step"] <= step]
     draft = path.with_name(path.name + ".tmp")
     state.write_text(draft, "".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(draft, path)
+    draft.replace(path)

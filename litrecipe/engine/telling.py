@@ -40,7 +40,7 @@ def make_loggers(log: Log, out_dir: str, purge_step: int | None = None) -> list[
         if name == "wandb":
             loggers.append(WandbLogger(project=log.project, save_dir=out_dir))
         else:
-            # $MLFLOW_TRACKING_URI names a server; without one, runs are kept in files, which MLflow wants to be asked for.
+            # $MLFLOW_TRACKING_URI names a server; without one runs are kept in files, if MLflow is asked to.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             loggers.append(MLFlowLogger(experiment_name=log.project, save_dir=f"{out_dir}/mlruns"))
     return loggers

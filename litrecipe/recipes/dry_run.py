@@ -36,8 +36,8 @@ def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int
     final = recipe.optim.lr * lr_factor(recipe.schedule, steps - 1, steps)
     console.print(
         f"[bold]steps[/bold] {steps} of {recipe.train.global_batch_size} samples, about {tokens_a_step:.0f} tokens a "
-        f"step, {steps * tokens_a_step:.0f} in all; learning rate {recipe.optim.lr:g} at its peak, {final:g} in the last "
-        "step"
+        f"step, {steps * tokens_a_step:.0f} in all; learning rate {recipe.optim.lr:g} at its peak, {final:g} in the "
+        "last step"
     )
     console.print(f"[bold]data[/bold] {data.report}", highlight=False)
     console.print("[bold]one sample[/bold] (what is learnt is coloured)")

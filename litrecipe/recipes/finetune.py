@@ -51,7 +51,9 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
 
     def run_tasks() -> dict[str, float]:
         results = evaluate(model, tokenizer, recipe.eval.tasks, limit=recipe.eval.limit, chatty=False)
-        return {f"{task}/{name}": value for task, found in results["results"].items() for name, value, _ in metrics(found)}
+        return {
+            f"{task}/{name}": value for task, found in results["results"].items() for name, value, _ in metrics(found)
+        }
 
     return fit(
         Job(

@@ -61,7 +61,9 @@ def test_two_processes_give_the_losses_of_one(train, method):
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             assert (tensor - theirs[name]).abs().max() < 1e-4, name
-        evaluations = [[r["eval_loss"] for r in read_records(x / "metrics.jsonl") if "eval_loss" in r] for x in (alone, run)]
+        evaluations = [
+            [r["eval_loss"] for r in read_records(x / "metrics.jsonl") if "eval_loss" in r] for x in (alone, run)
+        ]
         assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5)
 
 

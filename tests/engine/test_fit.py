@@ -81,7 +81,12 @@ def test_equal_batches_cut_differently_give_equal_gradients(tmp_path, config, ad
     whole = None
     for budget in (10_000, 120, 80, 55, 40):
         job = make_job(
-            tmp_path / str(budget), config, adapter=adapter, micro_batch_tokens=budget, global_batch_size=8, grad_clip=None
+            tmp_path / str(budget),
+            config,
+            adapter=adapter,
+            micro_batch_tokens=budget,
+            global_batch_size=8,
+            grad_clip=None,
         )
         taken = gradients(job)
         if whole is None:

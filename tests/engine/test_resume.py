@@ -81,7 +81,8 @@ def assert_equal_runs(a, b):
     """Weights, optimizer, state, metrics and flight record, timing fields aside."""
     for name in ("metrics.jsonl", "flight.jsonl"):
         records = [
-            [{k: v for k, v in record.items() if k not in TIMING} for record in read_records(run / name)] for run in (a, b)
+            [{k: v for k, v in record.items() if k not in TIMING} for record in read_records(run / name)]
+            for run in (a, b)
         ]
         assert records[0] == records[1]
         assert len(records[0]) >= STEPS
