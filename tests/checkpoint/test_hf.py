@@ -156,3 +156,38 @@ def test_adapters_and_quantised_weights_are_not_written_as_a_model(tmp_path: Pat
         with pytest.raises(ValueError, match="merge adapters and dequantise"):
             save_model(tmp_path / "out", load_model(files, **keys), tiny_model)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_written_whole(tmp_path: Path, tiny_model: Path, our_logits) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from litrecipe.checkpoint.hf import save_model
+from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.peft_adapter import save_adapter
+from litrecipe.checkpoint.source import open_model
+from litrecipe.config.groups import Adapter
+
+tiny, out = Path({str(tiny_model)!r}), Path({str(tmp_path)!r})
+dist.init_process_group("gloo", init_method="file://" + str(out / "meet"), rank=int(sys.argv[1]), world_size=2)
+adapter = Adapter(method="dora", r=2)
+for name in ("full", "adapter"):
+    model = load_model(open_model(str(tiny)), adapter=adapter if name == "adapter" else None)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    if name == "full":
+        save_model(out / name, model, tiny, max_shard_bytes=40e3)
+    else:
+        save_adapter(out / name, model, adapter, str(tiny), tiny)
+dist.destroy_process_group()
+""")
+    ranks = [subprocess.Popen([sys.executable, script, str(rank)]) for rank in (0, 1)]
+    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    whole = our_logits(load_model(open_model(str(tiny_model))))
+    assert torch.equal(our_logits(load_model(open_model(str(tmp_path / "full")))), whole)
+    torch.testing.assert_close(our_logits(load_model(open_model(str(tmp_path / "adapter")))), whole)
