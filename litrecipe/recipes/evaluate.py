@@ -16,7 +16,6 @@ from litrecipe.evaluation.session import open_session
 def main(recipe: EvaluateRecipe) -> int:
     """Open the model, run the tasks, print a table, write the results."""
     _check(recipe)
-    plan(recipe.tasks)  # a mistyped name is told before the model is loaded
     session = open_session(recipe.model, recipe.quantize, recipe.fabric)
     results = evaluate(
         session.model,
@@ -37,6 +36,7 @@ def main(recipe: EvaluateRecipe) -> int:
 
 
 def _check(recipe: EvaluateRecipe) -> None:
+    """All mistakes, before the model is loaded."""
     mistakes = []
     if recipe.log_samples and recipe.out is None:
         mistakes.append("log_samples: true: samples are written beside the results: give `out`")
@@ -47,5 +47,9 @@ def _check(recipe: EvaluateRecipe) -> None:
         for key, value in (("limit", recipe.limit), ("batch_tokens", recipe.batch_tokens))
         if value is not None and value < 1
     ]
+    try:
+        plan(recipe.tasks)
+    except InputError as error:
+        mistakes += error.mistakes
     if mistakes:
         raise InputError(*mistakes)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
-from litrecipe.checkpoint.hf import save_model
 from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.config.progress import say
@@ -20,6 +16,7 @@ from litrecipe.engine.fit import Job, fit
 from litrecipe.evaluation.run import evaluate, metrics
 from litrecipe.model.decoder import Decoder
 from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.recipes.model import save_trained
 
 
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
@@ -36,19 +33,6 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     say(str(data.report))
     model = build_model(recipe, files)
 
-    def save_final(folder: Path) -> None:
-        if recipe.adapter.method == "none":
-            save_model(folder, model, files.tokenizer_dir, chat_template=recipe.model.chat_template)
-        else:
-            save_adapter(
-                folder,
-                model,
-                recipe.adapter,
-                base_name(recipe),
-                files.tokenizer_dir,
-                chat_template=recipe.model.chat_template,
-            )
-
     def run_tasks() -> dict[str, float]:
         results = evaluate(model, tokenizer, recipe.eval.tasks, limit=recipe.eval.limit, chatty=False)
         return {
@@ -63,7 +47,7 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
             objective=CausalLM(),
             source=RecordedSource(data.train, recipe.train),
             val=data.val,
-            save_final=save_final,
+            save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=run_tasks if recipe.eval.tasks else None,
             identity={
                 "base weights": files.weights_hash(),
@@ -88,9 +72,3 @@ def build_model(recipe: FinetuneRecipe, files: ModelFiles) -> Decoder:
     if recipe.fabric.compile:
         model.compile_blocks()
     return model.train()
-
-
-def base_name(recipe: FinetuneRecipe) -> str:
-    """How an adapter names its base: a hub id as it is, a local path in full."""
-    path = Path(recipe.model.source).expanduser()
-    return str(path.resolve()) if path.exists() else recipe.model.source

@@ -153,7 +153,7 @@ def test_a_signal_during_set_up_exits_85_at_once(command, tmp_path):
 def test_a_signal_during_evaluation_stops_it(litrecipe, command, tmp_path):
     """The evaluation is cut short, the step saved, and the resumed run does the evaluation again."""
     out = tmp_path / "run"
-    flags = ("--data.val", "toy:units?n=20000&seed=0&split=test", "--train.max_steps", "8")
+    flags = ("--data.val", "toy:fields?n=20000&seed=0&split=test", "--train.max_steps", "8")
     process = start(command(out, *flags), tmp_path / "log")
     assert wait_until(lambda: steps_done(out) == 7, process)
     time.sleep(0.5)
