@@ -5,7 +5,6 @@ Shapes: i inputs, o outputs of a linear layer, r rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,11 +48,9 @@ def add_adapter(model: nn.Module, config: Adapter, quantized: str = "none", *, s
     peft_config._register_custom_module({nn.Linear: LoraLinear})
     inject_adapter_in_model(peft_config, model)
     model.requires_grad_(False)
-    for parameter in _parameters(model).values():
-        parameter.data = parameter.data.float()
-        parameter.requires_grad_(True)
-    _draw(model, seed)
-    refresh_dora(model)
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in _layers(model):
+        layer.init_weights(generator)
 
 
 def _check_targets(model: nn.Module, config: Adapter) -> None:
@@ -68,24 +65,10 @@ def _check_targets(model: nn.Module, config: Adapter) -> None:
         raise InputError(*mistakes)
 
 
-def _draw(model: nn.Module, seed: int) -> None:
-    """Drawn on the CPU, so that every device starts with the same adapter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in _parameters(model).items():
-            if parameter.is_meta:
-                continue
-            if name.endswith("lora_A.weight"):
-                bound = 1 / math.sqrt(parameter.shape[1])
-                parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
-            elif name.endswith("lora_B.weight"):
-                parameter.zero_()
-
-
 def refresh_dora(model: nn.Module) -> None:
     """Set DoRA's magnitudes to the row norms ‖W + s B A‖, so that they scale by one."""
     for _, layer in _layers(model):
-        if layer.is_dora and not layer.magnitude.is_meta:
+        if layer.is_dora:
             layer.magnitude.data = layer.row_norms()
 
 

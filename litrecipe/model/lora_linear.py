@@ -8,6 +8,7 @@ Shapes: T tokens, i inputs, o outputs, r rank.
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -72,6 +73,22 @@ class LoraLinear(PeftLinear):
         """What is trained, under the names of peft's files."""
         parameters = {"lora_A.weight": self.a, "lora_B.weight": self.b}
         return parameters | {"lora_magnitude_vector": self.magnitude} if self.is_dora else parameters
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """peft's making of the parameters, without memory or random numbers: `init_weights` gives them values."""
+        with torch.device("meta"):
+            super().update_layer(*args, **kwargs)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """A from U(-1/√i, 1/√i) and B zero, in fp32 on the base's device; m the row norms. `generator` is a CPU one, so
+        that every device starts with the same adapter."""
+        device, bound = self.base.weight.device, 1 / math.sqrt(self.base.in_features)
+        a = torch.empty(self.a.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.lora_A[NAME].weight = nn.Parameter(a.to(device))
+        self.lora_B[NAME].weight = nn.Parameter(torch.zeros(self.b.shape, dtype=torch.float32, device=device))
+        if self.is_dora:
+            weight = dense_weight(self.base, torch.float32).detach()  # B A is zero
+            self.lora_magnitude_vector[NAME].weight = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
 
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Quantize
@@ -228,6 +229,11 @@ def test_an_adapter_on_a_model_without_memory(method):
         model = Decoder(read_architecture(CONFIG))
     add_adapter(model, Adapter(method=method, r=4))
     assert all(parameter.is_meta for parameter in model.parameters())
+    assert describe_parameters(model) == describe_parameters(adapted(method))
+    with FakeTensorMode():
+        model = Decoder(read_architecture(CONFIG))
+        add_adapter(model, Adapter(method=method, r=4))
+        model.logits(torch.empty(7, dtype=torch.int64)).sum().backward()
     assert describe_parameters(model) == describe_parameters(adapted(method))
 
 
