@@ -25,6 +25,9 @@ from litrecipe.model.row import Sample, Segment, make_row
 Request = tuple[Sequence[int], Sequence[int]]
 """Context and continuation, token ids; neither is empty."""
 
+Scores = tuple[torch.Tensor, torch.Tensor]
+"""Of p predicted tokens: log-probabilities (p,) fp64 and hits (p,) bool."""
+
 MIN_SHARED = 8
 """A prefix shorter than this is computed again rather than shared: a segment has a cost of its own."""
 
@@ -54,22 +57,22 @@ def loglikelihoods(
     lengths = [sample.length for sample in samples]
     rows = pack(lengths, max([batch_tokens, *lengths])).rows
     results: dict[int, tuple[float, bool]] = {}
-    device = next(model.parameters()).device
     for members in track(rows, progress) if progress else rows:
         stop.poll()
-        row = make_row([samples[index] for index in members]).to(device)
-        with torch.no_grad():
-            predictions = model(row)
-        per_span = row.segment.bincount(minlength=len(row.spans)).tolist()
-        logps = predictions.logps.double().cpu().split(per_span)
-        correct = predictions.correct.cpu().split(per_span)
-        first_span = 0
+        scores = _score([samples[index] for index in members], model)
         for index in members:
-            last_span = first_span + len(samples[index].segments)
-            scores = list(zip(logps[first_span:last_span], correct[first_span:last_span], strict=True))
-            results.update(tries[index].results(scores))
-            first_span = last_span
+            of_trie, scores = scores[: len(samples[index].segments)], scores[len(samples[index].segments) :]
+            results.update(tries[index].results(of_trie))
     return [results[index] for index in range(len(requests))]
+
+
+@torch.no_grad()
+def _score(samples: list[Sample], model: Decoder) -> list[Scores]:
+    """One forward pass; what each segment's predicted tokens got, segments in order."""
+    row = make_row(samples).to(next(model.parameters()).device)
+    predictions = model(row)
+    sizes = row.segment.bincount(minlength=len(row.spans)).tolist()
+    return list(zip(predictions.logps.double().cpu().split(sizes), predictions.correct.cpu().split(sizes), strict=True))
 
 
 def computed_tokens(requests: Sequence[Request], *, batch_tokens: int, max_length: int) -> tuple[int, int]:
@@ -128,7 +131,7 @@ class _Trie:
     def sample(self, name: str) -> Sample:
         return Sample(name, tuple(self.segments))
 
-    def results(self, scores: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[int, tuple[float, bool]]:
+    def results(self, scores: list[Scores]) -> dict[int, tuple[float, bool]]:
         """Request → result, from the log-probs and hits of each segment's predicted tokens.
 
         A segment predicts a tail of its tokens (all that any sequence through it needs), so along a path the last

@@ -108,9 +108,14 @@ def test_mistakes_are_told_before_the_model_is_opened(tmp_path) -> None:
     with pytest.raises(InputError) as caught:
         main(recipe)
     assert len(caught.value.mistakes) == 2
-    recipe = EvaluateRecipe(tasks=["exact_match:toy:units"], log_samples=True, limit=0, batch_tokens=0)
+    recipe = EvaluateRecipe(tasks=["exact_match:toy:unit"], log_samples=True, limit=0, batch_tokens=0)
     with pytest.raises(InputError) as caught:
         main(recipe)
-    assert [mistake.split(":")[0] for mistake in caught.value.mistakes] == ["log_samples", "limit", "batch_tokens"]
+    assert [mistake.split(":")[0] for mistake in caught.value.mistakes] == [
+        "log_samples",
+        "limit",
+        "batch_tokens",
+        "tasks",
+    ]
     with pytest.raises(InputError, match="is a folder"):
         main(EvaluateRecipe(tasks=["exact_match:toy:units"], out=str(tmp_path)))
