@@ -43,7 +43,8 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         devices=devices,
         num_nodes=config.num_nodes,
         strategy=strategy,
-        precision=config.precision,
+        # Under bf16-true the model comes in bf16; Fabric's own plugin would take the fp32 adapters along.
+        precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
         loggers=loggers or [],
     )
     atexit.register(_end_children, fabric)

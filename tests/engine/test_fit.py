@@ -132,6 +132,24 @@ def test_loss_falls_and_everything_is_told(tmp_path, config):
     assert (tmp_path / "recipe.yaml").exists()
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "dora"])
+def test_low_precision_learns_and_keeps_adapters_in_fp32(tmp_path, config, precision, adapter):
+    job = make_job(tmp_path, config, samples=Samples(8), adapter=adapter, epochs=6, global_batch_size=8)
+    job.recipe.optim.lr = 1e-2
+    job.recipe.fabric.precision = precision
+    job.fabric = make_fabric(job.recipe.fabric)
+    if precision == "bf16-true":
+        for parameter in job.module.parameters():
+            if adapter == "none" or not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    assert fit(job) == 0
+    losses = [r["loss"] for r in read_records(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert losses[-1] < losses[0] - 0.02
+    trained = {p.dtype for p in job.module.parameters() if p.requires_grad}
+    assert trained == {torch.bfloat16 if precision == "bf16-true" and adapter == "none" else torch.float32}
+
+
 def test_a_nan_stops_before_the_step_and_names_the_sample(tmp_path, config):
     samples = Samples(8)
     job = make_job(tmp_path, config, samples=samples, micro_batch_tokens=40, global_batch_size=8)
