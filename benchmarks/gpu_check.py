@@ -120,21 +120,21 @@ def spans_of_a_forest() -> list[Any]:
 
 
 def check_attention(bench: Bench) -> dict[str, Any]:
-    """`attend` and its gradients on the device against the CPU, fp32 and bf16, on a forest of segments."""
+    """Attention and its gradients on the device against the CPU, fp32 and bf16, on a forest of segments."""
     import torch
 
-    from litrecipe.model.attention import attend
+    from litrecipe.model.attention import Forest
 
-    spans = tuple(spans_of_a_forest())
+    spans = spans_of_a_forest()
     total = spans[-1].stop
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(total, heads, 64, generator=generator) for heads in (32, 8, 8)]
 
     def outputs(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
-        tensors = [x.to(device, dtype).requires_grad_() for x in inputs]
-        out = attend(*tensors, spans)
-        out.float().square().sum().backward()
-        return [out.detach().float().cpu(), *(x.grad.float().cpu() for x in tensors if x.grad is not None)]
+        tensors = [x.to(device, dtype, copy=True).requires_grad_() for x in inputs]
+        out = Forest(spans, device).attend(*tensors)
+        gradients = torch.autograd.grad(out.float().square().sum(), tensors)
+        return [x.detach().float().cpu() for x in (out, *gradients)]
 
     reference = outputs("cpu", torch.float32)
     found: dict[str, Any] = {}
