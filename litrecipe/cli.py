@@ -35,7 +35,9 @@ class RecipeVerb:
     code: str
     """`module:function` below `litrecipe`, called with the recipe and the options."""
     trains: bool = False
-    """Looks at the data and answers signals before anything heavy is imported."""
+    """Looks at the data before anything heavy is imported."""
+    preemptible: bool = False
+    """Answers SIGTERM and SIGUSR1 with exit code 85, from its first moment on."""
     options: dict[str, Option] = dataclasses.field(default_factory=dict)
     """Options that are no keys of the recipe."""
 
@@ -59,9 +61,9 @@ OUT = {"help": "the folder to write"}
 
 VERBS: dict[str, RecipeVerb | PlainVerb] = {
     "finetune": RecipeVerb(
-        "fine-tune a model: full, LoRA or DoRA", "FinetuneRecipe", "recipes.finetune:main", True, DRY_RUN
+        "fine-tune a model: full, LoRA or DoRA", "FinetuneRecipe", "recipes.finetune:main", True, True, DRY_RUN
     ),
-    "evaluate": RecipeVerb("measure a model on tasks", "EvaluateRecipe", "recipes.evaluate:main"),
+    "evaluate": RecipeVerb("measure a model on tasks", "EvaluateRecipe", "recipes.evaluate:main", preemptible=True),
     "generate": RecipeVerb("answer one prompt", "GenerateRecipe", "recipes.generate:main"),
     "chat": RecipeVerb("talk with a model", "GenerateRecipe", "recipes.chat:main"),
     "recipes ls": PlainVerb("list the recipes that ship with litrecipe", "hub:ls"),
@@ -236,7 +238,7 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
     if line.help is not None:
         print(_help(name, kind, verb, line.help))
         return 0
-    if verb.trains:
+    if verb.preemptible:
         from litrecipe.config import stop
 
         stop.install()
