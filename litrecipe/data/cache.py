@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from litrecipe.checkpoint.manifest import user_cache
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import say
 
 
 def cache_folder(data: Data) -> Path:
     """`data.cache_dir`, $LITRECIPE_CACHE, or `litrecipe` in the user's cache folder."""
-    chosen = data.cache_dir or os.environ.get("LITRECIPE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "litrecipe"
+    return Path(data.cache_dir).expanduser() if data.cache_dir else user_cache()
 
 
 def key_of(*parts: Any) -> str:

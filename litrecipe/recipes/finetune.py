@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import open_model
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.source import RecordedSource
@@ -14,9 +11,8 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.evaluation.run import evaluate, metrics
-from litrecipe.model.decoder import Decoder
 from litrecipe.objectives.causal_lm import CausalLM
-from litrecipe.recipes.model import save_trained
+from litrecipe.recipes.model import load_to_train, save_trained
 
 
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
@@ -31,7 +27,10 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     fabric = make_fabric(recipe.fabric)
     data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed)
     say(str(data.report))
-    model = build_model(recipe, files)
+    model = load_to_train(files, recipe).train()
+    model.activation_checkpointing = recipe.fabric.activation_checkpointing
+    if recipe.fabric.compile:
+        model.compile_blocks()
 
     def run_tasks() -> dict[str, float]:
         results = evaluate(model, tokenizer, recipe.eval.tasks, limit=recipe.eval.limit, chatty=False)
@@ -56,19 +55,3 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
             },
         )
     )
-
-
-def build_model(recipe: FinetuneRecipe, files: ModelFiles) -> Decoder:
-    """The model as it is trained: base weights, quantised or not, and the adapter."""
-    model = load_model(
-        files,
-        dtype=torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32,
-        quantize=recipe.quantize,
-        adapter=recipe.adapter,
-        init=recipe.model.init,
-        seed=recipe.train.seed,
-    )
-    model.activation_checkpointing = recipe.fabric.activation_checkpointing
-    if recipe.fabric.compile:
-        model.compile_blocks()
-    return model.train()

@@ -91,6 +91,18 @@ def info(src: str) -> int:
     return 0
 
 
+def load_to_train(files: ModelFiles, recipe: FinetuneRecipe) -> Decoder:
+    """The model as a recipe trains it: base weights, quantised or not, and the adapter."""
+    return load_model(
+        files,
+        dtype=torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32,
+        quantize=recipe.quantize,
+        adapter=recipe.adapter,
+        init=recipe.model.init,
+        seed=recipe.train.seed,
+    )
+
+
 def save_trained(folder: Path, model: Decoder, files: ModelFiles, recipe: FinetuneRecipe) -> None:
     """Write what a recipe trained: an adapter folder, or a whole model. Every rank has to call this."""
     adapter = _adapter(recipe, files)
@@ -111,13 +123,7 @@ def _adapter(recipe: FinetuneRecipe, files: ModelFiles) -> Adapter | None:
 def _restore(recipe: FinetuneRecipe, files: ModelFiles, checkpoint: Path) -> Decoder:
     """The model of a recipe with the trained weights of a checkpoint."""
     saved = state.Saved(checkpoint).tensors("weights")
-    model = load_model(
-        files,
-        dtype=torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32,
-        quantize=recipe.quantize,
-        adapter=recipe.adapter,
-        init=recipe.model.init,
-    )
+    model = load_to_train(files, recipe)
     parameters = dict(model.named_parameters())
     if odd := sorted(saved.names() - parameters.keys()):
         raise InputError(f"{checkpoint}: {odd[0]}: not a weight of the recipe's model: the recipe was changed")
