@@ -10,13 +10,15 @@ from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
-from litrecipe.evaluation.run import evaluate, metrics
+from litrecipe.evaluation.run import evaluate, metrics, plan
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.recipes.model import load_to_train, save_trained
 
 
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
+    if recipe.eval.tasks:
+        plan(recipe.eval.tasks)  # tells mistyped tasks now, not at the first evaluation
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
     tokenizer = Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
     if dry_run:
