@@ -78,9 +78,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=SHARED / "data" / "bench" / "sft128.jsonl")
     parser.add_argument("--peers-python", type=Path, help="interpreter of an environment with trl")
     parser.add_argument("--litgpt-python", type=Path, help="interpreter of an environment with litgpt")
-    parser.add_argument(
-        "--trl-checkpointing", action="store_true", help="measure TRL's default (recomputation) as well"
-    )
+    parser.add_argument("--trl-checkpointing", action="store_true", help="let TRL recompute activations (its default)")
+    parser.add_argument("--trl-micro", type=int, nargs="+", default=[1, 8], help="rows in one padded batch of TRL")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -68,12 +68,12 @@ class Bench:
         path.write_text(json.dumps({**fixed, **shape}))
         return path
 
-    def train(self, name: str, config: Path, *flags: str, accelerator: str | None = None) -> list[dict[str, Any]]:
-        """The metrics of a short run on random weights."""
+    def train(self, name: str, model: Path, *flags: str, accelerator: str | None = None) -> list[dict[str, Any]]:
+        """The metrics of a short run on a model folder, or on random weights for a `config.json`."""
         out = self.folder / "runs" / name
         fixed = {
-            "model.source": config,
-            "model.init": "random",
+            "model.source": model,
+            "model.init": "random" if model.suffix == ".json" else "pretrained",
             "model.tokenizer": self.folder / "tokenizer",
             "data.train": "toy:fields?n=256&seed=0",
             "data.cache_dir": self.folder / "cache",
@@ -174,7 +174,8 @@ def check_precision(bench: Bench) -> dict[str, Any]:
 
 def check_quantised(bench: Bench) -> dict[str, Any]:
     """LoRA on NF4 and int8 bases, and the 8-bit optimizers: it runs, and the loss falls."""
-    config = bench.config("small", SMALL)
+    bench.train("base", bench.config("small", SMALL))
+    base = bench.folder / "runs" / "base" / "final"
     lora = ["--adapter.method", "lora", "--optim.lr", "2e-3"]
     cases = {
         "nf4": [*lora, "--quantize.method", "nf4"],
@@ -185,7 +186,7 @@ def check_quantised(bench: Bench) -> dict[str, Any]:
     }
     found: dict[str, Any] = {}
     for name, flags in cases.items():
-        losses = [line["loss"] for line in bench.train(name.replace(" ", "-"), config, *flags)]
+        losses = [line["loss"] for line in bench.train(name.replace(" ", "-"), base, *flags)]
         found[name] = {"first_loss": losses[0], "last_loss": losses[-1], "ok": losses[-1] < losses[0]}
     return {**found, "ok": all(entry["ok"] for entry in found.values())}
 

@@ -188,6 +188,7 @@ def model_cases(folder: Path, model: Path) -> Iterator[Case]:
         file.write(struct.pack("<Q", 2**62))
     yield Case("safetensors header too long", generate(copy), weights.name)
     index = damaged("sharded")
+    (index / "manifest.json").unlink()
     (index / weights.name).rename(index / "model-00001-of-00002.safetensors")
     names = {
         "model.norm.weight": "model-00001-of-00002.safetensors",
