@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,9 +81,8 @@ def environment(threads: int = 2, extra: Mapping[str, str] | None = None) -> dic
 
 def run_child(command: Sequence[str | Path], *, threads: int = 2, extra: Mapping[str, str] | None = None) -> Child:
     """Runs `command` from the top of the checkout and measures it."""
-    log = RESULTS.parent / ".child.log"
     began = time.monotonic()
-    with log.open("w+") as output:
+    with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=REPO,
@@ -96,7 +96,6 @@ def run_child(command: Sequence[str | Path], *, threads: int = 2, extra: Mapping
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
-    log.unlink()
     scale = 1 if sys.platform == "darwin" else 1024
     return Child(process.returncode, seconds, usage.ru_maxrss * scale, text)
 
