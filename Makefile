@@ -32,10 +32,10 @@ format: setup  ## let ruff format and mend the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup model  ## the benchmarks that need no GPU (long); results in benchmarks/results/
+bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-python …' measures others beside ours
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/finetune.py
+	$(BIN)/python benchmarks/finetune.py $(PEERS)
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/malformed.py
 
