@@ -6,7 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.live import Live
 
 T = TypeVar("T")
 PATIENCE = 2.0
@@ -42,14 +45,14 @@ def duration(seconds: float) -> str:
 
 
 class Line:
-    """One line that is rewritten on a terminal, and printed now and then elsewhere."""
+    """One line that is rewritten on a terminal (by rich), and printed now and then elsewhere."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._speaks = is_first_process()
         self._start = time.monotonic()
         self._last = self._start
-        self._open = False
+        self._live: Live | None = None
 
     def show(self, text: str, last: bool = False) -> None:
         """Show a state; `last` leaves it standing."""
@@ -60,22 +63,29 @@ class Line:
         if not last and now - self._last < pause:
             return
         self._last = now
-        if self._terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write("\r\x1b[2K" + (text if len(text) < width else text[: width - 2] + "…"))
-            self._open = not last
-        else:
-            sys.stderr.write(text)
         if last or not self._terminal:
-            sys.stderr.write("\n")
-        sys.stderr.flush()
+            self.clear()
+            say(text)
+        else:
+            self._rewrite(text)
+
+    def _rewrite(self, text: str) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.text import Text
+
+        if self._live is None:
+            console = Console(stderr=True)
+            self._live = Live(console=console, auto_refresh=False, transient=True)
+            self._live.start()
+            console.show_cursor()  # a killed run could not bring it back
+        self._live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     def clear(self) -> None:
         """Leave no half line behind."""
-        if self._open:
-            sys.stderr.write("\r\x1b[2K")
-            sys.stderr.flush()
-            self._open = False
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     @property
     def seconds(self) -> float:
