@@ -126,10 +126,14 @@ def is_disk_full(error: OSError) -> bool:
 
 def _write_pieces(path: Path, tensors: Mapping[str, Tensor]) -> None:
     pieces: dict[str, Tensor] = {}
+    stored: set[int] = set()
     layout: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
         piece, offset = local_piece(tensor)
         pieces[name] = piece.detach().to("cpu").contiguous()
+        if pieces[name].data_ptr() in stored:  # 8-bit optimizers share their code tables; the format shares nothing
+            pieces[name] = pieces[name].clone()
+        stored.add(pieces[name].data_ptr())
         layout[name] = {"offset": offset, "shape": list(tensor.shape)}
     save_file(pieces, path, metadata={"layout": json.dumps(layout)})
     with path.open("rb") as handle:

@@ -13,7 +13,7 @@ from litrecipe.engine.optim import load_optimizer_state, make_optimizer, optimiz
 def model():
     torch.manual_seed(0)
     # Large enough that bitsandbytes keeps its moments in 8 bits (from 4096 values on).
-    net = nn.Sequential(nn.Linear(80, 80), nn.LayerNorm(80), nn.Linear(80, 3))
+    net = nn.Sequential(nn.Linear(80, 80), nn.LayerNorm(80), nn.Linear(80, 60))
     net[2].bias.requires_grad_(False)
     return net
 
