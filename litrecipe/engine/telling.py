@@ -6,11 +6,12 @@ import os
 import resource
 import sys
 import time
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litrecipe.config import progress
+from litrecipe.config import progress, stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Log
 from litrecipe.engine.rundir import RunDir
@@ -20,12 +21,30 @@ if TYPE_CHECKING:
 
     from litrecipe.engine.fit import StepResult
 
-TIMING = ("tokens_per_second", "memory", "seconds")
+TIMING = ("tokens_per_second", "memory")
 """Fields of metrics.jsonl that differ between two runs that do the same."""
+LOGGER_PACKAGES = {
+    "tensorboard": ("tensorboard",),
+    "wandb": ("pytorch_lightning", "wandb"),
+    "mlflow": ("pytorch_lightning", "mlflow"),
+}
+
+
+def check_loggers(log: Log) -> None:
+    """Say what is not installed while nothing has been read or computed yet; imports none of it."""
+    mistakes = [
+        f"log.loggers: {name}: {package} is not installed: `pip install 'litrecipe[loggers]'`, or leave it out"
+        for name in log.loggers
+        for package in LOGGER_PACKAGES[name]
+        if find_spec(package) is None
+    ]
+    if mistakes:
+        raise InputError(*mistakes)
 
 
 def make_loggers(log: Log, out_dir: str, purge_step: int | None = None) -> list[Any]:
     """The loggers a recipe names; TensorBoard writes into the run directory."""
+    check_loggers(log)
     loggers: list[Any] = []
     for name in log.loggers:
         if name == "tensorboard":
@@ -33,10 +52,8 @@ def make_loggers(log: Log, out_dir: str, purge_step: int | None = None) -> list[
 
             loggers.append(TensorBoardLogger(out_dir, name="", version="tensorboard", purge_step=purge_step))
             continue
-        try:
-            from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
-        except ImportError as error:
-            raise InputError(f"log.loggers: {name}: needs `pip install 'litrecipe[loggers]'`") from error
+        from pytorch_lightning.loggers import MLFlowLogger, WandbLogger
+
         if name == "wandb":
             loggers.append(WandbLogger(project=log.project, save_dir=out_dir))
         else:
@@ -62,23 +79,25 @@ class Teller:
         self.every = recipe.log.every
         self.speaks = fabric.global_rank == 0
         self.line = progress.Line()
-        self.started = self.last_time = time.monotonic()
+        self.started = self.last_step = time.monotonic()
+        self.rate_since = self.started
+        """Where the clock of tokens per second was last set to 0, moved on by the time evaluations took."""
         self.first_step = first_step
         self.last_tokens: int | None = None
-        self.loggers = make_loggers(recipe.log, recipe.out_dir, purge_step=first_step or None) if self.speaks else []
+        self.loggers = make_loggers(recipe.log, recipe.out_dir, purge_step=first_step + 1) if self.speaks else []
 
     def tell(self, step: int, tokens: int, lr: float, result: StepResult, flight: dict[str, Any]) -> None:
         """One optimizer step."""
         if not self.speaks:
             return
         self.dir.append("flight.jsonl", flight)
+        self.last_step = now = time.monotonic()
         if step % self.every and step != self.total:
             return
-        now = time.monotonic()
-        rate = (tokens - (self.last_tokens or 0)) / max(now - self.last_time, 1e-9)
-        if self.last_tokens is None:
-            rate = sum_of_tokens(tokens, step, self.first_step) / max(now - self.started, 1e-9)
-        self.last_time, self.last_tokens = now, tokens
+        told = self.last_tokens
+        new = sum_of_tokens(tokens, step, self.first_step) if told is None else tokens - told
+        rate = new / max(now - self.rate_since, 1e-9)
+        self.rate_since, self.last_tokens = now, tokens
         memory = peak_memory_bytes(self.fabric.device)
         record = {
             "step": step,
@@ -106,7 +125,7 @@ class Teller:
             return
         self.dir.append("metrics.jsonl", {"step": step, **metrics})
         self.log(metrics, step)
-        self.last_time = time.monotonic()
+        self.rate_since += time.monotonic() - self.last_step
         self.say("evaluation at step {}: {}".format(step, " · ".join(f"{k} {v:.4f}" for k, v in metrics.items())))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -125,10 +144,17 @@ class Teller:
         progress.warn(message)
 
     def close(self) -> None:
-        """Flush the loggers."""
+        """Flush the loggers and tell them how the run ended; for a `finally`, where an exception is still known."""
         self.line.clear()
         for logger in self.loggers:
-            logger.finalize("success")
+            logger.finalize(ending(sys.exception()))
+
+
+def ending(error: BaseException | None) -> str:
+    """How a run ended, in the words that Lightning's loggers hand on."""
+    if error is None:
+        return "success"
+    return "KILLED" if isinstance(error, stop.Stopped) else "failed"
 
 
 def sum_of_tokens(tokens: int, step: int, first_step: int) -> float:

@@ -1,11 +1,19 @@
-"""Loggers that people name in recipes write what they should, offline."""
+"""Loggers that people name in recipes write what they should, offline; speed is told without evaluations."""
 
-import json
+import time
 
 import pytest
 
-from litrecipe.config.groups import Log
-from litrecipe.engine.telling import make_loggers
+from litrecipe.config import schema
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import FinetuneRecipe, Log
+from litrecipe.config.stop import Stopped
+from litrecipe.engine import telling
+from litrecipe.engine.fabric import make_fabric
+from litrecipe.engine.fit import StepResult
+from litrecipe.engine.rundir import RunDir, read_records
+from litrecipe.engine.telling import Teller, check_loggers, make_loggers
+from litrecipe.recipes import finetune
 
 
 def write(loggers):
@@ -46,4 +54,81 @@ def test_mlflow_in_a_local_store(tmp_path):
     write(loggers)
     history = mlflow.tracking.MlflowClient(loggers[0]._tracking_uri).get_metric_history(loggers[0].run_id, "loss")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5), (3, 1.0 / 3)]
-    assert json.dumps([point.value for point in history])
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path):
+    flags = {
+        "model.source": str(tiny_model),
+        "data.train": "toy:units?n=24&seed=0",
+        "data.cache_dir": str(tmp_path / "cache"),
+        "fabric.accelerator": "cpu",
+        "checkpoint.every": "2",
+        "out_dir": str(tmp_path / "run"),
+    }
+    return schema.load(FinetuneRecipe, [], flags.items())
+
+
+def test_a_resumed_run_has_every_step_once_in_tensorboard(recipe, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe.train.max_steps, recipe.checkpoint.resume = 4, "auto"
+    finetune.main(recipe)
+    for folder in (tmp_path / "run" / "checkpoints" / "step-00000004", tmp_path / "run" / "final"):
+        folder.rename(tmp_path / folder.name)  # as if the run had been killed after step 3
+    recipe.train.max_steps = 5
+    finetune.main(recipe)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    told = [record["loss"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(told, rel=1e-6)
+
+
+class Ending:
+    """A logger that remembers how the run ended."""
+
+    def __init__(self):
+        self.status = None
+
+    def log_metrics(self, metrics, step):
+        pass
+
+    def finalize(self, status):
+        self.status = status
+
+
+def test_loggers_are_told_how_the_run_ended(recipe, tmp_path, monkeypatch):
+    logger = Ending()
+    monkeypatch.setattr(telling, "make_loggers", lambda *_, **__: [logger])
+    recipe.train.max_steps = 2
+    finetune.main(recipe)
+    assert logger.status == "success"
+    recipe.out_dir, recipe.optim.lr = str(tmp_path / "burst"), 1e30
+    recipe.train.grad_clip, recipe.train.max_steps = None, 20
+    with pytest.raises(InputError, match="before the optimizer step"):
+        finetune.main(recipe)
+    assert logger.status == "failed"
+    assert telling.ending(Stopped(15)) == "KILLED"
+
+
+def test_speed_is_told_without_the_time_of_evaluations(recipe, tmp_path):
+    recipe.log.every, recipe.log.loggers = 4, []
+    folder = RunDir(tmp_path / "speed")
+    folder.path.mkdir()
+    teller = Teller(make_fabric(recipe.fabric), recipe, folder, total_steps=8, first_step=0)
+    for step in range(1, 9):
+        time.sleep(0.05)
+        teller.tell(step, 100 * step, 0.1, StepResult(1.0, 1.0, {}), {"step": step})
+        if step in (2, 6):
+            time.sleep(1)
+            teller.tell_evaluation(step, {"eval_loss": 1.0})
+    rates = [r["tokens_per_second"] for r in read_records(folder.path / "metrics.jsonl") if "loss" in r]
+    assert len(rates) == 2
+    assert all(1000 < rate <= 2000 for rate in rates), rates
+
+
+def test_a_logger_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(telling, "find_spec", lambda name: None if name == "wandb" else object())
+    with pytest.raises(InputError, match=r"log\.loggers: wandb: wandb is not installed: .*litrecipe\[loggers\]"):
+        check_loggers(Log(loggers=["tensorboard", "wandb"]))
