@@ -18,7 +18,7 @@ from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.head import CHUNK_ELEMENTS
+from litrecipe.model.head import block_size
 from litrecipe.model.row import Row
 from litrecipe.objectives.causal_lm import CausalLM
 
@@ -37,7 +37,7 @@ class MemoryTable:
     optimizer: int
     activations: int
     scratch: int
-    """Chunks of logits and the gradients of one block's activations."""
+    """Blocks of logits and the gradients of one block's activations."""
     parameters: int
     trained: int
 
@@ -80,8 +80,9 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
     count = sum(p.numel() for p in trained)
     share = world_size if recipe.fabric.strategy == "fsdp" else 1
     widest = max(architecture.intermediate_size, architecture.hidden_size)
-    chunk = min(CHUNK_ELEMENTS, len(row.target) * architecture.vocab_size) * 4
-    scratch = 2 * chunk + 6 * len(row.tokens) * widest * 4
+    predictions = len(row.target)
+    block = 4 * predictions * min(block_size(predictions, "cpu"), architecture.vocab_size)
+    scratch = 2 * block + 6 * len(row.tokens) * widest * 4
     return MemoryTable(
         weights=weights // share,
         gradients=sum(p.numel() * p.element_size() for p in trained) // share,

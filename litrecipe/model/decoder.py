@@ -7,6 +7,7 @@ B sequences of a decoding batch, t new tokens of each, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.attention import Forest
 from litrecipe.model.cache import CacheStep, KVCache
-from litrecipe.model.head import Predictions, predict, predict_through, widen
+from litrecipe.model.head import Predictions, predict, widen
 from litrecipe.model.row import Row, Span
 
 
@@ -69,17 +70,15 @@ class Decoder(nn.Module):
 
     def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
         """Log-probabilities (P,) of the row's targets under logits / temperature."""
-        hidden = self._hidden(row.tokens, row.positions, Forest(row.spans, row.tokens.device))
-        hidden = self.model.norm(hidden.index_select(0, row.predict_from))
-        if type(self.lm_head) is nn.Linear:
-            return predict(hidden, self.lm_head.weight, row.target, temperature)
-        return predict_through(self.lm_head, self.architecture.vocab_size, hidden, row.target, temperature)
+        forest = Forest(row.spans, row.tokens.device)
+        hidden = self._hidden(row.tokens, row.positions, [forest], row.predict_from)
+        return predict(self.model.norm(hidden), self.lm_head.weight, row.target, temperature)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
         forest = Forest([Span(0, len(tokens), -1)], tokens.device)
         positions = torch.arange(len(tokens), device=tokens.device)
-        return self.lm_head(self.model.norm(self._hidden(tokens, positions, forest)))
+        return self.lm_head(self.model.norm(self._hidden(tokens, positions, [forest])))
 
     def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """Read tokens (B, t) behind what the cache holds; returns the logits (B, V) after the last.
@@ -89,20 +88,27 @@ class Decoder(nn.Module):
         B, t = tokens.shape
         mask = cache.mask(positions)
         steps = [CacheStep(cache, index, mask) for index in range(self.architecture.num_layers)]
-        hidden = self._hidden(tokens.flatten(), positions.flatten(), *steps)
+        last = torch.arange(t - 1, B * t, t, device=tokens.device)
+        hidden = self._hidden(tokens.flatten(), positions.flatten(), steps, last)
         cache.length += t
-        return self.lm_head(self.model.norm(hidden.view(B, t, -1)[:, -1]))
+        return self.lm_head(self.model.norm(hidden))
 
-    def _hidden(self, tokens: Tensor, positions: Tensor, *attention: Attention) -> Tensor:
-        """Output of the last layer (T, d), not normalised. `attention` is one for all layers, or one a layer."""
+    def _hidden(
+        self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
+    ) -> Tensor:
+        """Output of the last layer, not normalised, at some places (P,), or at all (T, d).
+
+        `attention` is one for all layers, or one a layer.
+        """
         cos, sin = rotary_tables(positions, self.inverse_frequencies)
         x = self.model.embed_tokens(tokens)
+        last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            looks_at = attention[index % len(attention)]
+            inputs = x, cos, sin, attention[index % len(attention)], places if index == last else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, x, cos, sin, looks_at, use_reentrant=False))
+                x = cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
             else:
-                x = layer(x, cos, sin, looks_at)
+                x = layer(*inputs)
         return x
 
 
@@ -117,7 +123,10 @@ class Backbone(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x)."""
+    """x + attention(norm x), then x + mlp(norm x).
+
+    The last layer's output is needed at some places only: there it leaves out all that no place depends on.
+    """
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -126,9 +135,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        """x (T, d) → (T, d)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attention)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, places: Tensor | None = None
+    ) -> Tensor:
+        """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attention, places)
+        x = at(x, places) + attended
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -144,13 +156,20 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(a.hidden_size, a.num_kv_heads * a.head_dim, bias=a.attention_bias)
         self.o_proj = nn.Linear(a.num_heads * a.head_dim, a.hidden_size, bias=a.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        """x (T, d) → (T, d)."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, places: Tensor | None = None
+    ) -> Tensor:
+        """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
         heads = (len(x), -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), cos, sin)
         k = rotate(self.k_proj(x).view(heads), cos, sin)
         v = self.v_proj(x).view(heads)
-        return self.o_proj(attention.attend(q, k, v).flatten(1))
+        return self.o_proj(at(attention.attend(q, k, v).flatten(1), places))
+
+
+def at(x: Tensor, places: Tensor | None) -> Tensor:
+    """x (T, d) at `places` (P,), or all of it."""
+    return x if places is None else x.index_select(0, places)
 
 
 class MLP(nn.Module):

@@ -232,23 +232,6 @@ def test_made_on_meta_and_filled() -> None:
     assert model(row).logps.mean().item() == pytest.approx(-np.log(CONFIG["vocab_size"]), abs=0.2)
 
 
-def test_a_head_that_is_more_than_a_weight() -> None:
-    class Wrapped(torch.nn.Module):
-        def __init__(self, base: torch.nn.Linear) -> None:
-            super().__init__()
-            self.base = base
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.base(x)
-
-    model, row = make_model(), make_row(conversations(8, 5))
-    loss, gradients = loss_and_gradients(model, [row])
-    model.lm_head = Wrapped(model.lm_head)  # type: ignore[assignment]
-    again, right = loss_and_gradients(model, [row])
-    assert_same(loss, again)
-    assert_same(gradients, {name.replace("lm_head.base.", "lm_head."): value for name, value in right.items()})
-
-
 @pytest.mark.slow
 def test_compiled_blocks_equal_eager_for_any_row() -> None:
     model = make_model()
@@ -264,5 +247,6 @@ def test_compiled_blocks_equal_eager_for_any_row() -> None:
         assert_same(loss, again)
         assert_same(gradients, right)
     assert generate(model, [[1, 2, 3], [4]], max_new_tokens=6) == answers
-    # Four graphs around the attention, with gradients and without; none for another row or another step.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8
+    # Graphs around the attention of a layer at all places and of the last, with gradients and without; none for another
+    # row or another step.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 14

@@ -4,19 +4,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litrecipe.model import head
-from litrecipe.model.head import Predictions, predict, predict_through
+from litrecipe.model.head import predict
 
 P, D, V = 11, 6, 13
+REAL_BLOCK_SIZE = head.block_size
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four predictions a chunk, so that every test crosses chunks and ends in a part of one."""
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 4 * V)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four tokens at a time, so that every test goes over several blocks and an incomplete one."""
+    monkeypatch.setattr(head, "block_size", lambda predictions, device: 4)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,20 +32,12 @@ def with_all_logits(hidden: Tensor, weight: Tensor, target: Tensor, temperature:
     return -torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
-def through_module(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Predictions:
-    linear = nn.Linear(D, V, bias=False)
-    del linear.weight
-    linear.weight = weight  # type: ignore[assignment]
-    return predict_through(linear, V, hidden, target, temperature)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("way", [predict, through_module])
-def test_equals_cross_entropy_of_all_logits(way: Any, trained: bool, temperature: float) -> None:
+def test_equals_cross_entropy_of_all_logits(trained: bool, temperature: float) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct = way(hidden, weight, target, temperature)
+    logps, correct = predict(hidden, weight, target, temperature)
     expected = with_all_logits(hidden, weight, target, temperature)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, expected)
@@ -70,16 +63,21 @@ def test_only_the_weight_is_trained() -> None:
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("way", [predict, through_module])
-def test_without_predictions_gradients_are_zero_and_present(way: Any, trained: bool) -> None:
+def test_without_predictions_gradients_are_zero_and_present(trained: bool) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct = way(hidden[:0], weight, target[:0], 1.0)
+    logps, correct = predict(hidden[:0], weight, target[:0], 1.0)
     assert logps.shape == correct.shape == (0,)
     logps.sum().backward()
     assert hidden.grad is not None
     assert not hidden.grad.any()
     assert not trained or (weight.grad is not None and not weight.grad.any())
+
+
+def test_of_equally_likely_tokens_the_first_is_the_one_that_greedy_decoding_takes() -> None:
+    hidden, weight = torch.ones(V, 1), torch.zeros(V, 1)
+    weight[[2, 3, 9]] = 1.0
+    assert predict(hidden, weight, torch.arange(V)).correct.nonzero().tolist() == [[2]]
 
 
 def test_improbable_targets_stay_finite() -> None:
@@ -129,19 +127,25 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("trained", "products_a_chunk"), [(False, 2), (True, 4)])
-def test_never_all_logits_and_no_product_too_many(trained: bool, products_a_chunk: int) -> None:
+@pytest.mark.parametrize(("trained", "products_a_block"), [(False, 2), (True, 4)])
+def test_never_all_logits_and_no_product_too_many(trained: bool, products_a_block: int) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
     with Largest() as largest:
         predict(hidden, weight, target).logps.sum().backward()
-    assert largest.elements == max(4 * V, D * V)
+    assert largest.elements == (D * V if trained else P * D)  # the weight's gradient, the Jacobian
     assert largest.elements < P * V
-    assert largest.products == 3 * products_a_chunk
+    assert largest.products == 4 * products_a_block
 
 
 def test_no_gradient_no_second_product() -> None:
     hidden, weight, target = inputs()
     with Largest() as largest, torch.no_grad():
         predict(hidden.detach(), weight, target)
-    assert largest.products == 3
+    assert largest.products == 4
+
+
+def test_a_block_is_never_too_narrow_for_a_product() -> None:
+    assert REAL_BLOCK_SIZE(0, "cpu") == 2**20
+    assert REAL_BLOCK_SIZE(378, "cpu") == 2**20 // 378
+    assert REAL_BLOCK_SIZE(10**6, "cuda") == head.SMALLEST_BLOCK
