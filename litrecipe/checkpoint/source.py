@@ -1,13 +1,12 @@
 """Recognise what a user calls a model, and check it before anything large is read. Imports no torch.
 
-A source is a Hugging Face folder, a hub id, a GGUF file, a PEFT adapter folder, or a `config.json` without weights.
+A source is a Hugging Face folder, a hub id, a GGUF file, a PEFT adapter folder, a run directory (its final model), or a
+`config.json` without weights.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,10 +14,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from litrecipe.checkpoint.manifest import read_json, user_cache, verify
+from litrecipe.checkpoint.hub import fetch
+from litrecipe.checkpoint.manifest import user_cache, verify
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
 from litrecipe.checkpoint.safetensors_files import find_weights
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import locked, nearest, read_json
 from litrecipe.model.architecture import Architecture, count_parameters, read_architecture
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 """What is fetched from the hub; pickles are not."""
+NOT_FETCHED = ["*/*", "consolidated*.safetensors", "manifest.json"]
+"""Of those, what is left out: other formats in subfolders, Mistral's second copy of the weights, and lists of files of
+which some are not fetched; the hub's own names vouch for large files."""
+SOURCES = "a Hugging Face folder, a hub id, a GGUF file, an adapter folder, a run directory or a config.json"
 
 
 class Weights(Protocol):
@@ -50,7 +55,7 @@ class ModelFiles:
     """A model on disk."""
 
     source: str
-    """As the user wrote it."""
+    """As the user wrote it; for a run directory its final model."""
     config: dict[str, Any]
     """The `config.json`, in Hugging Face's dialect."""
     architecture: Architecture
@@ -84,23 +89,18 @@ class ModelFiles:
     def weights_hash(self) -> str:
         """sha256 over names and stored bytes of the tensors in sorted order; over the config where there are none.
 
-        The result is remembered for files of the same path, size and time.
+        The result is remembered for files of the same path, size and time; of several processes one computes it.
         """
         if self.weights is None:
             return sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
         stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.weights.paths]
         memory = user_cache() / "weights" / sha256(json.dumps(stamps).encode()).hexdigest()[:32]
-        if memory.is_file():
+        with locked(memory.with_suffix(".lock"), "reads the same weights"):
+            if not memory.is_file():
+                draft = memory.with_suffix(".tmp")
+                draft.write_text(_digest(self.weights))
+                draft.replace(memory)
             return memory.read_text()
-        digest = sha256()
-        for name in sorted(self.weights.shapes):
-            digest.update(name.encode())
-            digest.update(self.weights.stored(name))
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        draft = memory.with_suffix(f".{os.getpid()}")
-        draft.write_text(digest.hexdigest())
-        draft.replace(memory)
-        return digest.hexdigest()
 
     def describe(self) -> str:
         """One line for a person."""
@@ -117,6 +117,14 @@ class ModelFiles:
                 "start from scratch with --model.init random"
             )
         return self.weights
+
+
+def _digest(weights: Weights) -> str:
+    digest = sha256()
+    for name in sorted(weights.shapes):
+        digest.update(name.encode())
+        digest.update(weights.stored(name))
+    return digest.hexdigest()
 
 
 def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
@@ -138,7 +146,7 @@ def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
 def _open(source: str) -> ModelFiles:
     path = Path(source).expanduser()
     if not source:
-        raise InputError("model.source: missing: give a Hugging Face folder, a hub id, a GGUF file or a config.json")
+        raise InputError(f"model.source: missing: give {SOURCES}")
     if path.is_dir():
         return _open_folder(path, source)
     if path.suffix == ".gguf" and path.is_file():
@@ -150,8 +158,13 @@ def _open(source: str) -> ModelFiles:
             f"model.source: {source}: neither a folder nor a .gguf file nor a config.json: give one of them"
         )
     if match := HUB_ID.fullmatch(source):
-        return _open_folder(_fetch(source, match["repo"], match["revision"]), source)
-    raise InputError(f"model.source: {source}: no such file or folder{_nearest(path)}")
+        said = f"model.source: {source}"
+        return _open_folder(
+            fetch(said, match["repo"], match["revision"], allow=HUB_FILES, ignore=NOT_FETCHED), source
+        )
+    close = nearest(path)
+    cure = f"did you mean {close}?" if close else f"give {SOURCES}"
+    raise InputError(f"model.source: {source}: no such file or folder: {cure}")
 
 
 def _open_folder(folder: Path, source: str) -> ModelFiles:
@@ -161,11 +174,21 @@ def _open_folder(folder: Path, source: str) -> ModelFiles:
     config = folder / "config.json"
     if not config.is_file():
         if (folder / "recipe.yaml").is_file():
-            raise InputError(f"model.source: {source}: a run directory: give {folder / 'final'}")
+            return _open_final(folder, source)
         one = next(folder.glob("*.gguf"), None)
         cure = f"give {one}" if one else "give a folder with config.json and model.safetensors"
         raise InputError(f"model.source: {source}: no config.json in it: {cure}")
     return _hf_files(source, config, find_weights(folder))
+
+
+def _open_final(run: Path, source: str) -> ModelFiles:
+    final = run / "final"
+    if not final.is_dir():
+        raise InputError(
+            f"model.source: {source}: this run has no final model yet: resume it, or take a checkpoint out with "
+            "`litrecipe model export`"
+        )
+    return _open_folder(final, str(final))
 
 
 def _hf_files(source: str, config_path: Path, weights: Weights | None) -> ModelFiles:
@@ -206,33 +229,6 @@ def _open_adapter(folder: Path, source: str) -> ModelFiles:
     return replace(
         files, source=source, adapter=adapter, tokenizer_dir=folder if own_tokenizer else files.tokenizer_dir
     )
-
-
-def _fetch(source: str, repo: str, revision: str | None) -> Path:
-    """The local copy of a hub repository, fetched when it is not there yet."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES))
-    except GatedRepoError as error:
-        cure = "accept its terms on the hub and run `hf auth login`"
-        raise InputError(f"model.source: {source}: the hub keeps it for those who asked: {cure}") from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        where = f" ({error.response.status_code})" if isinstance(error, HfHubHTTPError) else ""
-        raise InputError(f"model.source: {source}: the hub does not know it{where}{_nearest(Path(source))}") from error
-    except LocalEntryNotFoundError as error:
-        raise InputError(
-            f"model.source: {source}: no such folder here, not in the hub cache, and the hub cannot be reached"
-            f"{_nearest(Path(source), 'go online, or give a local folder')}"
-        ) from error
-
-
-def _nearest(path: Path, cure: str = "give a Hugging Face folder, a hub id, a GGUF file or a config.json") -> str:
-    """The end of a message: the name in the same folder that looks most like this one, and the cure."""
-    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=1)
-    return f": did you mean {path.parent / close[0]}?" if close else f": {cure}"
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.source import open_model
+from litrecipe.checkpoint.source import HUB_FILES, NOT_FETCHED, open_model
 from litrecipe.config.errors import InputError
 
 
@@ -58,10 +58,10 @@ def test_mistyped_paths_get_a_suggestion(tiny_model: Path, tmp_path: Path) -> No
 
 
 def test_a_hub_id_that_is_not_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert "model.source: nobody/nothing@main: no such folder here, not in the hub cache" in mistakes(
-        "nobody/nothing@main"
-    )
     monkeypatch.chdir(tmp_path)
+    said = "model.source: nobody/nothing@main: no such file or folder, not in the hub cache"
+    assert mistakes("nobody/nothing@main").startswith(said)
+    assert "model.source: a/b--c: no name a model on the hub can have: " in mistakes("a/b--c")
     (tmp_path / "models" / "smollm2").mkdir(parents=True)
     assert mistakes("models/smolm2").endswith("did you mean models/smollm2?")
 
@@ -87,7 +87,24 @@ def test_files_and_folders_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "q4.gguf").write_bytes(b"")
     assert f"give {tmp_path / 'q4.gguf'}" in mistakes(tmp_path)
     (tmp_path / "recipe.yaml").write_text("")
-    assert f"a run directory: give {tmp_path / 'final'}" in mistakes(tmp_path)
+    assert "this run has no final model yet" in mistakes(tmp_path)
+
+
+def test_a_run_directory_is_its_final_model(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "final").mkdir()
+    copy(tiny_model, tmp_path / "final")
+    (tmp_path / "recipe.yaml").write_text("")
+    files = open_model(str(tmp_path))
+    assert files.source == files.base == str(tmp_path / "final")
+
+
+def test_what_is_fetched_from_the_hub() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "onnx/model.safetensors", "original/params.json", "pytorch_model.bin"]
+    files = [*wanted, *others, "manifest.json"]
+    assert list(filter_repo_objects(files, allow_patterns=HUB_FILES, ignore_patterns=NOT_FETCHED)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -139,3 +156,17 @@ def test_weights_hash_follows_the_weights(tiny_model: Path, tmp_path: Path) -> N
     whole[-1] ^= 1
     file.write_bytes(whole)
     assert open_model(str(tmp_path)).weights_hash() != before
+
+
+def test_one_process_hashes_for_all(tiny_model: Path, tmp_path: Path) -> None:
+    copy(tiny_model, tmp_path)
+    code = f"""
+import time
+from litrecipe.checkpoint import source
+files = source.open_model({str(tmp_path)!r})
+digest = source._digest
+source._digest = lambda weights: print("hashed") or time.sleep(0.5) or digest(weights)
+files.weights_hash()
+"""
+    ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sum(rank.communicate(timeout=60)[0].count("hashed") for rank in ranks) == 1

@@ -1,0 +1,58 @@
+"""Small files: JSON read and written, names told apart from mistyped ones, one process at a time."""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.progress import say
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; InputError naming the file when there is none in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file: fetch it again") from error
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise InputError(f"{path}: {error}: not valid JSON; fetch it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a {type(value).__name__}: not a JSON object; fetch it again")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """An object as a person reads it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def nearest(path: Path) -> Path | None:
+    """What a mistyped path may have meant: the likeliest name in the deepest of its folders that exists."""
+    folder, wanted = path.parent, path.name
+    while not folder.is_dir() and folder != folder.parent:
+        folder, wanted = folder.parent, folder.name
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(wanted, names, n=1)
+    return folder / close[0] if close else None
+
+
+@contextmanager
+def locked(path: Path, what: str) -> Iterator[None]:
+    """Hold the lock file while the body runs; waits, and says for `what`, while another process holds it.
+
+    A dead process holds nothing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that {what}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
