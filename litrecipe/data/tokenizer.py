@@ -133,10 +133,10 @@ class Tokenizer:
         for index, conversation in enumerate(conversations):
             try:
                 if conversation.layout == "text":
-                    results[index] = self._encode_plain("", conversation.messages[-1]["content"])
+                    results[index] = self._encode_plain("", conversation.messages[-1]["content"], learn)
                 elif conversation.layout == "prompt_completion" and not self.has_template:
                     *prompt, completion = (message["content"] for message in conversation.messages)
-                    results[index] = self._encode_plain("\n".join(prompt), completion)
+                    results[index] = self._encode_plain("\n".join(prompt), completion, learn)
                 else:
                     self._need_template()
                     messages, tools = conversation.messages, conversation.tools
@@ -152,7 +152,7 @@ class Tokenizer:
             results[index] = _with_mask(encoding, one)
         return [results[index] for index in range(len(conversations))]
 
-    def _encode_plain(self, prompt: str, completion: str) -> Encoded:
+    def _encode_plain(self, prompt: str, completion: str, learn: Literal["assistant", "all"]) -> Encoded:
         """Prompt and completion end to end, EOS after them.
 
         Where the two grow together into one token they are encoded apart, because generation starts after the whole
@@ -164,7 +164,7 @@ class Tokenizer:
             ids = before + self.encode(completion)
         bos = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
         all_ids = np.array([*bos, *ids, *self.eos_ids[:1]], dtype=np.int32)
-        return all_ids, np.arange(len(all_ids)) >= len(bos) + len(before)
+        return all_ids, np.arange(len(all_ids)) >= (0 if learn == "all" else len(bos) + len(before))
 
     def _need_template(self) -> None:
         if not self.has_template:

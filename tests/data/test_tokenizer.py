@@ -284,6 +284,24 @@ def test_without_a_template_prompts_and_completions_are_plain_text(chatml_folder
         tokenizer.encode_conversation([{"role": "user", "content": "x"}])
 
 
+def test_without_a_template_all_can_be_learnt_too(llama2_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama2_folder, tmp_path / "with_bos")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = without_template(folder, tmp_path / "bare")
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    pair, text = Conversation(messages, "a", "prompt_completion"), Conversation(messages[1:], "b", "text")
+    for encoded in tokenizer.encode_batch([pair, text], learn="all"):
+        assert not isinstance(encoded, RowError)
+        assert encoded[0][0] == tokenizer.bos_id and encoded[1].all()
+
+
 def test_prompts_are_tokenised_as_generation_will_see_them(chatml_folder: Path, tmp_path: Path) -> None:
     """ "The qui" + "ck" must not become the token "quick" that a prompt ending in "qui" never holds."""
     tokenizer = without_template(chatml_folder, tmp_path / "bare")
