@@ -133,8 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except InputError as error:
-        for mistake in error.mistakes:
-            print(f"litrecipe: error: {' '.join(mistake.splitlines())}", file=sys.stderr)
+        if is_first_of_node():
+            for mistake in error.mistakes:
+                print(f"litrecipe: error: {' '.join(mistake.splitlines())}", file=sys.stderr)
         return WRONG_INPUT
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
@@ -147,6 +148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
+
+
+def is_first_of_node() -> bool:
+    """Whether this process tells what is wrong: the others of its machine see the same files and find the same."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
 TORCHVISION_CURE = "litrecipe runs without it: `pip uninstall torchvision`"

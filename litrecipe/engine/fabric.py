@@ -24,13 +24,7 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     _refuse_plain_sbatch()
-    accelerator = config.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    devices: int | str = config.devices
-    if devices == "auto" and accelerator == "cpu":
-        devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    world = (devices if isinstance(devices, int) else max(1, torch.cuda.device_count())) * config.num_nodes
+    world = world_size(config)
     strategy: Any = "auto"
     if config.strategy == "fsdp":
         strategy = ModelParallelStrategy(
@@ -39,8 +33,8 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     elif config.strategy == "ddp" or world > 1:
         strategy = DDPStrategy()
     fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
+        accelerator=accelerator_of(config),
+        devices=devices_of(config),
         num_nodes=config.num_nodes,
         strategy=strategy,
         # Under bf16-true the model comes in bf16; Fabric's own plugin would take the fp32 adapters along.
@@ -50,6 +44,34 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     atexit.register(_end_children, fabric)
     fabric.launch()
     return fabric
+
+
+def accelerator_of(config: FabricConfig) -> str:
+    """`cpu`, `cuda` or `mps`: what `fabric.accelerator` means here. Raises InputError when it is not there."""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if config.accelerator == "auto":
+        return "cuda" if there["cuda"] else "cpu"
+    if not there[config.accelerator]:
+        raise InputError(f"fabric.accelerator: {config.accelerator}: torch finds none on this machine: use cpu or auto")
+    return config.accelerator
+
+
+def devices_of(config: FabricConfig) -> int:
+    """Processes of one node. Raises InputError when there are fewer GPUs than that."""
+    accelerator = accelerator_of(config)
+    if accelerator == "cpu":
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.devices == "auto" else config.devices
+    there = torch.cuda.device_count() if accelerator == "cuda" else 1
+    if config.devices == "auto":
+        return there
+    if config.devices > there:
+        raise InputError(f"fabric.devices: {config.devices}: torch finds {there} on this machine: give {there} or less")
+    return config.devices
+
+
+def world_size(config: FabricConfig) -> int:
+    """Processes of the whole run."""
+    return devices_of(config) * config.num_nodes
 
 
 def shard(module: nn.Module, mesh: Any) -> nn.Module:
@@ -90,9 +112,7 @@ def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     if fabric.world_size == 1 or not values:
         return values
     names = sorted(values)
-    total = torch.tensor([values[name] for name in names], dtype=torch.float64)
-    if fabric.device.type == "cuda":
-        total = total.to(fabric.device)
+    total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
     torch.distributed.all_reduce(total)
     return dict(zip(names, total.tolist(), strict=True))
 

@@ -1,0 +1,46 @@
+"""What the `fabric` group means on the machine it is read on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Fabric
+from litrecipe.engine.fabric import accelerator_of, devices_of, make_fabric, world_size
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    """As many GPUs as a test says, as far as torch's counting goes."""
+
+    def there(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return there
+
+
+def test_auto_takes_every_gpu_of_every_node(gpus) -> None:
+    gpus(4)
+    assert accelerator_of(Fabric()) == "cuda"
+    assert world_size(Fabric(num_nodes=2)) == 8
+    assert world_size(Fabric(devices=3)) == 3
+    assert world_size(Fabric(accelerator="cpu")) == 1
+
+
+def test_without_a_gpu_auto_is_one_process_unless_a_launcher_says_more(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(0)
+    assert accelerator_of(Fabric()) == "cpu"
+    assert world_size(Fabric()) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert world_size(Fabric(num_nodes=2)) == 6
+
+
+def test_what_is_not_there_is_wrong_input(gpus) -> None:
+    gpus(0)
+    with pytest.raises(InputError, match=r"fabric\.accelerator: cuda: torch finds none"):
+        make_fabric(Fabric(accelerator="cuda"))
+    gpus(2)
+    with pytest.raises(InputError, match=r"fabric\.devices: 3: torch finds 2 on this machine"):
+        devices_of(Fabric(devices=3))
