@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from litrecipe.checkpoint.manifest import check_digest, expected_sha256, sha256_of
+from litrecipe.checkpoint.hub import published_sha256
+from litrecipe.checkpoint.manifest import check_digest, sha256_of
 from litrecipe.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -89,12 +90,12 @@ class GgufWeights:
         return {name: self._table[own].shape for name, own in self._own_names.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors in fp32. Raises InputError when the file is not the one the hub cache's name for it says."""
+        """All tensors in fp32. Raises InputError when the file is not the one the hub said it is."""
         import torch
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        if expected := expected_sha256(self.path):
+        if expected := published_sha256(self.path):
             check_digest(self.path, sha256_of(self.path), expected)
         for name, own in self._own_names.items():
             entry = self._table[own]

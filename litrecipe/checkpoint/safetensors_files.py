@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from litrecipe.checkpoint.manifest import check_digest, expected_sha256, read_json
+from litrecipe.checkpoint.hub import published_sha256
+from litrecipe.checkpoint.manifest import check_digest, expected_sha256
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,12 +59,12 @@ class SafetensorsFile:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors in the order of the file, in the type they are stored in.
 
-        Raises InputError after the last one when the file is not what its manifest or the hub's name for it says, and
-        at the first value that is not finite where there is neither.
+        Raises InputError after the last one when the file is not what its manifest or the hub said it is, and at the
+        first value that is not finite where neither said anything.
         """
         import torch
 
-        expected = expected_sha256(self.path)
+        expected = expected_sha256(self.path) or published_sha256(self.path)
         with self.path.open("rb") as handle:
             digest = hashlib.sha256(handle.read(self.entries[0].start if self.entries else -1))
             for entry in self.entries:
