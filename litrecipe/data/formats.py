@@ -173,12 +173,13 @@ def recognise(row: dict[str, Any], columns: dict[str, str]) -> Layout:
 
 
 def _from_messages(fields: dict[str, Any]) -> list[Message]:
-    messages = _list_of_objects(fields, "messages")
+    given = _list_of_objects(fields, "messages")
+    messages = [{key: value for key, value in message.items() if value is not None} for message in given]
     for number, message in enumerate(messages, start=1):
         for key in ("role", "content"):
             if key not in message and not (key == "content" and message.get("tool_calls")):
                 raise RowError(f"message {number} has no {key!r}: every message needs role and content")
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    return messages
 
 
 def _from_prompt_completion(fields: dict[str, Any]) -> list[Message]:

@@ -55,7 +55,8 @@ def test_layouts_are_recognised_by_their_keys(row: dict[str, Any], layout: str, 
 
 
 def test_columns_give_other_names_and_format_decides() -> None:
-    assert parse({"question": "Why?", "answer": "Because."}, columns={"prompt": "question", "completion": "answer"})
+    row = {"question": "Why?", "answer": "Because."}
+    assert parse(row, columns={"prompt": "question", "completion": "answer"}).messages == [ASK, SAY]
     row = {"instruction": "Why?", "output": "Because.", "text": "all of it"}
     assert parse(row, format="text").messages[0]["content"] == "all of it"
     assert parse({"chat": [ASK, SAY]}, columns={"messages": "chat"}).messages == [ASK, SAY]
@@ -97,6 +98,7 @@ def test_an_empty_turn_is_noticed() -> None:
         ({"messages": []}, "no messages"),
         ({"messages": [{"role": "user"}]}, "message 1 has no 'content'"),
         ({"messages": [{"content": "x"}]}, "message 1 has no 'role'"),
+        ({"messages": [{"role": None, "content": "x"}]}, "message 1 has no 'role'"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "role 'bot': known are"),
         ({"messages": [ASK, SAY, ASK]}, "the last turn is the user's"),
         ({"messages": [ASK, ASK, SAY]}, "message 2: user after user"),
@@ -197,4 +199,6 @@ def test_no_row_is_so_wrong_that_it_is_not_said(row: dict[str, Any]) -> None:
     else:
         assert all(isinstance(message.get("content", ""), str) for message in conversation.messages)
         assert conversation.messages[-1]["role"] == "assistant"
-        assert conversation.empty_turn is None or not conversation.empty_turn["content"].strip()
+        silent = [message for message in conversation.messages if not str(message.get("content") or "").strip()]
+        assert conversation.empty_turn in (None, *silent)
+        assert conversation.empty_turn or all(m["role"] == "tool" or m.get("tool_calls") for m in silent)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from litrecipe.data.packing import pack
+from litrecipe.data.packing import _spread, pack
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.row import Sample, Segment, make_row
@@ -45,10 +45,15 @@ def test_rows_are_shared_out_evenly_among_ranks() -> None:
 
 
 def test_even_sharing_never_breaks_the_budget() -> None:
-    """Longest-first into the emptiest of 4 rows would give 9 + 3 + 3 + 3 tokens or the like; best fit does not."""
-    lengths = [5, 5, 4, 4, 3, 3, 3]
-    packing = pack(lengths, budget=9, multiple_of=2)
-    assert all(sum(lengths[index] for index in row) <= 9 for row in packing.rows)
+    """Longest-first into the emptiest of 13 rows needs more than 100 tokens in one of them; best fit does not."""
+    lengths = [82, 78, 68, 65, 59, 58, 53, 52, 48, 47, 42, 42, 41, 41, 40, 38, 38, 35, 33, 33, 32, 29, 26, 25, 22, 22]
+    lengths += [18, 17, 16]
+    assert len(pack(lengths, budget=100).rows) == 12
+    spread = _spread(list(range(len(lengths))), lengths, 13)
+    assert max(sum(lengths[index] for index in row) for row in spread) > 100
+    rows = pack(lengths, budget=100, multiple_of=13).rows
+    assert len(rows) == 13 and sorted(index for row in rows for index in row) == list(range(len(lengths)))
+    assert max(sum(lengths[index] for index in row) for row in rows) <= 100
 
 
 def tiny_model() -> Decoder:
