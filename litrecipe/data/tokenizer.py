@@ -5,9 +5,9 @@ Shapes: n tokens of a conversation.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Sequence
-from datetime import date
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import tokenizers
 from tokenizers import normalizers
 
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import read_json
 from litrecipe.data.formats import Conversation, Message, RowError
 from litrecipe.data.template import WRITTEN, ChatTemplate, Rendered
 
@@ -37,7 +38,7 @@ class Tokenizer:
         special_tokens: dict[str, str],
         chat_template: str | None = None,
         more_eos_ids: Sequence[int] = (),
-        today: date | None = None,
+        today: datetime.date | None = None,
         name: str = "chat template",
     ) -> None:
         """Take over `backend`. `special_tokens`: `bos_token`, … → text. `more_eos_ids` end an answer besides EOS."""
@@ -51,7 +52,6 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*([] if eos is None else [eos]), *more_eos_ids]))
         pad = self._id("pad_token")
         self.pad_id: int = pad if pad is not None else next(iter(self.eos_ids), 0)
-        self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1
         self.adds_bos = self.bos_id is not None and self.bos_id in backend.encode("", add_special_tokens=True).ids
         """Whether the tokenizer's own post-processor starts plain text with BOS."""
         # A control token of a single character cannot be broken up by a mark.
@@ -62,7 +62,7 @@ class Tokenizer:
         )
         parts = [serialised, chat_template, special_tokens, self.eos_ids]
         if self.template.tells_time:
-            parts.append(str(today or date.today()))
+            parts.append(str(today or datetime.date.today()))
         self.fingerprint = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         """Changes with whatever changes ids or masks."""
 
@@ -74,9 +74,8 @@ class Tokenizer:
         as today. Raises InputError naming the file that is missing or broken.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
-        legacy = _read_json(folder / "special_tokens_map.json")
-        generation = _read_json(folder / "generation_config.json")
+        names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+        config, legacy, generation = (read_json(folder / name) if (folder / name).is_file() else {} for name in names)
         template, name = _find_template(folder, config, chat_template)
         ends = generation.get("eos_token_id", [])
         return cls(
@@ -84,7 +83,7 @@ class Tokenizer:
             special_tokens=_token_texts(legacy) | _token_texts(config),
             chat_template=template,
             more_eos_ids=[ends] if isinstance(ends, int) else ends or [],
-            today=_read_date(date),
+            today=datetime.date.fromisoformat(date) if date else None,
             name=name,
         )
 
@@ -114,19 +113,14 @@ class Tokenizer:
         text = self.template.render(messages, tools, add_generation_prompt=True)
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_conversation(self, messages: list[Message], tools: list[Message] | None = None) -> Encoded:
-        """Ids of a conversation, and which of them the assistant says (its words and the end of its turn)."""
-        self._need_template()
-        rendered = self.template.render_learnt(messages, tools)
-        return _with_mask(self.backend.encode(rendered.text, add_special_tokens=False), rendered)
-
     def encode_batch(
         self, conversations: Sequence[Conversation], learn: Literal["assistant", "all"] = "assistant"
     ) -> list[Encoded | RowError]:
-        """`encode_conversation` of many, in parallel; in place of a conversation that cannot be rendered, why.
+        """Ids of conversations, in parallel; in place of one that cannot be rendered, why.
 
-        A text is learnt whole, between BOS (if the tokenizer adds one) and EOS. Without a chat template a prompt and
-        its completion are plain text, ended by EOS. With `learn` all, masks are True everywhere.
+        Learnt is what the assistant says: its words and the end of its turn. A text is learnt whole, between BOS (if
+        the tokenizer adds one) and EOS. Without a chat template a prompt and its completion are plain text, ended by
+        EOS. With `learn` all, masks are True everywhere.
         """
         results: dict[int, Encoded | RowError] = {}
         rendered: dict[int, Rendered] = {}
@@ -243,14 +237,22 @@ def _find_template(folder: Path, config: dict[str, Any], replacement: str | None
         path = Path(replacement).expanduser()
         if not path.is_file():
             raise InputError(f"model.chat_template: {replacement}: no such file: give a Jinja file")
-        return path.read_text(encoding="utf-8"), str(path)
+        return _read_template(path), str(path)
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8"), str(path)
+        return _read_template(path), str(path)
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {one["name"]: one["template"] for one in template}
         template = named.get("default")
     return template, f"{folder / 'tokenizer_config.json'}: chat_template"
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        place, byte = error.start + 1, error.object[error.start]
+        raise InputError(f"{path}: byte {place} is 0x{byte:02x}, not UTF-8: save the chat template as UTF-8") from error
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -262,16 +264,6 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         raise InputError(f"{path}: {error}: not a tokenizer the tokenizers library reads; fetch it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {error}: not valid JSON; fetch it again") from error
-
-
 def _token_texts(config: dict[str, Any]) -> dict[str, str]:
     """`*_token` → text; a token is a string or an object with `content`."""
     texts = {}
@@ -281,10 +273,3 @@ def _token_texts(config: dict[str, Any]) -> dict[str, str]:
         if name.endswith("_token") and isinstance(token, str):
             texts[name] = token
     return texts
-
-
-def _read_date(text: str | None) -> date | None:
-    try:
-        return date.fromisoformat(text) if text is not None else None
-    except ValueError as error:
-        raise InputError(f"data.date: {text}: give an ISO date such as 2026-01-31") from error

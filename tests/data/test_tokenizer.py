@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.data.formats import RESERVED, Conversation, RowError, parse_row, read_conversations
-from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.data.tokenizer import Encoded, Tokenizer
 
 SETTINGS = settings(max_examples=60, deadline=None)
 TRICKY = [
@@ -69,6 +69,13 @@ def conversations(content: st.SearchStrategy[str]) -> st.SearchStrategy[Messages
     )
 
 
+def encode(tokenizer: Tokenizer, messages: Messages, tools: list[Any] | None = None) -> Encoded:
+    [encoded] = tokenizer.encode_batch([Conversation(messages, "file:1", extra={"tools": tools})])
+    if isinstance(encoded, RowError):
+        raise encoded
+    return encoded
+
+
 each = pytest.mark.parametrize("name", ["chatml", "tagged", "llama2"])
 
 
@@ -78,7 +85,7 @@ each = pytest.mark.parametrize("name", ["chatml", "tagged", "llama2"])
 def test_ids_equal_transformers(name: str, folders: dict[str, Path], messages: Messages) -> None:
     folder = folders[name]
     wanted = oracle(folder).apply_chat_template(messages)["input_ids"]
-    assert load(folder).encode_conversation(messages)[0].tolist() == wanted
+    assert encode(load(folder), messages)[0].tolist() == wanted
     prompt = oracle(folder).apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
     assert load(folder).encode_prompt(messages[:-1]) == prompt
     assert load(folder).render(messages) == oracle(folder).apply_chat_template(messages, tokenize=False)
@@ -90,7 +97,7 @@ def test_ids_equal_transformers(name: str, folders: dict[str, Path], messages: M
 def test_masks_equal_transformers(name: str, folders: dict[str, Path], messages: Messages) -> None:
     folder = folders[name]
     wanted = oracle(folder).apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
-    ids, mask = load(folder).encode_conversation(messages)
+    ids, mask = encode(load(folder), messages)
     assert ids.tolist() == wanted["input_ids"]
     assert mask.astype(int).tolist() == wanted["assistant_masks"]
 
@@ -100,8 +107,8 @@ def test_masks_equal_transformers(name: str, folders: dict[str, Path], messages:
 def test_the_prefix_rule_learns_what_the_tags_say(chatml_folder: Path, tagged_folder: Path, messages: Messages) -> None:
     """The two templates print the same text when there is a system message."""
     messages = [{"role": "system", "content": "You help."}, *messages]
-    plain_ids, plain_mask = load(chatml_folder).encode_conversation(messages)
-    tagged_ids, tagged_mask = load(tagged_folder).encode_conversation(messages)
+    plain_ids, plain_mask = encode(load(chatml_folder), messages)
+    tagged_ids, tagged_mask = encode(load(tagged_folder), messages)
     np.testing.assert_array_equal(plain_ids, tagged_ids)
     np.testing.assert_array_equal(plain_mask, tagged_mask)
 
@@ -129,14 +136,14 @@ def test_tools_and_calls_equal_transformers(chatml_folder: Path, tmp_path: Path)
         Data(),
     ).messages
     wanted = oracle(chatml_folder).apply_chat_template(messages, tools=tools, chat_template=template.read_text())
-    ids, _ = Tokenizer.load(chatml_folder, str(template)).encode_conversation(messages, tools)
+    ids, _ = encode(Tokenizer.load(chatml_folder, str(template)), messages, tools)
     assert ids.tolist() == wanted["input_ids"]
 
 
 def test_the_end_of_every_turn_is_learnt_and_no_opening_is(chatml_folder: Path) -> None:
     tokenizer = load(chatml_folder)
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "Paris 🤗"}] * 2
-    ids, mask = tokenizer.encode_conversation(messages)
+    ids, mask = encode(tokenizer, messages)
     assert tokenizer.decode(ids[mask], skip_special=False) == "Paris 🤗<|im_end|>\n" * 2
     assert ids.dtype == np.int32 and mask.dtype == bool
 
@@ -149,9 +156,7 @@ def test_a_character_of_several_tokens_at_the_end_of_a_tag_is_learnt_whole(tagge
         "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
     )
     tokenizer = Tokenizer.load(folder)
-    ids, mask = tokenizer.encode_conversation(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a🤖"}]
-    )
+    ids, mask = encode(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a🤖"}])
     assert tokenizer.decode(ids[mask]) == "a🤖"
 
 
@@ -166,8 +171,8 @@ WRITTEN = st.lists(st.one_of(st.sampled_from(SPECIALS + TRICKY), st.text(max_siz
 def test_written_control_tokens_stay_text(name: str, folders: dict[str, Path], messages: Messages) -> None:
     tokenizer = load(folders[name])
     harmless = [{**message, "content": "x"} for message in messages]
-    ids, _ = tokenizer.encode_conversation(messages)
-    wanted, _ = tokenizer.encode_conversation(harmless)
+    ids, _ = encode(tokenizer, messages)
+    wanted, _ = encode(tokenizer, harmless)
     control = [
         id for id in ids.tolist() if id in tokenizer.control_ids and id != tokenizer.backend.token_to_id("<unk>")
     ]
@@ -220,7 +225,6 @@ def test_a_stream_that_ends_within_a_character(chatml_folder: Path) -> None:
 def test_special_tokens(chatml_folder: Path, tmp_path: Path) -> None:
     tokenizer = load(chatml_folder)
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.pad_id) == (1, (2,), 2)
-    assert tokenizer.vocab_size == tokenizer.backend.get_vocab_size()
     assert not tokenizer.adds_bos
 
     folder = shutil.copytree(chatml_folder, tmp_path / "more")
@@ -255,7 +259,7 @@ def test_a_batch_is_its_conversations_and_says_what_fails(chatml_folder: Path) -
     assert isinstance(results[1], RowError)
     for result in (results[0], results[2]):
         assert not isinstance(result, RowError)
-        for got, wanted in zip(result, tokenizer.encode_conversation(good), strict=True):
+        for got, wanted in zip(result, encode(tokenizer, good), strict=True):
             np.testing.assert_array_equal(got, wanted)
     whole = tokenizer.encode_batch([Conversation(good, "a")], learn="all")[0]
     assert not isinstance(whole, RowError) and whole[1].all()
@@ -281,7 +285,7 @@ def test_without_a_template_prompts_and_completions_are_plain_text(chatml_folder
     tokenizer = without_template(chatml_folder, tmp_path / "bare")
     assert plain(tokenizer, "What is <|im_end|>? ", "the end") == ("What is <|im_end|>? ", "the end<|im_end|>")
     with pytest.raises(InputError, match=r"model\.chat_template"):
-        tokenizer.encode_conversation([{"role": "user", "content": "x"}])
+        encode(tokenizer, [{"role": "user", "content": "x"}])
 
 
 def test_without_a_template_all_can_be_learnt_too(llama2_folder: Path, tmp_path: Path) -> None:
@@ -329,7 +333,7 @@ def test_control_tokens_that_are_looked_for_in_normalised_text(chatml_folder: Pa
     (folder / "tokenizer.json").write_text(json.dumps(state))
     tokenizer = Tokenizer.load(folder)
     messages = [{"role": "user", "content": "½ <|im_end|>"}, {"role": "assistant", "content": "ﬁ"}]
-    ids, mask = tokenizer.encode_conversation(messages)
+    ids, mask = encode(tokenizer, messages)
     assert (ids == tokenizer.eos_ids[0]).sum() == 3
     assert tokenizer.decode(ids[mask], skip_special=False) == "fi<|im_end|>\n"
 
@@ -342,10 +346,14 @@ def test_missing_and_broken_files_are_named(chatml_folder: Path, tmp_path: Path)
         Tokenizer.load(tmp_path)
     with pytest.raises(InputError, match=r"model\.chat_template: nowhere\.jinja: no such file"):
         Tokenizer.load(chatml_folder, "nowhere.jinja")
-    with pytest.raises(InputError, match=r"data\.date: tomorrow"):
-        Tokenizer.load(chatml_folder, date="tomorrow")
+    (tmp_path / "latin1.jinja").write_bytes("{{ 'é' }}".encode("latin-1"))
+    with pytest.raises(InputError, match=r"latin1\.jinja: byte 5 is 0xe9, not UTF-8"):
+        Tokenizer.load(chatml_folder, str(tmp_path / "latin1.jinja"))
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match=r"tokenizer_config\.json: .*not valid JSON"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: .*not a JSON object"):
         Tokenizer.load(tmp_path)
 
 
@@ -363,7 +371,7 @@ def test_the_real_tokenizer_splits_digits_first(real: Path) -> None:
     pieces = [tokenizer.decode([id]) for id in tokenizer.encode("  12345 7 x")]
     assert pieces == ["  ", "1", "2", "3", "4", "5", " ", "7", " x"]
     assert tokenizer.decode(tokenizer.encode(" 7 ½")) == " 7 ½"
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.vocab_size) == (1, (2,), 49152)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
 
 
 @pytest.mark.real_model
@@ -371,12 +379,12 @@ def test_the_real_tokenizer_splits_digits_first(real: Path) -> None:
 @given(messages=conversations(NO_SPECIALS))
 def test_the_real_tokenizer_equals_transformers(real: Path, messages: Messages) -> None:
     wanted = oracle(real).apply_chat_template(messages)["input_ids"]
-    assert load(real).encode_conversation(messages)[0].tolist() == wanted
+    assert encode(load(real), messages)[0].tolist() == wanted
 
 
 @pytest.mark.real_model
 def test_the_benchmark_rows_have_the_known_number_of_tokens(real: Path, shared: Path) -> None:
     rows = read_conversations(str(shared / "data" / "bench" / "sft128.jsonl"), Data())
-    encoded = [load(real).encode_conversation(conversation.messages) for conversation in rows]
+    encoded = [encode(load(real), conversation.messages) for conversation in rows]
     assert sum(len(ids) for ids, _ in encoded) == 11906
     assert sum(int(mask.sum()) for _, mask in encoded) == 6045
