@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -21,14 +21,12 @@ from litrecipe.data.samples import SampleSet, is_complete
 from litrecipe.data.tokenizer import Encoded, Tokenizer
 from litrecipe.model.row import Sample, Segment
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it when the same inputs give other samples, or other files."""
 BATCH = 1000
 """Conversations tokenised at once."""
 NAMED = 5
 """Places remembered for each kind of trouble."""
-
-Track = Callable[[Iterable[Conversation], str, int], Iterator[Conversation]]
 
 
 @dataclass
@@ -110,15 +108,31 @@ class Supervised:
     report: DataReport
 
 
-def load_supervised(data: Data, tokenizer: Tokenizer, *, seed: int, progress: Track = track) -> Supervised:
+def load_supervised(data: Data, tokenizer: Tokenizer, *, seed: int, max_positions: int | None = None) -> Supervised:
     """The samples of `data.train` and `data.val`, tokenised now or when they were first asked for.
 
     Several processes may ask at once: one writes, the others wait. `seed` decides which samples `data.val_fraction`
-    holds out. Raises InputError with all wrong rows of a source, or when nothing in it can be learnt.
+    holds out; `max_positions` is the model's context. Raises InputError with all wrong rows of a source, when nothing
+    in it can be learnt, or when a sample is longer than the context.
     """
-    train, train_counts = _load_source("data.train", data.train, data, tokenizer, progress)
+    if tokenizer.template.tells_time and data.date is None:
+        raise InputError(
+            "data.date: missing: this model's chat template prints today's date: pin one, e.g. --data.date 2024-07-26"
+        )
+    loaded = _load(data, tokenizer, seed)
+    longest = max(part.lengths.max() for part in (loaded.train, loaded.val) if part is not None)
+    if max_positions is not None and longest > max_positions:
+        raise InputError(
+            f"data.max_length: {data.max_length}: the model's context is {max_positions} tokens, the longest sample "
+            f"has {longest}: give {max_positions} or less"
+        )
+    return loaded
+
+
+def _load(data: Data, tokenizer: Tokenizer, seed: int) -> Supervised:
+    train, train_counts = _load_source("data.train", data.train, data, tokenizer)
     if data.val:
-        val, val_counts = _load_source("data.val", data.val, data, tokenizer, progress)
+        val, val_counts = _load_source("data.val", data.val, data, tokenizer)
         return Supervised(train, val, DataReport(train_counts, val_counts))
     if data.val_fraction:
         kept, held_out = hold_out(len(train), data.val_fraction, seed)
@@ -136,7 +150,7 @@ def hold_out(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.nda
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def _load_source(key: str, source: str, data: Data, tokenizer: Tokenizer, progress: Track) -> tuple[SampleSet, Counts]:
+def _load_source(key: str, source: str, data: Data, tokenizer: Tokenizer) -> tuple[SampleSet, Counts]:
     cache_key = key_of(
         [CACHE_VERSION, __version__, source, source_hash(source), tokenizer.fingerprint],
         [data.format, data.columns, data.max_length, data.mask],
@@ -145,7 +159,7 @@ def _load_source(key: str, source: str, data: Data, tokenizer: Tokenizer, progre
     with locked(folder.with_suffix(".lock")):
         samples = _open(folder)
         if samples is None:
-            samples = _tokenise_into(folder, source, data, tokenizer, progress)
+            samples = _tokenise_into(folder, source, data, tokenizer)
     counts = Counts.from_json(samples.about)
     if not len(samples):
         raise InputError(f"{key}: nothing in it can be learnt ({counts}): look at it with `litrecipe data preview`")
@@ -162,11 +176,11 @@ def _open(folder: Path) -> SampleSet | None:
         return None
 
 
-def _tokenise_into(folder: Path, source: str, data: Data, tokenizer: Tokenizer, progress: Track) -> SampleSet:
+def _tokenise_into(folder: Path, source: str, data: Data, tokenizer: Tokenizer) -> SampleSet:
     mistakes = Mistakes()
     total = count_rows(source, data, mistakes)
     mistakes.raise_if_any()
-    conversations = progress(read_conversations(source, data), f"tokenising {source}", total)
+    conversations = track(read_conversations(source, data), f"tokenising {source}", total)
     counts = Counts(source)
     return SampleSet.write(folder, _samples(conversations, data, tokenizer, counts), about=lambda: asdict(counts))
 

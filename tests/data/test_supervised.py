@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import pytest
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
+from litrecipe.data.formats import Conversation, RowError
+from litrecipe.data.samples import SampleSet
 from litrecipe.data.supervised import cache_folder, load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 
@@ -36,11 +37,24 @@ def source(tmp_path: Path) -> str:
     return write(tmp_path / "train.jsonl", [row(f"What is {n}?", f"{n} is {n} 🤗") for n in range(20)])
 
 
+def learnt(samples: SampleSet) -> list[int]:
+    """Tokens of each sample that are learnt."""
+    return [int(samples[i].segments[0].weights.sum()) for i in range(len(samples))]
+
+
+def written(samples: SampleSet) -> int:
+    """When the files of a set were written."""
+    return (samples.folder / "complete.json").stat().st_mtime_ns
+
+
 def test_samples_are_the_conversations(tokenizer: Tokenizer, source: str) -> None:
     loaded = load_supervised(Data(train=source), tokenizer, seed=0)
     assert loaded.val is None and len(loaded.train) == 20
     for n in (0, 19):
-        ids, mask = tokenizer.encode_conversation(row(f"What is {n}?", f"{n} is {n} 🤗")["messages"])
+        messages = row(f"What is {n}?", f"{n} is {n} 🤗")["messages"]
+        [encoded] = tokenizer.encode_batch([Conversation(messages, "file:1")])
+        assert not isinstance(encoded, RowError)
+        ids, mask = encoded
         sample = loaded.train[n]
         assert sample.id == f"{source}:{n + 1}"
         np.testing.assert_array_equal(sample.segments[0].tokens, ids)
@@ -48,24 +62,19 @@ def test_samples_are_the_conversations(tokenizer: Tokenizer, source: str) -> Non
     counts = loaded.report.train
     assert (counts.rows, counts.samples) == (20, 20)
     assert counts.tokens == loaded.train.lengths.sum()
-    assert counts.learnt == loaded.train.supervised.sum() > 0
+    assert counts.learnt == sum(learnt(loaded.train)) > 0
 
 
 def test_mask_all_learns_everything_that_has_a_predecessor(tokenizer: Tokenizer, source: str) -> None:
     train = load_supervised(Data(train=source, mask="all"), tokenizer, seed=0).train
-    assert (train.supervised == train.lengths - 1).all()
+    assert learnt(train) == (train.lengths - 1).tolist()
 
 
 def test_the_second_time_nothing_is_tokenised(tokenizer: Tokenizer, source: str) -> None:
-    calls = []
-
-    def progress(items: Any, label: str, total: int) -> Iterator[Any]:
-        calls.append((label, total))
-        yield from items
-
-    first = load_supervised(Data(train=source), tokenizer, seed=0, progress=progress)
-    again = load_supervised(Data(train=source), tokenizer, seed=1, progress=progress)
-    assert calls == [(f"tokenising {source}", 20)]
+    first = load_supervised(Data(train=source), tokenizer, seed=0)
+    before = written(first.train)
+    again = load_supervised(Data(train=source), tokenizer, seed=1)
+    assert written(again.train) == before
     assert first.train.fingerprint == again.train.fingerprint
     assert str(first.report) == str(again.report)
 
@@ -163,17 +172,40 @@ def test_val_is_read_like_train(tokenizer: Tokenizer, source: str, tmp_path: Pat
         load_supervised(Data(train=source, val=long), tokenizer, seed=0)
 
 
+def test_a_template_that_tells_the_date_needs_one(chatml_folder: Path, tmp_path: Path, source: str) -> None:
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y %H') }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    with pytest.raises(InputError, match=r"^data\.date: missing: .*--data\.date 2024-07-26$"):
+        load_supervised(Data(train=source), Tokenizer.load(chatml_folder, str(template)), seed=0)
+    tokenizer = Tokenizer.load(chatml_folder, str(template), date="2024-07-26")
+    train = load_supervised(Data(train=source, date="2024-07-26"), tokenizer, seed=0).train
+    assert tokenizer.decode(train[0].segments[0].tokens).startswith("26 Jul 2024 00")
+
+
+def test_samples_longer_than_the_models_context_are_refused(tokenizer: Tokenizer, source: str, tmp_path: Path) -> None:
+    data = Data(train=source)
+    longest = int(load_supervised(data, tokenizer, seed=0).train.lengths.max())
+    load_supervised(data, tokenizer, seed=0, max_positions=longest)
+    with pytest.raises(InputError, match=rf"^data\.max_length: 2048: .* is {longest - 1} tokens, .* has {longest}: "):
+        load_supervised(data, tokenizer, seed=0, max_positions=longest - 1)
+    data = Data(train=source, val=write(tmp_path / "val.jsonl", [row("a", "b " * 100)]))
+    with pytest.raises(InputError, match=r"^data\.max_length"):
+        load_supervised(data, tokenizer, seed=0, max_positions=longest)
+
+
 def test_several_processes_tokenise_once(chatml_folder: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "x.jsonl", [row(f"What is {n}?", f"{n} is " * 20) for n in range(2000)])
     code = (
         "import sys\nfrom litrecipe.config.groups import Data\nfrom litrecipe.data.supervised import load_supervised\n"
-        "from litrecipe.data.tokenizer import Tokenizer\nwritten = []\n"
-        "def progress(items, label, total):\n    written.append(label)\n    yield from items\n"
-        "loaded = load_supervised(Data(train=sys.argv[1]), Tokenizer.load(sys.argv[2]), seed=0, progress=progress)\n"
-        "print(len(written), loaded.train.fingerprint)"
+        "from litrecipe.data.tokenizer import Tokenizer\n"
+        "train = load_supervised(Data(train=sys.argv[1]), Tokenizer.load(sys.argv[2]), seed=0).train\n"
+        "print((train.folder / 'complete.json').stat().st_mtime_ns, train.fingerprint)"
     )
     command = [sys.executable, "-c", code, source, str(chatml_folder)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert sorted(count for count, _ in outputs) == ["0", "1"]
-    assert len({fingerprint for _, fingerprint in outputs}) == 1
+    outputs = {process.communicate(timeout=120)[0] for process in processes}
+    assert len(outputs) == 1 and len(outputs.pop().split()) == 2
+    assert sum(path.is_dir() for path in (cache_folder(Data()) / "supervised").iterdir()) == 1
