@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from litrecipe.checkpoint.manifest import user_cache
+from litrecipe.config.errors import InputError
+from litrecipe.config.files import locked
 from litrecipe.config.groups import Data
-from litrecipe.config.progress import say
 
 
 def cache_folder(data: Data) -> Path:
@@ -26,13 +26,11 @@ def key_of(*parts: Any) -> str:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file while the body runs; waits while another process holds it. A dead process holds nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another process that prepares the same data")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def alone(entry: Path) -> Iterator[None]:
+    """Hold the lock of a cache entry while the body makes it; raises InputError when it cannot be written."""
+    try:
+        with locked(entry.with_suffix(".lock"), "prepares the same data"):
+            yield
+    except OSError as error:
+        cure = "make room, or name a folder that can be written"
+        raise InputError(f"data.cache_dir: {entry.parent.parent}: {error.strerror or error}: {cure}") from error

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from litrecipe import __version__
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track
-from litrecipe.data.cache import cache_folder, key_of
+from litrecipe.data.cache import alone, cache_folder, key_of
 from litrecipe.data.readers import Located, Mistakes, check_sources, read_rows, source_hash
 
 Message = dict[str, Any]
@@ -126,17 +126,17 @@ def check_rows(data: Data) -> int:
 
 def count_rows(source: str, data: Data, mistakes: Mistakes) -> int:
     """How many conversations a source has. A source without mistakes is read once and its count remembered."""
-    key = key_of(CHECK_VERSION, source_hash(source), data.format, data.columns)
+    key = key_of(CHECK_VERSION, __version__, source_hash(source), data.format, data.columns)
     remembered = cache_folder(data) / "checked" / key
     if remembered.is_file():
         return int(remembered.read_text())
     before = mistakes.count
     count = sum(1 for _ in track(read_conversations(source, data, mistakes), f"checking {source}"))
     if mistakes.count == before:
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        part = remembered.with_name(f"{key}.{os.getpid()}")
-        part.write_text(str(count))
-        part.replace(remembered)
+        with alone(remembered):
+            part = remembered.with_suffix(".part")
+            part.write_text(str(count))
+            part.replace(remembered)
     return count
 
 

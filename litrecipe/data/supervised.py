@@ -14,7 +14,7 @@ from litrecipe import __version__
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track, warn
-from litrecipe.data.cache import cache_folder, key_of, locked
+from litrecipe.data.cache import alone, cache_folder, key_of
 from litrecipe.data.formats import Conversation, RowError, count_rows, read_conversations
 from litrecipe.data.readers import Mistakes, source_hash
 from litrecipe.data.samples import SampleSet, is_complete
@@ -156,7 +156,7 @@ def _load_source(key: str, source: str, data: Data, tokenizer: Tokenizer) -> tup
         [data.format, data.columns, data.max_length, data.mask],
     )
     folder = cache_folder(data) / "supervised" / cache_key
-    with locked(folder.with_suffix(".lock")):
+    with alone(folder):
         samples = _open(folder)
         if samples is None:
             samples = _tokenise_into(folder, source, data, tokenizer)

@@ -156,6 +156,22 @@ def test_checked_rows_are_counted_and_not_checked_again(tmp_path: Path) -> None:
         check_rows(data)
 
 
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"messages": [ASK, SAY]}) + "\n")
+    with pytest.raises(InputError, match=rf"^data\.cache_dir: {path}/x: Not a directory: .* name a folder"):
+        check_rows(Data(train=str(path), cache_dir=f"{path}/x"))
+
+
+def test_another_version_checks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"messages": [ASK, SAY]}) + "\n")
+    for version in ("1", "2"):
+        monkeypatch.setattr("litrecipe.data.formats.__version__", version)
+        check_rows(Data(train=str(path), cache_dir=str(tmp_path / "cache")))
+    assert len([p for p in (tmp_path / "cache" / "checked").iterdir() if not p.suffix]) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "columns", "rows"),
     [

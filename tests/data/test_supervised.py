@@ -185,6 +185,23 @@ def test_a_template_that_tells_the_date_needs_one(chatml_folder: Path, tmp_path:
     assert tokenizer.decode(train[0].segments[0].tokens).startswith("26 Jul 2024 00")
 
 
+def test_a_cache_that_cannot_be_written_is_said(tokenizer: Tokenizer, chatml_folder: Path, source: str) -> None:
+    code = (
+        "import resource, sys\nfrom litrecipe.config.errors import InputError\n"
+        "from litrecipe.config.groups import Data\nfrom litrecipe.data.supervised import load_supervised\n"
+        "from litrecipe.data.tokenizer import Tokenizer\ntokenizer = Tokenizer.load(sys.argv[2])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "try:\n    load_supervised(Data(train=sys.argv[1]), tokenizer, seed=0)\n"
+        "except InputError as error:\n    print(error)"
+    )
+    # A limit on the size of files stands for a full disk: Python ignores the signal, so writing fails.
+    command = [sys.executable, "-c", code, source, str(chatml_folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.startswith(f"data.cache_dir: {cache_folder(Data())}: File too large: make room")
+    with pytest.raises(InputError, match=rf"^data\.cache_dir: {source}/x: Not a directory"):
+        load_supervised(Data(train=source, cache_dir=f"{source}/x"), tokenizer, seed=0)
+
+
 def test_samples_longer_than_the_models_context_are_refused(tokenizer: Tokenizer, source: str, tmp_path: Path) -> None:
     data = Data(train=source)
     longest = int(load_supervised(data, tokenizer, seed=0).train.lengths.max())
