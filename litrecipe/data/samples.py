@@ -9,7 +9,6 @@ names and, written last, `complete.json` with the sha256 of every other file.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from functools import cached_property
@@ -56,10 +55,11 @@ class SampleSet:
     ) -> SampleSet:
         """Write samples into a new folder, all or nothing: it appears under its name when it is complete.
 
+        Of several processes only one may do so at a time; what a killed one left behind is removed.
         `about` is called when all samples are written and gives what else shall be kept (JSON).
         """
         folder = Path(folder)
-        parts = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        parts = folder.with_name(f"{folder.name}.part")
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
         try:
@@ -100,15 +100,8 @@ class SampleSet:
         return np.diff(starts)[self._indices]
 
     @cached_property
-    def supervised(self) -> np.ndarray:
-        """(N,) tokens of each sample that are learnt."""
-        before = np.concatenate([[0], np.cumsum(self._arrays["weights"] != 0)])
-        starts = self._arrays["segment_starts"][self._arrays["sample_starts"]]
-        return np.diff(before[starts])[self._indices]
-
-    @cached_property
     def fingerprint(self) -> str:
-        """Hash of the samples and their order."""
+        """Hash of the samples and their order, wherever they came from: their names do not count."""
         if not self._is_subset:
             return self._whole_fingerprint
         return sha256(self._whole_fingerprint.encode() + self._indices.astype(np.int64).tobytes()).hexdigest()
@@ -139,7 +132,8 @@ def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], di
     (folder / IDS).write_text(json.dumps(ids), encoding="utf-8")
     files = _hash_files(folder)
     dtypes = {name: str(dtype) for name, dtype in ARRAYS.items()} | {"weights": str(weight_dtype)}
-    fingerprint = sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    content = {name: digest for name, digest in files.items() if name != IDS}
+    fingerprint = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": files}
     (folder / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,6 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     for index, sample in enumerate(SAMPLES):
         same(read[index], sample)
     assert read.lengths.tolist() == [3, 6, 2] == [sample.length for sample in SAMPLES]
-    assert read.supervised.tolist() == [2, 3, 1]
     assert read.fingerprint == written.fingerprint
     assert isinstance(read[0].segments[0].tokens, np.memmap)
 
@@ -54,7 +55,7 @@ def test_a_subset_is_its_samples(tmp_path: Path) -> None:
     whole = SampleSet.write(tmp_path / "set", SAMPLES)
     part = whole.subset([2, 1])
     same(part[0], SAMPLES[2])
-    assert part.lengths.tolist() == [2, 6] and part.supervised.tolist() == [1, 3]
+    assert part.lengths.tolist() == [2, 6]
     assert part.subset([1])[0].id == "b:2"
     assert len({whole.fingerprint, part.fingerprint, whole.subset([1, 2]).fingerprint}) == 3
     assert part.fingerprint == whole.subset(np.array([2, 1])).fingerprint
@@ -64,6 +65,8 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     one = SampleSet.write(tmp_path / "one", SAMPLES)
     assert one.fingerprint == SampleSet.write(tmp_path / "two", SAMPLES).fingerprint
     assert one.fingerprint != SampleSet.write(tmp_path / "three", SAMPLES[:2]).fingerprint
+    elsewhere = [Sample(f"moved/{sample.id}", sample.segments) for sample in SAMPLES]
+    assert one.fingerprint == SampleSet.write(tmp_path / "four", elsewhere).fingerprint
 
 
 def test_an_empty_set(tmp_path: Path) -> None:
@@ -94,3 +97,16 @@ def test_nothing_appears_before_all_is_written(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(InputError, match="no complete set"):
         SampleSet(tmp_path / "set")
+
+
+def test_the_next_process_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom litrecipe.data.samples import SampleSet\n"
+        "def killed():\n    os.kill(os.getpid(), signal.SIGKILL)\n    yield\n"
+        "SampleSet.write(sys.argv[1], killed())"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "set")])
+        assert len(list(tmp_path.iterdir())) == 1
+    SampleSet.write(tmp_path / "set", SAMPLES)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
