@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,27 +66,37 @@ def check_digest(path: Path, digest: str, expected: str) -> None:
         raise InputError(f"{path}: its sha256 is not {expected[:12]}… as it was written: fetch or save it again")
 
 
-def verify(folder: Path, *, skip_suffix: str = ".safetensors") -> None:
-    """Check what `manifest.json` lists: sizes of all files, digests of those not ending in `skip_suffix`.
+def verify(folder: Path) -> None:
+    """Check what `manifest.json` lists, but for the digests of weights, which are taken while they are read.
 
-    (Weights are digested while they are read.) Does nothing without a manifest. Raises InputError with all mistakes.
+    Does nothing without a manifest. Raises InputError with all mistakes.
     """
+    if not (folder / MANIFEST).is_file():
+        return
+    cure = f"fetch or save it again, or delete {MANIFEST} if you meant to change it"
+    if mistakes := mistakes_of(folder, cure, digest_weights=False):
+        raise InputError(*mistakes)
+
+
+def mistakes_of(folder: Path, cure: str, *, digest_weights: bool = True) -> list[str]:
+    """One line, ending in `cure`, for everything that is not as the folder's `manifest.json` says."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
-        return
+        return [f"{manifest}: missing: {cure}"]
+    try:
+        entries = _entries(manifest)
+    except InputError:
+        return [f"{manifest}: unreadable: {cure}"]
     mistakes = []
-    for name, entry in _entries(manifest).items():
+    for name, entry in entries.items():
         path = folder / name
         if not path.is_file():
-            mistakes.append(f"{path}: missing, though {MANIFEST} lists it: fetch or save it again")
+            mistakes.append(f"{path}: missing: {cure}")
         elif path.stat().st_size != entry["bytes"]:
-            size = path.stat().st_size
-            mistakes.append(f"{path}: {size} bytes, not {entry['bytes']}: the file is torn; fetch or save it again")
-        elif not name.endswith(skip_suffix) and sha256_of(path) != entry["sha256"]:
-            cure = f"fetch or save it again, or delete {MANIFEST} if you meant to change it"
-            mistakes.append(f"{path}: its sha256 is not the one in {MANIFEST}: {cure}")
-    if mistakes:
-        raise InputError(*mistakes)
+            mistakes.append(f"{path}: torn: {path.stat().st_size} bytes, not {entry['bytes']}: {cure}")
+        elif (digest_weights or path.suffix != ".safetensors") and sha256_of(path) != entry["sha256"]:
+            mistakes.append(f"{path}: altered: its sha256 is not the one in {MANIFEST}: {cure}")
+    return mistakes
 
 
 def _entries(manifest: Path) -> dict[str, dict[str, Any]]:
@@ -96,26 +108,92 @@ def _entries(manifest: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """Size and sha256, as the manifest keeps them."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """The last file of a folder: what `describe_file` says of the others, by name."""
+    write_text(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether an error says that the disk, the quota or the size allowed for a file is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A folder to fill, which gets its manifest and its name only when the body is done.
 
     It replaces one that was written here before, never another. Raises InputError when it cannot be written; what was
-    at `target` is then untouched.
+    at `target` is then untouched. Other errors of the body, such as those of reading, stay what they are.
     """
     refuse_foreign(target)
-    draft = target.with_name(target.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workshop = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        draft = workshop / target.name
+        draft.mkdir()  # the user's umask decides who may read it; mkdtemp lets nobody
         yield draft
         _finish(draft)
-        shutil.rmtree(target, ignore_errors=True)
-        draft.replace(target)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{target}: {error}: make room, or name a folder that can be written") from error
+        if isinstance(error, OSError) and not is_disk_full(error):
+            raise
+        raise _unwritable(target, error) from error
+    else:
+        try:
+            replace_folder(draft, target)
+        except OSError as error:
+            raise _unwritable(target, error) from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: Exception) -> InputError:
+    return InputError(f"{target}: {error}: make room, or name a folder that can be written")
+
+
+def replace_folder(draft: Path, target: Path) -> None:
+    """Give a complete folder its name; what had that name is deleted last.
+
+    Raises OSError with the old folder in its place. A kill leaves the old one at `target` or beside it.
+    """
+    sync_folder(draft)
+    if not target.exists():
+        draft.replace(target)
+        sync_folder(target.parent)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    target.replace(aside)
+    try:
+        draft.replace(target)
+    except OSError:
+        aside.replace(target)
+        raise
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def refuse_foreign(target: Path) -> None:
@@ -129,8 +207,5 @@ def _finish(draft: Path) -> None:
     for path in sorted(path for path in draft.rglob("*") if path.is_file()):
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
-        entries[str(path.relative_to(draft))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    with (draft / MANIFEST).open("w", encoding="utf-8") as handle:
-        json.dump({"files": entries}, handle, indent=1)
-        handle.flush()
-        os.fsync(handle.fileno())
+        entries[str(path.relative_to(draft))] = describe_file(path)
+    write_manifest(draft, entries)
