@@ -70,14 +70,18 @@ class RecordedSource:
             self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.samples)))
         return int(self._order[1][place])
 
-    def next_step(self) -> list[Sample]:
-        """The next `global_batch_size` samples (fewer in the last step of the last epoch)."""
-        stop = self.cursor + self.batch
+    def indices_from(self, cursor: int) -> list[int]:
+        """The `global_batch_size` samples (fewer at the end of the last epoch) of the step that begins at a cursor."""
+        stop = cursor + self.batch
         if self.limit is not None:
             stop = min(stop, self.limit)
-        chosen = [self.samples[self.index_at(cursor)] for cursor in range(self.cursor, stop)]
-        self.cursor = max(stop, self.cursor)
-        return chosen
+        return [self.index_at(place) for place in range(cursor, stop)]
+
+    def next_step(self) -> list[Sample]:
+        """The samples of the step that begins at the cursor."""
+        indices = self.indices_from(self.cursor)
+        self.cursor += len(indices)
+        return [self.samples[index] for index in indices]
 
     def total_steps(self, train: Train) -> int:
         """The smallest of the limits `epochs`, `max_steps`, `max_tokens`."""
@@ -99,20 +103,19 @@ class RecordedSource:
             cursor += 1
         return max(1, -(-cursor // self.batch))
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self.cursor / len(self.samples)
-
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, and the size of the set it belongs to."""
-        return {"cursor": self.cursor, "samples": len(self.samples)}
+        """The cursor, and what it depends on."""
+        return {"cursor": self.cursor, "samples": len(self.samples), "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the saved cursor."""
+        """Continue at the saved cursor. Raises InputError when it stands in another order of samples."""
+        cure = "resume with the same, or start a new out_dir"
+        mistakes = []
         if state["samples"] != len(self.samples):
-            raise InputError(
-                f"data.train: {len(self.samples)} samples: the checkpoint was made with {state['samples']}: resume "
-                "with the same data, or start a new out_dir"
-            )
+            was = state["samples"]
+            mistakes.append(f"data.train: {len(self.samples)} samples: the checkpoint was made with {was}: {cure}")
+        if state.get("seed") != self.seed:
+            mistakes.append(f"train.seed: {self.seed}: the checkpoint was made with {state.get('seed')}: {cure}")
+        if mistakes:
+            raise InputError(*mistakes)
         self.cursor = state["cursor"]

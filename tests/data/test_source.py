@@ -68,7 +68,20 @@ def test_max_tokens_stops_at_the_first_step_that_reaches_it():
     assert sum(sizes) >= 70 > sum(sizes[:-1])
 
 
-def test_other_data_is_refused_on_resume():
-    source = RecordedSource(Numbers(5), Train())
-    with pytest.raises(InputError, match=r"data\.train: 5 samples"):
-        source.load_state_dict({"cursor": 3, "samples": 6})
+def test_other_data_or_another_seed_is_refused_on_resume():
+    source = RecordedSource(Numbers(5), Train(seed=1))
+    with pytest.raises(InputError) as error:
+        source.load_state_dict({"cursor": 3, "samples": 6, "seed": 0})
+    data, seed = error.value.mistakes
+    assert data.startswith("data.train: 5 samples: the checkpoint was made with 6")
+    assert seed.startswith("train.seed: 1: the checkpoint was made with 0")
+    assert source.cursor == 0
+
+
+@pytest.mark.parametrize("epochs", [None, 1.3])
+def test_the_samples_of_a_step_are_known_without_taking_it(epochs):
+    train = Train(global_batch_size=4, epochs=epochs, max_steps=5)
+    source = RecordedSource(Numbers(10), train)
+    looked_up = [source.indices_from(4 * step) for step in range(source.total_steps(train))]
+    assert source.cursor == 0
+    assert [[int(sample.id) for sample in source.next_step()] for _ in looked_up] == looked_up
