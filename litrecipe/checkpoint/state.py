@@ -7,19 +7,21 @@ A checkpoint is a folder `step-00000100` with
 - `manifest.json`: size and sha256 of every file, written last.
 
 It is written under another name and renamed once it is complete, so a folder with its final name that fails its
-manifest was damaged later. A sharded tensor is stored as the piece its rank holds; each file's header says where along
-dimension 0 its pieces belong, so any number of ranks can read what any number wrote.
+manifest was damaged later. A folder of any other name, such as a user's copy, is no checkpoint of the run. A sharded
+tensor is stored as the piece its rank holds; each file's header says where along dimension 0 its pieces belong, so any
+number of ranks can read what any number wrote.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from litrecipe.checkpoint.manifest import describe_file, mistakes_of, replace_folder, write_manifest, write_text
 from litrecipe.config.errors import InputError
 
 SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
+NAME = re.compile(r"step-(\d{8,})")
+LEFTOVER = re.compile(rf"{NAME.pattern}\.tmp|\.{NAME.pattern}\..+")
+"""What a kill within a save leaves behind: the draft, or the folder that was to be replaced."""
+CURE = "the checkpoint is damaged; use another"
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives; names sort as the steps do."""
+    """Where the checkpoint of a step lives."""
     return folder / f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step a checkpoint folder is named after, -1 when it is no checkpoint's name."""
+    match = NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
 
 
 @dataclass(frozen=True)
@@ -72,56 +84,51 @@ def save(
     every rank when the disk is full on any; what was there before is untouched.
     """
     draft = target.with_name(target.name + ".tmp")
-    if writer.rank == 0:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    writer.barrier()
-    digests: dict[str, dict[str, Any]] = {}
-    failure: str | None = None
-    try:
+    with _together(writer, target):
+        if writer.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+    files: dict[str, dict[str, Any]] = {}
+    with _together(writer, target):
         if writer.writes_tensors:
             for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
                 path = draft / f"{kind}-{writer.rank:05d}.safetensors"
                 _write_pieces(path, tensors)
-                digests[path.name] = describe_file(path)
-    except (OSError, SafetensorError) as error:
-        failure = str(error)
-    reports = writer.gather((digests, failure, state.get("rank")))
-    failures = [report[1] for report in reports if report[1]]
-    if writer.rank == 0 and not failures:
-        try:
-            for report in reports:
-                digests.update(report[0])
-            whole = {**state, "ranks": [report[2] for report in reports], "checkpoint_schema": SCHEMA_VERSION}
+                files[path.name] = describe_file(path)
+    of_ranks = writer.gather((files, state.get("rank")))
+    with _together(writer, target):
+        if writer.rank == 0:
+            whole = {**state, "ranks": [rank for _, rank in of_ranks], "checkpoint_schema": SCHEMA_VERSION}
             whole.pop("rank", None)
             write_text(draft / "state.json", json.dumps(whole, indent=1))
-            digests["state.json"] = describe_file(draft / "state.json")
-            write_text(draft / MANIFEST, json.dumps({"files": digests}, indent=1))
-            shutil.rmtree(target, ignore_errors=True)
-            draft.replace(target)
-            _sync_folder(target.parent)
-        except OSError as error:
-            failures = [str(error)]
-    failures = writer.gather(failures)[0] or failures
+            files = {name: entry for written, _ in of_ranks for name, entry in written.items()}
+            write_manifest(draft, {**files, "state.json": describe_file(draft / "state.json")})
+            replace_folder(draft, target)
+
+
+@contextmanager
+def _together(writer: Writer, target: Path) -> Iterator[None]:
+    """A stage of a save: it ends when all ranks have done it, and where one rank fails all raise the same error."""
+    failure: str | None = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failure = str(error)
+    failures = [text for text in writer.gather(failure) if text]
     if failures:
         if writer.rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(target.with_name(target.name + ".tmp"), ignore_errors=True)
         raise InputError(_disk_mistake(target, failures[0]))
 
 
 def _disk_mistake(target: Path, failure: str) -> str:
     older = newest_complete(target.parent)
     kept = f"the checkpoint {older.name} is intact" if older else "there is no older checkpoint"
-    free = shutil.disk_usage(target.parent if target.parent.exists() else target.parent.parent).free
+    free = shutil.disk_usage(next(parent for parent in target.parents if parent.is_dir())).free
     return (
         f"out_dir: {target}: could not be saved ({failure}; {free / 1e6:.0f} MB free; {kept}): make room and run again "
         "with --checkpoint.resume auto"
     )
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether an error says that the disk or the quota is used up."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _write_pieces(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -151,12 +158,14 @@ def local_piece(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 class Saved:
-    """A complete checkpoint. Raises InputError naming the file when one is missing, torn or altered."""
+    """A complete checkpoint. Raises InputError naming the file when one is missing, torn or altered.
 
-    def __init__(self, folder: Path) -> None:
+    `verified` says that the files have been held against the manifest already, which reads them all.
+    """
+
+    def __init__(self, folder: Path, *, verified: bool = False) -> None:
         self.folder = folder
-        mistakes = list(verify(folder))
-        if mistakes:
+        if not verified and (mistakes := mistakes_of(folder, CURE)):
             raise InputError(*mistakes)
         self.state: dict[str, Any] = json.loads((folder / "state.json").read_text())
         if self.state["checkpoint_schema"] > SCHEMA_VERSION:
@@ -208,68 +217,29 @@ class Pieces:
         return self.read(name) if piece.dim() == 0 else self.read(name, offset, offset + piece.shape[0])
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """One line for everything that is wrong with a checkpoint's files."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        yield f"{manifest}: missing: the checkpoint is incomplete; use another"
-        return
-    try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        yield f"{manifest}: unreadable: the checkpoint is damaged; use another"
-        return
-    for name, entry in files.items():
-        path = folder / name
-        if not path.exists():
-            yield f"{path}: missing: the checkpoint is damaged; use another"
-        elif path.stat().st_size != entry["bytes"]:
-            yield f"{path}: {path.stat().st_size} bytes, not {entry['bytes']}: the file is torn; use another checkpoint"
-        elif describe_file(path)["sha256"] != entry["sha256"]:
-            yield f"{path}: sha256 differs from {MANIFEST}: the file was altered; use another checkpoint"
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Size and sha256, as the manifest keeps them."""
-    with path.open("rb") as handle:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and wait until it is on the disk."""
-    with path.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def all_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, complete or not."""
-    return sorted((path for path in folder.glob("step-*") if path.suffix != ".tmp"), reverse=True)
+    return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def newest_complete(folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
     """The newest checkpoint whose files are as they were written; damaged ones are named to `warn` and passed over."""
-    for path in all_checkpoints(folder):
-        mistakes = list(verify(path))
+    checkpoints = all_checkpoints(folder)
+    for path, older in zip_longest(checkpoints, checkpoints[1:]):
+        mistakes = mistakes_of(path, CURE)
         if not mistakes:
             return path
         if warn:
-            warn(f"{mistakes[0]}; falling back to the one before")
+            warn(f"{mistakes[0]}; " + (f"falling back to {older.name}" if older else "there is no older one"))
     return None
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints. Call it only after a new one is complete."""
-    for path in all_checkpoints(folder)[max(1, keep) :]:
+def prune(written: Path, keep: int) -> None:
+    """Delete the oldest checkpoints, so that `written` and the `keep` - 1 before it are left, and later ones.
+
+    Call it only once `written` is complete.
+    """
+    older = [path for path in all_checkpoints(written.parent) if step_of(path) < step_of(written)]
+    leftovers = [path for path in written.parent.iterdir() if LEFTOVER.fullmatch(path.name)]
+    for path in older[max(0, keep - 1) :] + leftovers:
         shutil.rmtree(path, ignore_errors=True)
-    for draft in folder.glob("step-*.tmp"):
-        shutil.rmtree(draft, ignore_errors=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from litrecipe.checkpoint import state as training_state
+from litrecipe.checkpoint.manifest import is_disk_full
 from litrecipe.config import progress, schema, stop
 from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
@@ -67,18 +69,16 @@ class StepResult:
 
 def fit(job: Job) -> int:
     """Train, and return the exit code: 0 when done. Raises `Stopped` (85 or 130) after saving when told to stop."""
-    run = Run(job)
     try:
-        with stop.deferred():
+        run = Run(job)
+        with closing(run.teller), stop.deferred():
             return run.train()
     except OSError as error:
-        if not training_state.is_disk_full(error):
+        if not is_disk_full(error):
             raise
         raise InputError(
-            f"out_dir: {run.dir.path}: disk full ({error}): make room and run again with --checkpoint.resume auto"
+            f"out_dir: {job.recipe.out_dir}: disk full ({error}): make room and run again with --checkpoint.resume auto"
         ) from error
-    finally:
-        run.teller.close()
 
 
 class Run:
@@ -88,8 +88,7 @@ class Run:
         self.job, self.fabric, self.recipe = job, job.fabric, job.recipe
         self.train_config = job.recipe.train
         self.dir = RunDir(job.recipe.out_dir)
-        resume = self.dir.find_resume(job.recipe.checkpoint.resume)
-        self.fabric.barrier()
+        resume = self.find_resume()
         self.total_steps = job.source.total_steps(self.train_config)
         self.raw = job.module
         self.module = self.fabric.setup_module(job.module)
@@ -113,6 +112,20 @@ class Run:
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.step} of {self.total_steps}")
 
+    def find_resume(self) -> Path | None:
+        """The checkpoint to continue from; the first rank looks for it, reads it all and tells the others."""
+        found: Path | None = None
+        mistakes: list[str] = []
+        if self.fabric.global_rank == 0:
+            try:
+                found = self.dir.find_resume(self.recipe.checkpoint.resume)
+            except InputError as error:
+                mistakes = error.mistakes
+        found, mistakes = self.fabric.broadcast((found, mistakes))
+        if mistakes:
+            raise InputError(*mistakes)
+        return found
+
     def train(self) -> int:
         """All steps that are left; then the final model."""
         started = time.monotonic()
@@ -130,7 +143,7 @@ class Run:
             rng = hash_rng()
             result = self.train_step(samples)
             self.step += 1
-            self.tokens += sum(sample.length for sample in samples)
+            self.tokens += sum(s.length for s in samples if s.length <= self.train_config.micro_batch_tokens)
             flight = flight_record(self.step, samples, rng, result.loss, result.grad_norm)
             self.teller.tell(self.step, self.tokens, self.lr, result, flight)
             if self.recipe.checkpoint.every and self.step % self.recipe.checkpoint.every == 0:
@@ -160,10 +173,10 @@ class Run:
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
-        self.stop_if_not_finite("loss", total, bad or rows)
+        self.stop_if_not_finite("loss", total, samples, bad)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.stop_if_not_finite("gradient norm", float(norm), rows)
+        self.stop_if_not_finite("gradient norm", float(norm), samples)
         if self.train_config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.train_config.grad_clip, norm)
         self.lr = self.recipe.optim.lr * lr_factor(self.recipe.schedule, self.step, self.total_steps)
@@ -186,11 +199,15 @@ class Run:
         mine = packing.rows[self.fabric.global_rank :: world] or [[]]
         return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
 
-    def stop_if_not_finite(self, what: str, value: float, rows: list[Row]) -> None:
-        """Before the optimizer step: a NaN there would spoil every weight."""
+    def stop_if_not_finite(self, what: str, value: float, samples: list[Sample], bad: list[Row] | None = None) -> None:
+        """Before the optimizer step, where a NaN would spoil every weight. `value` is the same on all ranks.
+
+        The samples of all ranks' `bad` rows are named, or the whole step where no row is known to be bad.
+        """
         if math.isfinite(value):
             return
-        names = ", ".join(name for row in rows for name in row.sample_ids)
+        of_ranks = self.writer.gather([name for row in bad or [] for name in row.sample_ids])
+        names = ", ".join([name for of_rank in of_ranks for name in of_rank] or [sample.id for sample in samples])
         raise InputError(
             f"data.train: {what} is {value} at step {self.step + 1}, before the optimizer step, on the samples "
             f"{names}: look at them, lower optim.lr, or use fabric.precision 32-true; the last checkpoint is good"
@@ -277,23 +294,18 @@ class Run:
         target = training_state.step_folder(self.dir.checkpoints, self.step)
         training_state.save(target, weights, optimizer, state, self.writer)
         if self.fabric.global_rank == 0:
-            training_state.prune(self.dir.checkpoints, self.recipe.checkpoint.keep)
+            training_state.prune(target, self.recipe.checkpoint.keep)
         self.saved_at = self.step
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint, bit for bit when nothing else changed."""
-        saved = training_state.Saved(folder)
-        was = saved.state["identity"]
-        mistakes = [
-            f"checkpoint.resume: {folder}: made with another {name} ({was.get(name)}, now {value}): resume with the "
-            "same, or start a new out_dir"
-            for name, value in self.job.identity.items()
-            if was.get(name) != value
-        ]
+        saved = training_state.Saved(folder, verified=True)
         weights = saved.tensors("weights")
-        if weights.names() != set(self.parameters):
-            odd = sorted(weights.names() ^ set(self.parameters))[:3]
-            mistakes.append(f"checkpoint.resume: {folder}: trains other weights ({', '.join(odd)}, …): use its recipe")
+        mistakes = self.mismatches(folder, saved.state["identity"], weights.shapes)
+        try:
+            self.job.source.load_state_dict(saved.state["source"])
+        except InputError as error:
+            mistakes += error.mistakes
         if mistakes:
             raise InputError(*mistakes)
         with torch.no_grad():
@@ -303,12 +315,26 @@ class Run:
         kinds = (self.optimizer_kind, saved.state["optimizer"])
         load_optimizer_state(self.raw_optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
         self.step, self.tokens, self.skipped = (saved.state[key] for key in ("step", "tokens", "skipped"))
-        self.job.source.load_state_dict(saved.state["source"])
+        if self.dir.owns(folder):
+            self.saved_at = self.step
         if saved.state["world_size"] == self.fabric.world_size:
             restore_rng(saved.state["ranks"][self.fabric.global_rank]["rng"])
-            self.saved_at = self.step
         else:
             progress.warn(f"resuming on {self.fabric.world_size} ranks what {saved.state['world_size']} wrote")
+
+    def mismatches(self, folder: Path, was: dict[str, str], shapes: dict[str, torch.Size]) -> list[str]:
+        """What differs between this job and the checkpoint's: settings by name, then the trained weights' shapes."""
+        where, cure = f"checkpoint.resume: {folder}", "resume with the same, or start a new out_dir"
+        mistakes = [
+            f"{where}: made with another {name} ({was.get(name)}, now {value}): {cure}"
+            for name, value in self.job.identity.items()
+            if was.get(name) != value
+        ]
+        ours = {name: parameter.shape for name, parameter in self.parameters.items()}
+        if odd := sorted(name for name in ours.keys() | shapes.keys() if ours.get(name) != shapes.get(name)):
+            first = f"{odd[0]}: {shapes.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"
+            mistakes.append(f"{where}: trains other weights ({first}; {len(odd)} in all): {cure}")
+        return mistakes
 
     @property
     def optimizer_kind(self) -> str:

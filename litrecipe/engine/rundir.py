@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litrecipe.checkpoint import state
+from litrecipe.checkpoint.manifest import mistakes_of, write_text
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import warn
 
@@ -20,30 +21,67 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
 
+    def check(self, resume: str | None) -> None:
+        """Raise InputError for what can be told without reading a checkpoint, before anything slow is done."""
+        found = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):
+            raise InputError(f"out_dir: {self.path}: {found} is no folder that can be written: name another --out_dir")
+        if resume is None:
+            if self.holds_a_run:
+                raise InputError(
+                    f"out_dir: {self.path}: holds a run already: continue it with --checkpoint.resume auto, or name "
+                    "another --out_dir"
+                )
+        elif resume != "auto":
+            folder = Path(resume)
+            if not (folder / "state.json").is_file():
+                raise InputError(
+                    f"checkpoint.resume: {resume}: no checkpoint: give a folder …/checkpoints/step-…, or `auto`"
+                )
+            if self.holds_a_run and not self.owns(folder):
+                raise InputError(
+                    f"out_dir: {self.path}: holds another run than the one of checkpoint.resume {resume}: name another "
+                    "--out_dir"
+                )
+
     def find_resume(self, resume: str | None) -> Path | None:
-        """The checkpoint to continue from, or None for a fresh start.
+        """The checkpoint to continue from, all of it read and found complete, or None for a fresh start.
 
         `auto` takes the newest complete checkpoint, if there is one. Raises InputError when `resume` names none, and
-        when a fresh start would run over an older run.
+        when the run would go over an older one, or over steps of its own that were saved later.
         """
+        self.check(resume)
+        if resume is None:
+            return None
         if resume == "auto":
-            return state.newest_complete(self.checkpoints, warn)
-        if resume is not None:
-            folder = Path(resume)
-            if not folder.is_dir():
-                raise InputError(f"checkpoint.resume: {resume}: no such folder: give a checkpoint folder or `auto`")
-            return folder
-        if self.checkpoints.exists() or self.final.exists():
-            raise InputError(
-                f"out_dir: {self.path}: holds a run already: continue it with --checkpoint.resume auto, or name "
-                "another --out_dir"
-            )
-        return None
+            found = state.newest_complete(self.checkpoints, warn)
+            if found is None and state.all_checkpoints(self.checkpoints):
+                warn(f"{self.checkpoints}: no complete checkpoint: starting from the first step")
+            return found
+        folder = Path(resume)
+        if mistakes := mistakes_of(folder, state.CURE):
+            raise InputError(*(f"checkpoint.resume: {mistake}" for mistake in mistakes))
+        for path in state.all_checkpoints(self.checkpoints):
+            if state.step_of(path) > state.step_of(folder) and not mistakes_of(path, state.CURE):
+                raise InputError(
+                    f"checkpoint.resume: {resume}: {self.path} holds {path.name}, which is later: name another "
+                    "--out_dir, or continue there with --checkpoint.resume auto"
+                )
+        return folder
+
+    @property
+    def holds_a_run(self) -> bool:
+        """Whether something was trained here."""
+        return self.checkpoints.exists() or self.final.exists()
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run's."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def start(self, recipe_yaml: str, resumed_step: int) -> None:
         """Write the resolved recipe and drop records of steps that will be done again."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        state.write_text(self.path / "recipe.yaml", recipe_yaml)
+        write_text(self.path / "recipe.yaml", recipe_yaml)
         for name in ("metrics.jsonl", "flight.jsonl"):
             _truncate_after(self.path / name, resumed_step)
 
@@ -71,5 +109,5 @@ def _truncate_after(path: Path, step: int) -> None:
         return
     kept = [record for record in read_records(path) if record["step"] <= step]
     draft = path.with_name(path.name + ".tmp")
-    state.write_text(draft, "".join(json.dumps(record) + "\n" for record in kept))
+    write_text(draft, "".join(json.dumps(record) + "\n" for record in kept))
     draft.replace(path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from litrecipe.checkpoint.source import open_model
-from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.config.groups import Adapter, FinetuneRecipe, Quantize
 from litrecipe.config.progress import say
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
+from litrecipe.engine.rundir import RunDir
 from litrecipe.evaluation.run import evaluate, metrics, plan
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.recipes.model import load_to_train, save_trained
@@ -17,6 +20,8 @@ from litrecipe.recipes.model import load_to_train, save_trained
 
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
+    if not dry_run:
+        RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
     if recipe.eval.tasks:
         plan(recipe.eval.tasks)  # tells mistyped tasks now, not at the first evaluation
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
@@ -54,6 +59,14 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
                 "base weights": files.weights_hash(),
                 "tokenizer": tokenizer.fingerprint,
                 "data": data.train.fingerprint,
+                **settings("adapter", files.adapter.settings if files.adapter else recipe.adapter),
+                **settings("quantize", recipe.quantize),
             },
         )
     )
+
+
+def settings(group: str, values: Adapter | Quantize) -> dict[str, str]:
+    """Every key of a group with its value, for people to read; only `method` where that is `none`."""
+    keys = {"method": "none"} if values.method == "none" else asdict(values)
+    return {f"{group}.{key}": str(value) for key, value in keys.items()}

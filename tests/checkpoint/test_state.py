@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from litrecipe.checkpoint import state
+from litrecipe.checkpoint.manifest import MANIFEST
 from litrecipe.config.errors import InputError
 
 
@@ -51,13 +52,51 @@ def test_pieces_of_any_number_of_ranks_are_read_by_any_other(tmp_path):
             assert torch.equal(pieces.read("w", start, stop), whole[start:stop])
 
 
-def test_keeps_the_newest_and_never_counts_a_draft(tmp_path, tensors):
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_keeps_the_newest_and_never_counts_a_draft_or_a_copy(tmp_path, tensors):
+    """Drafts and what a kill left of a replaced folder go; a user's copies stay and count for nothing."""
+    copies = ["step-00000001.keep", "step-00000003 (copy)", "step-00000099.keep.tmp"]
+    for name in (*copies, "step-00000009.tmp", ".step-00000002.x7_"):
+        (tmp_path / name).mkdir()
     for step in (1, 2, 3):
-        save(tmp_path, step, tensors)
-        (tmp_path / "step-00000009.tmp").mkdir(exist_ok=True)
-        state.prune(tmp_path, keep=2)
+        state.prune(save(tmp_path, step, tensors), keep=2)
     assert [path.name for path in state.all_checkpoints(tmp_path)] == ["step-00000003", "step-00000002"]
-    assert not (tmp_path / "step-00000009.tmp").exists()
+    assert names(tmp_path) == sorted([*copies, "step-00000002", "step-00000003"])
+    assert state.newest_complete(tmp_path).name == "step-00000003"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_just_written_stays_though_later_ones_are_there(tmp_path, tensors, keep):
+    for step in (10, 20, 100, 150):
+        save(tmp_path, step, tensors)
+    state.prune(save(tmp_path, 50, tensors), keep)
+    kept = {1: [50, 100, 150], 2: [20, 50, 100, 150]}[keep]
+    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
+
+
+def test_steps_of_nine_digits_are_newer_than_those_of_eight(tmp_path, tensors):
+    newest = save(tmp_path, 100_000_001, tensors)
+    save(tmp_path, 99_999_999, tensors)
+    assert state.newest_complete(tmp_path) == newest
+
+
+def test_a_checkpoint_that_is_written_again_is_replaced(tmp_path, tensors):
+    save(tmp_path, 3, tensors, note="old")
+    torn = tmp_path / "step-00000003" / "state.json"
+    torn.write_text("")
+    saved = state.Saved(save(tmp_path, 3, tensors, note="new"))
+    assert saved.state["note"] == "new"
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_a_damaged_checkpoint_without_an_older_one(tmp_path, tensors):
+    (save(tmp_path, 3, tensors) / "state.json").write_text("")
+    warnings: list[str] = []
+    assert state.newest_complete(tmp_path, warnings.append) is None
+    assert warnings[0].endswith("there is no older one")
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -77,7 +116,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, tensors, seed):
             victim.unlink()
     warnings: list[str] = []
     found = state.newest_complete(tmp_path, warnings.append)
-    if victim.name == state.MANIFEST and found == newest:
+    if victim.name == MANIFEST and found == newest:
         return  # the flipped bit lies in white space or the like: every file still fits
     assert found == older
     assert len(warnings) == 1
