@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from litrecipe.checkpoint.manifest import new_folder
 from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
+from litrecipe.config.errors import InputError
+from litrecipe.config.files import write_json
 from litrecipe.model.architecture import Architecture, to_hf_config
 from litrecipe.model.decoder import Decoder
 
@@ -45,42 +46,68 @@ def save_model(
 
     `chat_template` is a Jinja file that replaces the tokenizer's; `dtype` is what floating-point weights are stored in
     (default: as they are). Sharded parameters are gathered shard by shard, so every rank has to call this; the first
-    one writes. Raises ValueError for a model with adapters or quantised weights, InputError when the disk is full.
+    one writes. Raises ValueError for a model with adapters or quantised weights, and on every rank InputError when the
+    disk is full.
     """
     parameters = dict(model.named_parameters())
     if strange := [n for n, p in parameters.items() if not p.is_floating_point() or ".base_layer." in n]:
         raise ValueError(f"{strange[0]}: merge adapters and dequantise before saving")
     dtype = dtype or parameters["model.embed_tokens.weight"].dtype
     shards = list(_cut(parameters, dtype.itemsize, max_shard_bytes))
-    if not is_writer():
-        for names in shards:
-            gather((name, parameters[name]) for name in names)
-        return
-    with new_folder(folder) as draft:
+    gathered = (gather((name, parameters[name]) for name in names) for names in shards)
+
+    def write(draft: Path) -> None:
         where: dict[str, str] = {}
-        for index, names in enumerate(shards):
+        for index, tensors in enumerate(gathered):
             file = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {n: t.to(dtype) for n, t in gather((name, parameters[name]) for name in names).items()}
-            save_file(tensors, draft / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(names, file)
+            save_file({n: t.to(dtype) for n, t in tensors.items()}, draft / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, file)
         if len(shards) > 1:
             size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
-            _write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-        _write_json(draft / "config.json", to_hf_config(model.architecture, str(dtype).removeprefix("torch.")))
+            write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+        write_json(draft / "config.json", to_hf_config(model.architecture, str(dtype).removeprefix("torch.")))
         copy_tokenizer(tokenizer_dir, draft, chat_template)
         if not (draft / GENERATION).is_file():
-            _write_json(draft / GENERATION, _special_ids(model.architecture))
+            write_json(draft / GENERATION, _special_ids(model.architecture))
+
+    write_folder(folder, write, gathered)
 
 
-def is_writer() -> bool:
-    """Whether this process writes what all of them hold."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+def write_folder(folder: Path, write: Callable[[Path], None], gathered: Iterable[object] = ()) -> None:
+    """Let the first rank fill a new folder; what goes wrong there (InputError, OSError) is raised on every rank.
+
+    `gathered` is what `write` draws from as it goes. Every rank comes to its end, even a first one whose disk is full.
+    """
+    failure: Exception | None = None
+    if _is_writer():
+        try:
+            with new_folder(folder) as draft:
+                write(draft)
+        except (InputError, OSError) as error:
+            failure = error
+    for _ in gathered:
+        pass
+    if torch.distributed.is_initialized():
+        told = [failure]
+        torch.distributed.broadcast_object_list(told, src=0)
+        failure = told[0]
+    if failure:
+        raise failure
 
 
 def gather(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Whole tensors in main memory. A sharded one is put together on every rank: all have to call this."""
+    """Whole tensors in the main memory of the first rank, nothing on the others.
+
+    A sharded tensor is put together on every rank: all have to call this.
+    """
     whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors)
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in whole}
+    keep = _is_writer()
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in whole if keep}
+
+
+def _is_writer() -> bool:
+    """Whether this process writes what all of them hold."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None) -> None:
@@ -108,7 +135,3 @@ def _cut(parameters: dict[str, nn.Parameter], itemsize: int, limit: float) -> It
 def _special_ids(architecture: Architecture) -> dict[str, int | list[int]]:
     config = to_hf_config(architecture)
     return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

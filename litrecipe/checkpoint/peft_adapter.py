@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litrecipe.checkpoint.manifest import new_folder, read_json
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import read_json, write_json
 from litrecipe.config.groups import Adapter
 
 if TYPE_CHECKING:
@@ -106,16 +105,14 @@ def save_adapter(
 
     `adapter` holds the settings it was made with; `base` is where its base model is, a path or `org/name[@revision]`;
     `chat_template` is a Jinja file that replaces the tokenizer's. Every rank has to call this; the first one writes.
-    Raises InputError when the disk is full.
+    Raises InputError on every rank when the disk is full.
     """
     from safetensors.torch import save_file
 
-    from litrecipe.checkpoint.hf import copy_tokenizer, gather, is_writer
+    from litrecipe.checkpoint.hf import copy_tokenizer, gather, write_folder
     from litrecipe.model.adapters import adapter_config, adapter_state
 
     state = gather(adapter_state(model).items())
-    if not is_writer():
-        return
     if Path(base).expanduser().exists():
         name, revision = str(Path(base).expanduser().resolve()), ""
     else:
@@ -123,7 +120,10 @@ def save_adapter(
     config = adapter_config(adapter, name)
     if revision:
         config["revision"] = revision
-    with new_folder(folder) as draft:
-        (draft / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def write(draft: Path) -> None:
+        write_json(draft / ADAPTER_CONFIG, config)
         save_file(state, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         copy_tokenizer(tokenizer_dir, draft, chat_template)
+
+    write_folder(folder, write)

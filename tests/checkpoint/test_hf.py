@@ -158,11 +158,8 @@ def test_adapters_and_quantised_weights_are_not_written_as_a_model(tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_a_sharded_model_is_written_whole(tmp_path: Path, tiny_model: Path, our_logits) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(f"""
-import sys
+TWO_RANKS = """
+import sys, resource
 from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -170,24 +167,63 @@ from litrecipe.checkpoint.hf import save_model
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.source import open_model
+from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
 
-tiny, out = Path({str(tiny_model)!r}), Path({str(tmp_path)!r})
-dist.init_process_group("gloo", init_method="file://" + str(out / "meet"), rank=int(sys.argv[1]), world_size=2)
+rank, tiny, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+dist.init_process_group("gloo", init_method="file://" + str(out / "meet"), rank=rank, world_size=2)
 adapter = Adapter(method="dora", r=2)
-for name in ("full", "adapter"):
-    model = load_model(open_model(str(tiny)), adapter=adapter if name == "adapter" else None)
+
+def sharded(adapter=None):
+    model = load_model(open_model(str(tiny)), adapter=adapter)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    if name == "full":
-        save_model(out / name, model, tiny, max_shard_bytes=40e3)
-    else:
-        save_adapter(out / name, model, adapter, str(tiny), tiny)
-dist.destroy_process_group()
-""")
-    ranks = [subprocess.Popen([sys.executable, script, str(rank)]) for rank in (0, 1)]
-    assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
+    return model
+
+def full():
+    save_model(out / "full", sharded(), tiny, max_shard_bytes=40e3)
+
+def adapted():
+    save_adapter(out / "adapter", sharded(adapter), adapter, str(tiny), tiny)
+"""
+
+
+def on_two_ranks(tmp_path: Path, tiny_model: Path, code: str) -> list[str]:
+    """What each of two processes printed."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO_RANKS + code + "\ndist.destroy_process_group()\n")
+    ranks = [
+        subprocess.Popen([sys.executable, script, str(rank), tiny_model, tmp_path], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    return said
+
+
+@pytest.mark.slow
+def test_a_full_disk_of_the_first_rank_ends_all_ranks(tmp_path: Path, tiny_model: Path) -> None:
+    said = on_two_ranks(
+        tmp_path,
+        tiny_model,
+        """
+if rank == 0:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # as if the disk were full in the first shard
+for save in (full, adapted):
+    try:
+        save()
+    except InputError as error:
+        print(error)
+""",
+    )
+    assert said[0] == said[1] and said[0].count("make room") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meet", "two.py"]
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_written_whole(tmp_path: Path, tiny_model: Path, our_logits) -> None:
+    on_two_ranks(tmp_path, tiny_model, "full()\nadapted()\n")
     whole = our_logits(load_model(open_model(str(tiny_model))))
     assert torch.equal(our_logits(load_model(open_model(str(tmp_path / "full")))), whole)
     torch.testing.assert_close(our_logits(load_model(open_model(str(tmp_path / "adapter")))), whole)

@@ -165,7 +165,7 @@ def test_damaged_adapter_weights_are_named(trained) -> None:
     with pytest.raises(InputError, match=f"{file}: its sha256"):
         load_model(open_model(str(folder)))
     file.write_bytes(whole[:-5])
-    with pytest.raises(InputError, match=f"{file}: {len(whole) - 5} bytes, not {len(whole)}"):
+    with pytest.raises(InputError, match=f"{file}: .*{len(whole) - 5} bytes, not {len(whole)}"):
         open_model(str(folder))
     file.unlink()
     with pytest.raises(InputError, match=f"{file}: missing"):
