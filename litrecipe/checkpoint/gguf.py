@@ -47,6 +47,7 @@ NAMES = {
 }
 """llama.cpp's names of modules → Hugging Face's; those of a block stand behind `blk.N.`."""
 ROPE_FACTORS = "rope_freqs.weight"
+INSTEAD = "use another model, or this one's Hugging Face folder"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What all published Llama 3.x models share; only `factor` differs between them."""
 
@@ -137,9 +138,9 @@ class GgufWeights:
         meta = self.metadata
         family = meta.get("general.architecture")
         if family != "llama":
-            raise InputError(f"{self.path}: general.architecture: {family}: only llama can be read from GGUF")
+            raise InputError(f"{self.path}: general.architecture: {family}: only llama is read: {INSTEAD}")
         if meta.get("llama.expert_count"):
-            raise InputError(f"{self.path}: llama.expert_count: mixtures of experts are not implemented")
+            raise InputError(f"{self.path}: llama.expert_count: no mixtures of experts are read: {INSTEAD}")
         keys = {
             "hidden_size": "llama.embedding_length",
             "intermediate_size": "llama.feed_forward_length",
@@ -152,15 +153,15 @@ class GgufWeights:
         last = f"blk.{meta.get(keys['num_hidden_layers'], 1) - 1}.attn_norm.weight"
         wrong += [key for key in ("token_embd.weight", last) if not wrong and key not in self._table]
         if wrong:
-            raise InputError(*(f"{self.path}: {key}: missing, or not one positive number" for key in wrong))
+            raise InputError(*(f"{self.path}: {key}: missing, or not one positive number: {INSTEAD}" for key in wrong))
         config: dict[str, Any] = {key: meta[own] for key, own in keys.items()}
         heads = config["num_attention_heads"]
         kv_heads = meta.get("llama.attention.head_count_kv", heads)
         if not isinstance(kv_heads, int):
-            raise InputError(f"{self.path}: llama.attention.head_count_kv: layers that differ are not implemented")
+            raise InputError(f"{self.path}: llama.attention.head_count_kv: layers differ: {INSTEAD}")
         head_dim = meta.get("llama.attention.key_length", config["hidden_size"] // heads)
         if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
-            raise InputError(f"{self.path}: llama.rope.dimension_count: turning a part of a head is not implemented")
+            raise InputError(f"{self.path}: llama.rope.dimension_count: only a part of each head turns: {INSTEAD}")
         # The file keeps fp32 numbers: 1e-5 has become 9.999999747378752e-06.
         config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
         theta = float(f"{meta.get('llama.rope.freq_base', 10000.0):.9g}")
@@ -200,13 +201,13 @@ class GgufWeights:
             if divisors.shape != (head_dim // 2,) or not np.allclose(
                 divisors, _llama3_divisors(theta, scaling, head_dim)
             ):
-                raise InputError(f"{self.path}: {ROPE_FACTORS}: not the scaling of Llama 3; no other is implemented")
+                raise InputError(f"{self.path}: {ROPE_FACTORS}: not the scaling of Llama 3: {INSTEAD}")
             return scaling
         if kind == "linear":
             return {"rope_type": "linear", "factor": self.metadata["llama.rope.scaling.factor"]}
         if kind != "none":
             raise InputError(
-                f"{self.path}: llama.rope.scaling.type: {kind}: none, linear and Llama 3's are implemented"
+                f"{self.path}: llama.rope.scaling.type: {kind}: only none, linear and Llama 3's are read: {INSTEAD}"
             )
         return None
 

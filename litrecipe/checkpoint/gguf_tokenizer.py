@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from litrecipe.checkpoint.gguf import GgufWeights
 from litrecipe.checkpoint.manifest import user_cache
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import write_json
 
 FORMAT = 1
 """Raise it when other files come out for the same input, so that older copies are not used."""
@@ -53,9 +53,9 @@ def write_tokenizer(weights: GgufWeights) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent))
     tokenizer.save(str(draft / "tokenizer.json"))
-    _write_json(draft / "tokenizer_config.json", settings)
+    write_json(draft / "tokenizer_config.json", settings)
     ids = {key: weights.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(draft / "generation_config.json", {key: id for key, id in ids.items() if id is not None})
+    write_json(draft / "generation_config.json", {key: id for key, id in ids.items() if id is not None})
     if template := meta.get("tokenizer.chat_template"):
         (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
     try:
@@ -117,7 +117,3 @@ def _settings(meta: dict[str, Any]) -> dict[str, Any]:
         "add_prefix_space": False,
         **special,
     }
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -159,9 +159,7 @@ def _open(source: str) -> ModelFiles:
         )
     if match := HUB_ID.fullmatch(source):
         said = f"model.source: {source}"
-        return _open_folder(
-            fetch(said, match["repo"], match["revision"], allow=HUB_FILES, ignore=NOT_FETCHED), source
-        )
+        return _open_folder(fetch(said, match["repo"], match["revision"], allow=HUB_FILES, ignore=NOT_FETCHED), source)
     close = nearest(path)
     cure = f"did you mean {close}?" if close else f"give {SOURCES}"
     raise InputError(f"model.source: {source}: no such file or folder: {cure}")
