@@ -55,7 +55,7 @@ class Keys:
 
     def add(self, conversation: Conversation) -> None:
         """One more sample."""
-        said = [f"{message['role']}: {message.get('content')}" for message in conversation.messages]
+        said = [f"{m['role']}: {m.get('content')} {m.get('tool_calls', '')}" for m in conversation.messages]
         self.exact.append(_key(said))
         self.loose.append(_key(map(_loosely, said)))
         self.prompts.append(_key(map(_loosely, said[:-1])) if len(said) > 1 else self.loose[-1])
@@ -97,7 +97,7 @@ class SourceCheck:
             self.keys.add(conversation)
 
 
-def check_source(source: str, data: Data, tokenizer: Tokenizer) -> SourceCheck:
+def look_at(source: str, data: Data, tokenizer: Tokenizer) -> SourceCheck:
     """Read, render and tokenise a source and look at all of it. Raises InputError with all wrong rows."""
     found = SourceCheck(Counts(source))
     mistakes = Mistakes()
@@ -132,10 +132,10 @@ def leaks(keys: Sequence[bytes], places: Sequence[str], train_keys: Iterable[byt
 
 def check_tables(data: Data, tokenizer: Tokenizer, seed: int) -> list[Table]:
     """The tables that `litrecipe data check` prints: one a source, and one about leakage when data is held out."""
-    train = check_source(data.train, data, tokenizer)
+    train = look_at(data.train, data, tokenizer)
     tables = [_source_table("data.train", train, data)]
     if data.val:
-        val = check_source(data.val, data, tokenizer)
+        val = look_at(data.val, data, tokenizer)
         tables += [_source_table("data.val", val, data), _leakage_table(train.keys, val.keys)]
     elif data.val_fraction:
         kept, held_out = hold_out(len(train.keys.places), data.val_fraction, seed)

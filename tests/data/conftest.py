@@ -9,6 +9,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from litrecipe.data.tokenizer import Tokenizer
+
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
@@ -93,6 +95,12 @@ CHATML_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_to
 def chatml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer with SmolLM2's kind of template."""
     return save(tmp_path_factory.mktemp("chatml"), byte_level(), CHATML, **CHATML_TOKENS)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(chatml_folder: Path) -> Tokenizer:
+    """The tokenizer of `chatml_folder`."""
+    return Tokenizer.load(chatml_folder)
 
 
 @pytest.fixture(scope="session")

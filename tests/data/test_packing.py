@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.source import open_model
 from litrecipe.data.packing import _spread, pack
-from litrecipe.model.architecture import Architecture
-from litrecipe.model.decoder import Decoder
 from litrecipe.model.row import Sample, Segment, make_row
 
 
@@ -56,41 +58,14 @@ def test_even_sharing_never_breaks_the_budget() -> None:
     assert max(sum(lengths[index] for index in row) for row in rows) <= 100
 
 
-def tiny_model() -> Decoder:
-    architecture = Architecture(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
-        max_positions=64,
-        tie_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
-        bos_id=None,
-        eos_ids=(),
-        pad_id=None,
-        family="llama",
-    )
-    model = Decoder(architecture)
-    model.init_weights(seed=0)
-    for parameter in model.parameters():  # far from the uniform distribution, so that neighbours would be noticed
-        parameter.data *= 5 if parameter.ndim == 2 else 1
-    return model
-
-
-def test_the_loss_of_packed_samples_is_the_loss_of_each_alone() -> None:
-    model, rng = tiny_model(), np.random.default_rng(0)
+def test_the_loss_of_packed_samples_is_the_loss_of_each_alone(varied_model: Path) -> None:
+    """With large weights, far from the uniform distribution, so that neighbours would be noticed."""
+    model, rng = load_model(open_model(str(varied_model))), np.random.default_rng(0)
     samples = []
     for number, length in enumerate([17, 3, 9, 30, 2, 12, 5]):
         weights = (rng.random(length) < 0.6).astype(np.float32)
         weights[0], weights[-1] = 0, 1
-        tokens = rng.integers(0, 50, length).astype(np.int32)
+        tokens = rng.integers(0, 320, length).astype(np.int32)
         samples.append(Sample(str(number), (Segment(tokens, weights),)))
     alone = {sample.id: model(make_row([sample])).logps for sample in samples}
     for budget in (30, 40, 200):

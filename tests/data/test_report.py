@@ -10,7 +10,7 @@ from rich.console import Console
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.data.report import check_source, check_tables, leaks, render_sample, repeats
+from litrecipe.data.report import check_tables, leaks, look_at, render_sample, repeats
 from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 
@@ -22,11 +22,6 @@ def row(asked: str, said: str) -> dict[str, Any]:
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(chatml_folder: Path) -> Tokenizer:
-    return Tokenizer.load(chatml_folder)
 
 
 def test_a_sample_shows_its_tokens_and_what_is_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -43,9 +38,9 @@ def test_a_sample_shows_its_tokens_and_what_is_learnt(tokenizer: Tokenizer, tmp_
 
 def test_repeats_and_leaks_are_found(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [row("Why?", "So."), row("why? ", "so."), row("Why?", "So."), row("How?", "Thus.")]
-    train = check_source(write(tmp_path / "train.jsonl", rows), Data(), tokenizer).keys
+    train = look_at(write(tmp_path / "train.jsonl", rows), Data(), tokenizer).keys
     val = [row("Why?", "So."), row("WHY?", "so.\n"), row("Why?", "Never."), row("Who?", "Me.")]
-    held_out = check_source(write(tmp_path / "val.jsonl", val), Data(), tokenizer).keys
+    held_out = look_at(write(tmp_path / "val.jsonl", val), Data(), tokenizer).keys
 
     def lines(trouble: Any) -> list[str]:
         return [where.rpartition(":")[2] for where in trouble.first]
@@ -57,13 +52,26 @@ def test_repeats_and_leaks_are_found(tokenizer: Tokenizer, tmp_path: Path) -> No
     assert lines(leaks(held_out.prompts, held_out.places, train.prompts)) == ["1", "2", "3"]
 
 
+def test_turns_that_differ_in_their_calls_are_no_repeats(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    template = tmp_path / "calls.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{{ m.tool_calls }}<|im_end|>{% endfor %}")
+    calling = Tokenizer(tokenizer.backend, special_tokens={}, chat_template=template.read_text())
+    rows = [
+        {"messages": [{"role": "user", "content": "Go."}, {"role": "assistant", "tool_calls": [{"name": name}]}]}
+        for name in ("left", "right", "left")
+    ]
+    keys = look_at(write(tmp_path / "x.jsonl", rows), Data(), calling).keys
+    for column in (keys.exact, keys.loose):
+        assert repeats(column, keys.places).first == [f"{tmp_path}/x.jsonl:3"]
+
+
 def test_template_trouble_is_found(chatml_folder: Path, tmp_path: Path) -> None:
     template = tmp_path / "bad.jinja"
     template.write_text("{{ bos_token }}{{ bos_token }}{% for m in messages %}{{ m.content }}\n{% endfor %}")
     source = write(tmp_path / "x.jsonl", [row("a", "b")])
-    found = check_source(source, Data(), Tokenizer.load(chatml_folder, str(template)))
+    found = look_at(source, Data(), Tokenizer.load(chatml_folder, str(template)))
     assert found.endless.count == 1 and found.double_bos.count == 1
-    found = check_source(source, Data(), Tokenizer.load(chatml_folder))
+    found = look_at(source, Data(), Tokenizer.load(chatml_folder))
     assert found.endless.count == 0 and found.double_bos.count == 0
 
 
@@ -75,13 +83,13 @@ def test_one_endless_turn_among_several_is_found(chatml_folder: Path, tmp_path: 
     messages = [*row("a", "b")["messages"], *row("c", "d")["messages"]]
     source = write(tmp_path / "x.jsonl", [{"messages": messages}])
     with pytest.raises(InputError, match=r"message 2 \(assistant\)"):
-        check_source(source, Data(), Tokenizer.load(chatml_folder, str(template)))
+        look_at(source, Data(), Tokenizer.load(chatml_folder, str(template)))
     template.write_text(
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "{% if loop.last %}{{ eos_token }}{% endif %}{% endgeneration %}"
         "{% else %}{{ m.content }}{% endif %}{% endfor %}"
     )
-    assert check_source(source, Data(), Tokenizer.load(chatml_folder, str(template))).endless.count == 1
+    assert look_at(source, Data(), Tokenizer.load(chatml_folder, str(template))).endless.count == 1
 
 
 def printed(tables: list[Any]) -> str:
@@ -94,7 +102,7 @@ def printed(tables: list[Any]) -> str:
 def test_tables_tell_lengths_and_shares(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [row(f"{n}", "b" * n) for n in range(1, 10)] + [row("x", "y " * 200), row("x", "")]
     data = Data(train=write(tmp_path / "train.jsonl", rows), max_length=100)
-    train = check_source(data.train, data, tokenizer)
+    train = look_at(data.train, data, tokenizer)
     assert len(train.lengths) == 10 and max(train.lengths) > 100
     told = printed(check_tables(data, tokenizer, seed=0))
     assert "data.train" in told and "9.1 %: 1 (train.jsonl:10)" in told and "9.1 %: 1 (train.jsonl:11)" in told

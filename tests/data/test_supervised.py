@@ -27,11 +27,6 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(chatml_folder: Path) -> Tokenizer:
-    return Tokenizer.load(chatml_folder)
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> str:
     return write(tmp_path / "train.jsonl", [row(f"What is {n}?", f"{n} is {n} 🤗") for n in range(20)])
