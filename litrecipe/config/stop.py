@@ -7,8 +7,9 @@ holds the state looks at `requested()` between two pieces of work, saves, and ra
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -17,7 +18,8 @@ INTERRUPTED = 130
 
 _received: int | None = None
 _deferred = 0
-_interruptible = False
+_asked: Callable[[], int | None] | None = None
+"""How `poll()` learns of a signal while signals are deferred; None where it must not."""
 
 
 class Stopped(SystemExit):
@@ -29,9 +31,20 @@ class Stopped(SystemExit):
 
 
 def install() -> None:
-    """Take over SIGTERM, SIGUSR1 and SIGINT. Call this before the first slow import."""
+    """Take over SIGTERM, SIGUSR1 and SIGINT. Call this before the first slow import.
+
+    Forked children do not inherit this: a `multiprocessing.Pool` ends its workers by SIGTERM, and a worker that only
+    noted the signal would never end.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _on_signal)
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def _leave_to_parent() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> None:
@@ -49,8 +62,11 @@ def requested() -> int | None:
 
 def poll() -> None:
     """Stop here if asked to. For loops that hold no state worth saving."""
-    if _received is not None and (_interruptible or not _deferred):
-        raise Stopped(_received)
+    if _deferred and _asked is None:
+        return
+    number = (_asked or requested)()
+    if number is not None:
+        raise Stopped(number)
 
 
 @contextmanager
@@ -65,11 +81,15 @@ def deferred() -> Iterator[None]:
 
 
 @contextmanager
-def interruptible(allowed: bool = True) -> Iterator[None]:
-    """Within `deferred()`: a stretch of work (an evaluation) that `poll()` may cut short, because it can be redone."""
-    global _interruptible
-    before, _interruptible = _interruptible, allowed
+def interruptible(asked: Callable[[], int | None] = requested) -> Iterator[None]:
+    """Within `deferred()`: a stretch of work (an evaluation) that `poll()` may cut short, because it can be redone.
+
+    Ranks that work in lockstep, and so poll equally often, give as `asked` what they agree on: then all stop at the
+    same place.
+    """
+    global _asked
+    before, _asked = _asked, asked
     try:
         yield
     finally:
-        _interruptible = before
+        _asked = before

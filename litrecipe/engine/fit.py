@@ -221,8 +221,13 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> int | None:
-        """Loss on the held-out data, then the tasks; returns the signal that cut it short, if one did."""
+        """Loss on the held-out data, then the tasks; returns the signal that cut it short, if one did.
+
+        Random numbers go on as if there had been no evaluation (lm-eval seeds the generators), so that a resumed run
+        which need not repeat it draws the same.
+        """
         metrics: dict[str, float] = {}
+        rng = capture_rng()
         self.raw.eval()
         try:
             if self.job.val is not None:
@@ -239,14 +244,14 @@ class Run:
                 means = quotients(ranks.sums(self.fabric, metric_sums(losses)))
                 metrics |= {f"eval_{name}": value for name, value in means.items()}
             if self.job.evaluate_tasks is not None:
-                # Sharded ranks sample together, so none may leave on its own.
-                alone = self.recipe.fabric.strategy != "fsdp"
-                with stop.interruptible(alone):
+                # All ranks score the same requests, in lockstep, so none may leave on its own.
+                with stop.interruptible(lambda: ranks.stop_requested(self.fabric)):
                     metrics |= {f"eval_{name}": value for name, value in self.job.evaluate_tasks().items()}
         except stop.Stopped as stopped:
             return stopped.signal_number
         finally:
             self.raw.train()
+            restore_rng(rng)
         if metrics:
             self.teller.tell_evaluation(self.step, metrics)
         self.evaluated_at = self.step
@@ -330,9 +335,10 @@ class Run:
             for name, value in self.job.identity.items()
             if was.get(name) != value
         ]
-        ours = {name: parameter.shape for name, parameter in self.parameters.items()}
-        if odd := sorted(name for name in ours.keys() | shapes.keys() if ours.get(name) != shapes.get(name)):
-            first = f"{odd[0]}: {shapes.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"
+        ours = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
+        theirs = {name: list(shape) for name, shape in shapes.items()}
+        if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+            first = f"{odd[0]}: {theirs.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"
             mistakes.append(f"{where}: trains other weights ({first}; {len(odd)} in all): {cure}")
         return mistakes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 import sys
 import time
@@ -117,11 +118,13 @@ def evaluate(
     results |= {"date": time.time(), **_describe(model, tokenizer)}
     was_training = model.training
     model.eval()
-    if wanted.lm_eval:
-        _merge(results, _run_lm_eval(model, tokenizer, wanted, settings, num_fewshot, log_samples))
-    for task in wanted.builtin:
-        _merge(results, _as_results(task, task.run(model, tokenizer, settings)))
-    model.train(was_training)
+    try:
+        if wanted.lm_eval:
+            _merge(results, _run_lm_eval(model, tokenizer, wanted, settings, num_fewshot, log_samples))
+        for task in wanted.builtin:
+            _merge(results, _as_results(task, task.run(model, tokenizer, settings)))
+    finally:
+        model.train(was_training)
     if not log_samples:
         del results["samples"]
     return results
@@ -139,6 +142,7 @@ def _run_lm_eval(
 
     from litrecipe.evaluation.lm_eval_model import LitrecipeLM
 
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # bootstrap here, not in forks of a process that has threads
     lm = LitrecipeLM(
         model,
         tokenizer,

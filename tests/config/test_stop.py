@@ -1,0 +1,59 @@
+"""Signals and what becomes of them, each case in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+POOL = """
+import multiprocessing as mp
+from litrecipe.config import stop
+stop.install()
+with stop.deferred():
+    for _ in range(12):
+        with mp.get_context("fork").Pool(2) as pool:
+            assert list(pool.imap(abs, [-1])) == [1]
+"""
+POLL = """
+import signal
+from litrecipe.config import stop
+stop.install()
+asked = []
+def agreed():
+    asked.append(1)
+    return signal.SIGUSR1 if len(asked) == 2 else None
+with stop.deferred():
+    signal.raise_signal(signal.SIGINT)
+    stop.poll()
+    with stop.interruptible(agreed):
+        stop.poll()
+        print("not yet agreed", flush=True)
+        stop.poll()
+    print("never")
+"""
+
+
+def run(program: str) -> tuple[int, str]:
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        out, _ = process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail("hangs")
+    return process.returncode, out
+
+
+def test_a_pool_ends_while_signals_are_deferred() -> None:
+    assert run(POOL) == (0, "")
+
+
+def test_ranks_stop_where_they_agree_to() -> None:
+    assert run(POLL) == (85, "not yet agreed\n")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 85), ("SIGUSR1", 85), ("SIGINT", 130)])
+def test_with_nothing_to_save_a_signal_ends_the_program(name, code) -> None:
+    program = f"import signal; from litrecipe.config import stop; stop.install(); signal.raise_signal(signal.{name})"
+    assert run(program) == (code, "")
