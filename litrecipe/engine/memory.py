@@ -26,6 +26,7 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd"
 """Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
+LAYERS = "model.layers."
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,13 @@ class MemoryTable:
     weights: int
     gradients: int
     optimizer: int
+    exchange: int
+    """What ranks hold to work together: FSDP's gathered layers and their whole gradients, DDP's buckets."""
     activations: int
     scratch: int
-    """Blocks of logits and the gradients of one block's activations."""
+    """Blocks of logits, the head's gradient before it is added, the gradients of one block's activations."""
+    held: int
+    """Gradients of a step's earlier rows, which lie beside the activations of the next."""
     parameters: int
     trained: int
 
@@ -45,23 +50,72 @@ class MemoryTable:
     def peak(self) -> int:
         """The most that is held at once.
 
-        Gradients grow while activations are freed, so the backward pass holds the larger of the two, not both.
+        In a step of one row gradients grow while activations are freed, so it holds the larger of the two, not both.
         """
-        return self.weights + self.optimizer + max(self.activations + self.scratch, self.gradients)
+        backward = max(self.held + self.activations, self.gradients)
+        return self.weights + self.optimizer + self.exchange + self.scratch + backward
 
 
-def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world_size: int = 1) -> MemoryTable:
-    """The table for a recipe whose largest row is `row`."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def estimate(
+    recipe: FinetuneRecipe,
+    architecture: Architecture,
+    row: Row,
+    *,
+    rows: int = 1,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> MemoryTable:
+    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step."""
+    model = meta_model(recipe, architecture)
+    sizes = {name: stored_bytes(name, p, recipe) for name, p in model.named_parameters()}
+    learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
+    weights, gradients = sum(sizes.values()), sum(learnt.values())
+    held = gradients if rows > 1 else 0
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    optimizer = int(trained * OPTIMIZER_BYTES[recipe.optim.name])
+    strategy, exchange = recipe.fabric.strategy, 0
+    if strategy == "fsdp":
+        # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
+        exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
+        # Gradients are only reduced with the last row: until then each rank holds them whole.
+        weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
+    elif strategy == "ddp" or world_size > 1:
+        exchange = gradients
+    predictions = len(row.target)
+    block = 4 * predictions * min(block_size(predictions, device), architecture.vocab_size)
+    widest = max(architecture.intermediate_size, architecture.hidden_size)
+    head = model.lm_head.weight
+    head_gradient = head.numel() * head.element_size() if head.requires_grad else 0
+    return MemoryTable(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        exchange=exchange,
+        activations=saved_bytes(model, recipe, row),
+        scratch=2 * block + head_gradient + 6 * len(row.tokens) * widest * 4,
+        held=held,
+        parameters=parameters,
+        trained=trained,
+    )
 
-    dtype = torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
+
+def meta_model(recipe: FinetuneRecipe, architecture: Architecture) -> Decoder:
+    """The recipe's model without memory; a quantised base is a plain one here."""
     with torch.device("meta"):
-        model = Decoder(architecture).to(dtype)
+        model = Decoder(architecture).to(torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32)
     if recipe.adapter.method != "none":
         add_adapter(model, recipe.adapter)
+    model.activation_checkpointing = recipe.fabric.activation_checkpointing
+    return model
+
+
+def saved_bytes(model: Decoder, recipe: FinetuneRecipe, row: Row) -> int:
+    """What autograd keeps of one forward pass. The model's parameters become fake ones."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     with FakeTensorMode(allow_non_fake_inputs=True):
         fill_with_fakes(model)
-        model.activation_checkpointing = recipe.fabric.activation_checkpointing
         saved = SavedBytes(model.parameters())
         tensors = {field.name: getattr(row, field.name) for field in fields(row)}
         tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if isinstance(t, Tensor)}
@@ -69,29 +123,20 @@ def estimate(recipe: FinetuneRecipe, architecture: Architecture, row: Row, world
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.fabric.precision == "bf16-mixed")
         with saved, autocast:
             CausalLM()(model(fake), fake)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        parameters = sum(p.numel() for p in trained + frozen)
-    linear = sum(p.numel() for p in frozen if p.dim() == 2 and p.shape[0] != architecture.vocab_size)
-    weights = sum(p.numel() * p.element_size() for p in trained + frozen)
-    if recipe.quantize.method != "none":
-        quantised = NF4_BYTES if recipe.quantize.method == "nf4" else 1.0
-        weights = int(weights - linear * dtype.itemsize + linear * quantised)
-    count = sum(p.numel() for p in trained)
-    share = world_size if recipe.fabric.strategy == "fsdp" else 1
-    widest = max(architecture.intermediate_size, architecture.hidden_size)
-    predictions = len(row.target)
-    block = 4 * predictions * min(block_size(predictions, "cpu"), architecture.vocab_size)
-    scratch = 2 * block + 6 * len(row.tokens) * widest * 4
-    return MemoryTable(
-        weights=weights // share,
-        gradients=sum(p.numel() * p.element_size() for p in trained) // share,
-        optimizer=int(count * OPTIMIZER_BYTES[recipe.optim.name]) // share,
-        activations=saved.total,
-        scratch=scratch,
-        parameters=parameters,
-        trained=count,
-    )
+    return saved.total
+
+
+def stored_bytes(name: str, parameter: nn.Parameter, recipe: FinetuneRecipe) -> int:
+    """A parameter as it lies in memory: frozen matrices of the layers may be quantised."""
+    is_linear = name.startswith(LAYERS) and parameter.ndim == 2 and not parameter.requires_grad
+    quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[recipe.quantize.method]
+    return int(parameter.numel() * (quantised if is_linear else parameter.element_size()))
+
+
+def gathered(sizes: dict[str, int], architecture: Architecture, blocks: int) -> int:
+    """Bytes of everything outside the layers, and of some layers."""
+    layers = sum(size for name, size in sizes.items() if name.startswith(LAYERS))
+    return int(sum(sizes.values()) - layers + blocks * layers / architecture.num_layers)
 
 
 def fill_with_fakes(model: nn.Module) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 from rich.console import Console
 from rich.table import Table
 
@@ -13,9 +16,11 @@ from litrecipe.data.report import render_sample
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import accelerator_of, world_size
 from litrecipe.engine.memory import MemoryTable, estimate
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.row import Row, make_row
+from litrecipe.recipes.model import adapter_of
 
 STEPS_LOOKED_AT = 200
 """How many steps are packed to find the largest row."""
@@ -24,19 +29,26 @@ STEPS_LOOKED_AT = 200
 def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int:
     """Print it all; nothing is trained and the run directory is not touched."""
     console = Console()
+    world = world_size(recipe.fabric)
     console.print("[bold]recipe[/bold]")
     console.print(schema.dump(recipe), highlight=False, markup=False)
     data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed)
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
-    world = ranks(recipe)
-    row, tokens_a_step = largest_row(recipe, source, steps, world)
-    table = estimate(recipe, files.architecture, row, world)
-    console.print(parameter_and_memory_table(recipe, table, row, world))
+    load = heaviest(recipe, source, steps, world)
+    table = estimate(
+        replace(recipe, adapter=adapter_of(recipe, files) or recipe.adapter),
+        files.architecture,
+        load.row,
+        rows=load.rows,
+        world_size=world,
+        device=accelerator_of(recipe.fabric),
+    )
+    console.print(parameter_and_memory_table(recipe, table, load, world))
     final = recipe.optim.lr * lr_factor(recipe.schedule, steps - 1, steps)
     console.print(
-        f"[bold]steps[/bold] {steps} of {recipe.train.global_batch_size} samples, about {tokens_a_step:.0f} tokens a "
-        f"step, {steps * tokens_a_step:.0f} in all; learning rate {recipe.optim.lr:g} at its peak, {final:g} in the "
+        f"[bold]steps[/bold] {steps} of {recipe.train.global_batch_size} samples, about {load.tokens:.0f} tokens a "
+        f"step, {steps * load.tokens:.0f} in all; learning rate {recipe.optim.lr:g} at its peak, {final:g} in the "
         "last step"
     )
     console.print(f"[bold]data[/bold] {data.report}", highlight=False)
@@ -45,31 +57,36 @@ def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int
     return 0
 
 
-def ranks(recipe: FinetuneRecipe) -> int:
-    """Processes the recipe will run on, as far as it can be known here."""
-    devices = recipe.fabric.devices if isinstance(recipe.fabric.devices, int) else 1
-    return devices * recipe.fabric.num_nodes
+class Load(NamedTuple):
+    """What the steps ask of a rank."""
+
+    row: Row
+    """The one with most tokens."""
+    rows: int
+    """The most that a rank takes in one step."""
+    tokens: float
+    """Mean of a step, over all ranks."""
 
 
-def largest_row(recipe: FinetuneRecipe, source: RecordedSource, steps: int, world: int) -> tuple[Row, float]:
-    """The row with most tokens among the first steps, and the mean tokens of a step."""
+def heaviest(recipe: FinetuneRecipe, source: RecordedSource, steps: int, world: int) -> Load:
+    """Look at the first steps, as they will be packed."""
     largest: list[int] = []
-    most = tokens = 0
+    most = rows = tokens = 0
     looked_at = min(steps, STEPS_LOOKED_AT)
     for step in range(looked_at):
-        start = step * source.batch
-        stop = start + source.batch if source.limit is None else min(start + source.batch, source.limit)
-        indices = [source.index_at(cursor) for cursor in range(start, stop)]
+        indices = source.indices_from(step * source.batch)
         lengths = [int(source.samples.lengths[i]) for i in indices]
-        tokens += sum(lengths)
-        for places in pack(lengths, recipe.train.micro_batch_tokens, multiple_of=world).rows:
+        packing = pack(lengths, recipe.train.micro_batch_tokens, multiple_of=world)
+        rows = max(rows, len(packing.rows) // world)
+        for places in packing.rows:
             size = sum(lengths[place] for place in places)
+            tokens += size
             if size > most:
                 most, largest = size, [indices[place] for place in places]
-    return make_row([source.samples[i] for i in largest]), tokens / looked_at
+    return Load(make_row([source.samples[i] for i in largest]), rows, tokens / looked_at)
 
 
-def parameter_and_memory_table(recipe: FinetuneRecipe, table: MemoryTable, row: Row, world: int) -> Table:
+def parameter_and_memory_table(recipe: FinetuneRecipe, table: MemoryTable, load: Load, world: int) -> Table:
     """Counts and bytes, one line each."""
     out = Table(title=f"memory of one rank ({world} in all), at its peak", box=None, title_justify="left")
     out.add_column("")
@@ -80,11 +97,19 @@ def parameter_and_memory_table(recipe: FinetuneRecipe, table: MemoryTable, row: 
         "weights": f"{table.parameters:,} parameters",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
-        "activations": f"largest row: {len(row.tokens)} tokens, {len(row.target)} of them predicted",
-        "scratch": "logits of one chunk, one block's gradients",
-        "peak": "above what the imports take; gradients and activations share their room",
+        "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
+        "activations": f"largest row: {len(load.row.tokens)} tokens, {len(load.row.target)} of them predicted",
+        "scratch": "logits of one block, gradients on their way",
+        "peak": "above what the imports take; " + beside(load.rows),
     }
     for name, note in notes.items():
         out.add_row(name, f"{getattr(table, name) / 1e9:.3f}", note, style="bold" if name == "peak" else "")
     out.add_row("KV cache", "0.000", "not used in training")
     return out
+
+
+def beside(rows: int) -> str:
+    """How gradients and activations share their room."""
+    if rows == 1:
+        return "gradients and activations share their room: a step is one row"
+    return f"gradients lie beside the activations: a step is up to {rows} rows"

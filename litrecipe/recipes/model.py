@@ -105,7 +105,7 @@ def load_to_train(files: ModelFiles, recipe: FinetuneRecipe) -> Decoder:
 
 def save_trained(folder: Path, model: Decoder, files: ModelFiles, recipe: FinetuneRecipe) -> None:
     """Write what a recipe trained: an adapter folder, or a whole model. Every rank has to call this."""
-    adapter = _adapter(recipe, files)
+    adapter = adapter_of(recipe, files)
     template = recipe.model.chat_template
     if adapter is None:
         save_model(folder, model, files.tokenizer_dir, chat_template=template)
@@ -113,7 +113,7 @@ def save_trained(folder: Path, model: Decoder, files: ModelFiles, recipe: Finetu
         save_adapter(folder, model, adapter, files.base, files.tokenizer_dir, chat_template=template)
 
 
-def _adapter(recipe: FinetuneRecipe, files: ModelFiles) -> Adapter | None:
+def adapter_of(recipe: FinetuneRecipe, files: ModelFiles) -> Adapter | None:
     """The adapter's settings: the recipe's, or those of the adapter that is trained further."""
     if recipe.adapter.method != "none":
         return recipe.adapter

@@ -1,0 +1,90 @@
+"""The memory table: what each choice of a recipe adds to it or takes away."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from litrecipe.config import schema
+from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.engine.memory import NF4_BYTES, estimate
+from litrecipe.model.architecture import read_architecture
+from litrecipe.model.row import Sample, Segment, make_row
+
+
+def sample(tokens: int) -> Sample:
+    weights = np.ones(tokens, dtype=np.float32)
+    weights[0] = 0
+    return Sample("x", (Segment(np.arange(tokens) % 300, weights),))
+
+
+@pytest.fixture
+def table(tiny_model: Path):
+    architecture = read_architecture(json.loads((tiny_model / "config.json").read_text()))
+    architecture = replace(architecture, num_layers=4)
+
+    def make(
+        tokens: int = 100, rows: int = 1, world_size: int = 1, vocabulary: int = 320, device: str = "cpu", **flags: Any
+    ):
+        given = {"model.source": "m", "data.train": "d"} | {key.replace("__", "."): v for key, v in flags.items()}
+        recipe = schema.load(FinetuneRecipe, [], [(key, str(value)) for key, value in given.items()])
+        row = make_row([sample(tokens)])
+        return estimate(
+            recipe, replace(architecture, vocab_size=vocabulary), row, rows=rows, world_size=world_size, device=device
+        )
+
+    return make
+
+
+def test_full_fine_tuning_takes_16_bytes_a_weight_and_its_activations(table) -> None:
+    full = table()
+    assert full.trained == full.parameters
+    assert full.weights == full.gradients == 4 * full.parameters
+    assert full.optimizer == 8 * full.parameters
+    assert full.exchange == 0
+    assert table(tokens=200).activations == pytest.approx(2 * full.activations, rel=0.1)
+
+
+def test_from_the_second_row_on_gradients_lie_beside_the_activations(table) -> None:
+    one, several = table(), table(rows=3)
+    both = several.activations + several.gradients
+    assert several.peak == several.weights + several.optimizer + several.scratch + both
+    assert one.peak == several.peak - min(several.activations, several.gradients)
+
+
+def test_adapters_and_quantised_bases_take_less(table) -> None:
+    full, lora = table(), table(adapter__method="lora")
+    nf4 = table(adapter__method="lora", quantize__method="nf4")
+    int8 = table(adapter__method="lora", quantize__method="int8")
+    assert lora.trained < lora.parameters - full.parameters + 1
+    assert lora.gradients == 4 * lora.trained
+    linears = 4 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96)
+    assert lora.weights - nf4.weights == pytest.approx((4 - NF4_BYTES) * linears, abs=100)
+    assert lora.weights - int8.weights == 3 * linears
+    assert lora.scratch < full.scratch  # no gradient of the head
+    assert table(fabric__activation_checkpointing="true").activations < full.activations / 3
+    assert table(optim__name="adamw8bit").optimizer < full.optimizer / 3
+
+
+def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(table) -> None:
+    full = table()
+    sharded = table(rows=2, world_size=4, fabric__strategy="fsdp", fabric__devices=4)
+    assert sharded.weights == full.weights // 4
+    assert sharded.optimizer == full.optimizer // 4
+    embedding, layer = 320 * 48, 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96 + 2 * 48
+    assert full.parameters == embedding + 4 * layer + 48
+    root = embedding + 48
+    assert sharded.exchange == 4 * (root + 2 * layer) + 4 * (root + layer)
+    assert sharded.held == full.gradients  # whole, until the last row reduces them
+    copied = table(world_size=4, fabric__devices=4)
+    assert (copied.weights, copied.exchange) == (full.weights, full.gradients)
+
+
+def test_a_gpu_takes_larger_blocks_of_logits(table) -> None:
+    cpu, gpu = (table(tokens=401, vocabulary=50_000, device=device) for device in ("cpu", "cuda"))
+    assert gpu.scratch - cpu.scratch == 2 * 4 * 400 * (50_000 - 2**20 // 400)
