@@ -1,0 +1,79 @@
+"""`litrecipe runs`: what it lists, and where two runs part."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from litrecipe.config import schema
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.engine.rundir import read_records
+from litrecipe.recipes import finetune, runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A folder with three runs: `a` and `b` are alike, `seed` is not."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("a", 0), ("b", 0), ("seed", 1)):
+        flags = {
+            "model.source": tiny_model,
+            "data.train": "toy:units?n=24&seed=0",
+            "data.cache_dir": folder / "cache",
+            "fabric.accelerator": "cpu",
+            "train.max_steps": 3,
+            "train.seed": seed,
+            "log.loggers": "[]",
+            "out_dir": folder / name,
+        }
+        finetune.main(schema.load(FinetuneRecipe, [], [(key, str(value)) for key, value in flags.items()]))
+    return folder
+
+
+def test_equal_runs_agree(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.diff(str(trained / "a"), str(trained / "b")) == 0
+    assert "agree in every step" in capsys.readouterr().out
+
+
+def test_the_first_difference_is_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.diff(str(trained / "a"), str(trained / "seed")) == 1
+    assert "step 1: samples differs" in capsys.readouterr().out
+
+
+def test_a_shorter_run_is_said(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(trained / "a", short)
+    flight = short / "flight.jsonl"
+    flight.write_text("".join(flight.read_text().splitlines(keepends=True)[:2]))
+    assert runs.diff(str(trained / "a"), str(short)) == 1
+    assert f"step 3: only in {trained / 'a'}" in capsys.readouterr().out
+
+
+def test_a_difference_within_the_tolerance_is_none(trained: Path, tmp_path: Path) -> None:
+    near = tmp_path / "near"
+    near.mkdir()
+    records = read_records(trained / "a" / "flight.jsonl")
+    records[1]["loss"] = (float.fromhex(records[1]["loss"]) * (1 + 1e-6)).hex()
+    (near / "flight.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert runs.diff(str(trained / "a"), str(near)) == 1
+    assert runs.diff(str(trained / "a"), str(near), tolerance=1e-5) == 0
+
+
+def test_ls_tells_step_and_final_of_each(
+    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert runs.ls(str(trained)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    loss = [r for r in read_records(trained / "a" / "metrics.jsonl") if "loss" in r][-1]["loss"]
+    assert f"{loss:.4f}" in lines[1] and "yes" in lines[1]
+
+
+def test_a_folder_without_runs_is_wrong_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no runs below"):
+        runs.ls(str(tmp_path))
