@@ -3,7 +3,7 @@
     python trl_sft.py MODEL_FOLDER ROWS.jsonl OUT.json [--micro 8] [--checkpointing]
 
 The rows are taken in the order of the file, 8 a step, with the labels as they stand, `--micro` of them in one padded
-batch. TRL recomputes activations by default; here it does so only on request, because without it is faster.
+batch, and with `--checkpointing` it recomputes activations, as it does by default.
 """
 
 from __future__ import annotations
