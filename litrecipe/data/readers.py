@@ -7,16 +7,20 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator
-from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import cache
-from hashlib import sha256
-from pathlib import Path
+from glob import escape
+from hashlib import file_digest, sha256
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl
 
+from litrecipe.checkpoint.hub import fetch
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import nearest
+from litrecipe.config.progress import say
 from litrecipe.data.toy import ToySource, toy_rows
 
 Located = tuple[dict[str, Any], str]
@@ -24,7 +28,11 @@ Located = tuple[dict[str, Any], str]
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(\?.*)?")
+NOT_DATA = re.compile(
+    r"(readme|licen[cs]e|copying|notice|changelog|requirements)(?![a-z]).*\.txt.*|dataset_(dict|infos?)\.json", re.I
+)
+"""Files that lie beside data and whose names end like data."""
+HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -72,32 +80,55 @@ def read_rows(source: str, mistakes: Mistakes | None = None) -> Iterator[Located
 
 
 def source_hash(source: str) -> str:
-    """Hash of what a source holds: changes when the rows may have changed."""
+    """Hash of what a source holds: changes when the rows, or the names of the files in a folder, may have changed."""
     digest = sha256()
     if source.startswith("toy:"):
         digest.update(repr(list(toy_rows(source))).encode())
         return digest.hexdigest()
-    for path in find_files(source):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+    folder, names = _locate(source)
+    for name in names:
+        stat = (folder / name).stat()
+        digest.update(f"{name}\0{stat.st_size}\0{_file_hash(folder / name, stat.st_size, stat.st_mtime_ns)}\0".encode())
     return digest.hexdigest()
 
 
+@cache
+def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
+    """Digest of a file's content; `size` and `mtime_ns` are those it has now, so that it is read again when changed."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def find_files(source: str) -> list[Path]:
-    """The data files of a path or hub id, sorted; raises InputError when there are none."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _files_under(path, source)
-    if path.exists():
-        if _kind(path) is None:
-            raise InputError(f"{source}: {path.suffix or 'no suffix'}: data files end in {_suffixes()}")
-        return [path]
-    looks_like_a_file = _kind(Path(source.partition("?")[0])) is not None
-    if HUB_ID.fullmatch(source) and not looks_like_a_file:
-        return _hub_files(source)
-    raise InputError(f"{source}: no such file or folder{_nearest(path)}")
+    """The data files of a path or hub id, sorted.
+
+    Of a folder or a hub data set they are those of one split, and of one kind; `folder?split=test&files=*.jsonl`
+    chooses among them (split is train if unsaid, and everything when no file name names a split). InputError when there
+    are none, or of several kinds.
+    """
+    folder, names = _locate(source)
+    return [folder / name for name in names]
+
+
+def _locate(source: str) -> tuple[Path, list[str]]:
+    """A folder and the names of the data files below it."""
+    try:
+        path = Path(source).expanduser()
+        if path.is_file():
+            if _kind(path.name) is None:
+                raise InputError(f"{source}: {path.suffix or 'no suffix'}: data files end in {_suffixes()}")
+            return path.parent, [path.name]
+        name, _, query = source.partition("?")
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder, _choose(source, _files_below(folder), query)
+        if _kind(folder.name) is None and (match := HUB_ID.fullmatch(name)):
+            return _from_hub(source, match["repo"], match["revision"], query)
+        close = nearest(folder)
+    except (OSError, RuntimeError) as error:  # a name too long; a home that is nobody's
+        raise InputError(f"{source}: {_reason(error)}: give a file or folder that can be read") from error
+    hint = f"did you mean {close}?" if close else "nothing there has a similar name"
+    raise InputError(f"{source}: no such file or folder ({hint})")
 
 
 def check_sources(sources: dict[str, str]) -> None:
@@ -124,73 +155,91 @@ def _suffixes() -> str:
     return ", ".join(SUFFIXES) + f" (and {' or '.join(COMPRESSIONS)} after it)"
 
 
-def _kind(path: Path) -> str | None:
+def _kind(name: str) -> str | None:
     """`.json`, `.jsonl`, `.parquet` or `.txt`; None for other files."""
-    name = path.name.lower()
+    name = name.lower()
     for compression in COMPRESSIONS:
         name = name.removesuffix(compression)
     suffix = Path(name).suffix
     return suffix if suffix in SUFFIXES else None
 
 
-def _files_under(folder: Path, source: str) -> list[Path]:
-    found = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and _kind(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
-    if not found:
-        raise InputError(f"{source}: no data files in this folder: they end in {_suffixes()}")
-    return found
+def _files_below(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _nearest(path: Path) -> str:
-    """A hint at the path the user may have meant: the deepest folder that exists, and the likeliest name in it."""
-    folder, wanted = path.parent, path.name
-    while not folder.is_dir() and folder != folder.parent:
-        folder, wanted = folder.parent, folder.name
-    near = get_close_matches(wanted, [entry.name for entry in folder.iterdir()], n=1) if folder.is_dir() else []
-    return f" (did you mean {folder / near[0]}?)" if near else f" ({folder} has nothing of a similar name)"
-
-
-@cache
-def _hub_files(source: str) -> list[Path]:
-    """Download a data set's files; `org/name?split=test&files=*.jsonl` chooses among them (split is train if unsaid).
-
-    A data set whose file names name no split is read whole.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name, _, query = source.partition("?")
+def _choose(source: str, names: list[str], query: str) -> list[str]:
+    """The data files among all files of a folder or data set: of one split where names tell splits, and of one kind."""
     options = dict(parse_qsl(query))
     split = options.pop("split", "train")
     pattern = options.pop("files", "*")
     if options or split not in SPLIT_NAMES:
         raise InputError(f"{source}: {query}: options are split=train|validation|test and files=<pattern>")
-    patterns = [f"*{suffix}{compression}" for suffix in SUFFIXES for compression in ("", *COMPRESSIONS)]
-    try:
-        folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, ConnectionError) as error:
-        reason = str(error).strip().splitlines()[0]
+    data = sorted(name for name in names if _is_data(name))
+    if not data:
+        raise InputError(f"{source}: no data files in it: they end in {_suffixes()}")
+    chosen = [name for name in data if fnmatch(name, pattern)]
+    if any(_names_split(name, words) for name in chosen for words in SPLIT_NAMES.values()):
+        chosen = [name for name in chosen if _names_split(name, SPLIT_NAMES[split])]
+    if not chosen:
         raise InputError(
-            f"{source}: no such file or folder{_nearest(Path(name))}, and not to be had from the hub: {reason}; "
-            "give a local file, or check the id, the network and HF_HUB_OFFLINE"
-        ) from error
-    found = [path for path in _files_under(folder, source) if fnmatch(path.relative_to(folder).as_posix(), pattern)]
-    if any(_names_split(path.relative_to(folder), names) for path in found for names in SPLIT_NAMES.values()):
-        found = [path for path in found if _names_split(path.relative_to(folder), SPLIT_NAMES[split])]
-    if not found:
-        raise InputError(f"{source}: no files of the split {split!r} that match {pattern!r} in this data set")
-    return found
+            f"{source}: no files of the split {split!r} that match {pattern!r}, but {_list(data)}: choose with "
+            "?split=train|validation|test, ?files=<pattern>, or both"
+        )
+    if len({_kind(name) for name in chosen}) > 1:
+        kinds = Counter(f"*{_kind(name)}" for name in chosen)
+        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        cure = f"?files={next(iter(kinds))}* behind it chooses one of them, or name one file"
+        raise InputError(f"{source}: files of several kinds ({told}): {cure}")
+    if chosen != data:
+        _say_once(f"{source}: takes {_list(chosen)} of its {len(data)} data files")
+    return chosen
 
 
-def _names_split(path: Path, names: tuple[str, ...]) -> bool:
-    return any(word in names for word in re.split(r"[^a-z]+", path.as_posix().lower()))
+def _is_data(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    hidden = any(part.startswith(".") for part in parts)
+    return not hidden and _kind(name) is not None and not NOT_DATA.fullmatch(parts[-1])
+
+
+def _names_split(name: str, words: tuple[str, ...]) -> bool:
+    return any(word in words for word in re.split(r"[^a-z]+", name.lower()))
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+_say_once = cache(say)
+
+
+@cache
+def _from_hub(source: str, repo: str, revision: str | None, query: str) -> tuple[Path, list[str]]:
+    """Download what was chosen of a data set; without the network, choose among what was downloaded before."""
+    listed = _hub_listing(repo, revision)
+    if listed is not None:
+        chosen = _choose(source, listed, query)
+        wanted = [escape(name) for name in chosen]
+    else:
+        chosen = _choose(source, _files_below(fetch(source, repo, revision, kind="dataset", allow=[])), query)
+        wanted = [re.sub(r"\d+", "*", escape(name)) for name in chosen]  # no shard of them may be missing
+    return fetch(source, repo, revision, kind="dataset", allow=wanted), chosen
+
+
+def _hub_listing(repo: str, revision: str | None) -> list[str] | None:
+    """The names of a data set's files; None when the hub does not tell (`fetch` then says why)."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
+    except (OfflineModeIsEnabled, HTTPError, HFValidationError):
+        return None
 
 
 def _read_file(path: Path, mistakes: Mistakes) -> Iterator[Located]:
-    kind = _kind(path)
+    kind = _kind(path.name)
     if kind == ".parquet":
         yield from _read_parquet(path, mistakes)
     elif kind == ".json":
@@ -271,7 +320,14 @@ def _read_lines(path: Path, mistakes: Mistakes, plain_text: bool) -> Iterator[Lo
 def _broken(error: Exception) -> str:
     if isinstance(error, EOFError):
         return "the compressed file ends too early: fetch or write it again"
-    return f"not a readable compressed file ({error}): fetch or write it again"
+    return f"not a readable compressed file ({_reason(error)}): fetch or write it again"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _decode(raw: bytes, is_start: bool, where: str, mistakes: Mistakes) -> str | None:
@@ -346,12 +402,14 @@ def _read_parquet(path: Path, mistakes: Mistakes) -> Iterator[Located]:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
         source = io.BytesIO(_open(path).read()) if path.suffix.lower() in COMPRESSIONS else path
-        number = 0
         for batch in parquet.ParquetFile(source).iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield row, f"{path}:{number}"
-    except (pyarrow.ArrowException, OSError, ValueError, *_read_errors()) as error:
-        mistakes.add(f"{path}:1: not a readable Parquet file ({str(error).splitlines()[0]}): fetch or write it again")
+    except _read_errors() as error:
+        mistakes.add(f"{path}:1: {_broken(error)}")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        mistakes.add(f"{path}:{number + 1}: not a readable Parquet file ({_reason(error)}): fetch or write it again")

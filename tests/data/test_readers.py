@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from litrecipe.config.errors import InputError
-from litrecipe.data.readers import Mistakes, check_source, read_rows, source_hash
+from litrecipe.data.readers import Mistakes, _file_hash, check_source, read_rows, source_hash
 
 ROWS = [{"text": f"row {number} é 🤗"} for number in range(1, 4)]
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -58,10 +59,11 @@ def test_json_gives_rows_of_a_list(tmp_path: Path, name: str, document: object) 
 
 def test_parquet(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "é"}], "n": 1}, {"messages": [], "n": None}]
-    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    assert list(read_rows(str(tmp_path / "a.parquet"))) == [
-        (row, f"{tmp_path / 'a.parquet'}:{i + 1}") for i, row in enumerate(rows)
-    ]
+    file = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), file)
+    for suffix in ("", ".gz", ".zst"):
+        path = write(tmp_path / f"a.parquet{suffix}", file.getvalue())
+        assert list(read_rows(str(path))) == [(row, f"{path}:{i + 1}") for i, row in enumerate(rows)]
 
 
 def test_plain_text_has_a_row_a_line(tmp_path: Path) -> None:
@@ -73,6 +75,42 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a/z.jsonl.gz", ".hidden/x.jsonl", "README.md"):
         write(tmp_path / name, json.dumps({"text": name}))
     assert [row["text"] for row, _ in read_rows(str(tmp_path))] == ["a/z.jsonl.gz", "b.jsonl"]
+
+
+def test_a_folder_is_read_by_its_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train.jsonl", "test/a.jsonl", "dev.jsonl", "more.jsonl"):
+        write(tmp_path / name, json.dumps({"text": name}))
+
+    def texts(query: str) -> list[str]:
+        return [row["text"] for row, _ in read_rows(f"{tmp_path}{query}")]
+
+    assert texts("") == ["train.jsonl"]
+    assert f"{tmp_path}: takes train.jsonl of its 4 data files" in capsys.readouterr().err
+    assert texts("?split=test") == ["test/a.jsonl"]
+    assert texts("?split=validation") == ["dev.jsonl"]
+    assert texts("?files=more*") == ["more.jsonl"]
+    (tmp_path / "train.jsonl").unlink()
+    assert "dev.jsonl, more.jsonl, test/a.jsonl: choose with ?split=" in mistakes_of(tmp_path)[0]
+
+
+def test_papers_beside_the_data_are_no_data(tmp_path: Path) -> None:
+    for name in ("LICENSE.txt", "license-mit.txt", "requirements.txt", "sub/README.txt"):
+        write(tmp_path / name, "Permission is granted.")
+    assert "no data files" in mistakes_of(tmp_path)[0]
+    write(tmp_path / "noticed.txt", "a row")
+    assert [row["text"] for row, _ in read_rows(str(tmp_path))] == ["a row"]
+    assert len(list(read_rows(str(tmp_path / "LICENSE.txt")))) == 1, "whoever names it wants it"
+
+
+def test_files_of_several_kinds_are_never_mixed(tmp_path: Path) -> None:
+    write(tmp_path / "dataset_infos.json", "{}")
+    write(tmp_path / "a.jsonl.gz", JSONL)
+    assert len(list(read_rows(str(tmp_path)))) == 3
+    write(tmp_path / "b.jsonl", JSONL)
+    write(tmp_path / "c.txt", "a text")
+    [mistake] = mistakes_of(tmp_path)
+    assert mistake.startswith(f"{tmp_path}: files of several kinds (2 *.jsonl, 1 *.txt): ?files=*.jsonl* ")
+    assert len(list(read_rows(f"{tmp_path}?files=*.jsonl*"))) == 6
 
 
 def test_broken_lines_are_gathered_with_their_places(tmp_path: Path) -> None:
@@ -92,7 +130,9 @@ def test_twenty_mistakes_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     assert found[-1] == "… and 30 more mistakes"
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.json.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.json.zst", "a.parquet.gz", "a.parquet.zst"]
+)
 @pytest.mark.parametrize("keep", [0.3, 0.9])
 def test_a_cut_compressed_file_is_said(tmp_path: Path, name: str, keep: float) -> None:
     path = write(tmp_path / name, JSONL * 3000)
@@ -101,7 +141,7 @@ def test_a_cut_compressed_file_is_said(tmp_path: Path, name: str, keep: float) -
     assert "ends too early" in mistakes_of(path)[-1]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.parquet.gz", "a.parquet.zst"])
 def test_a_file_that_is_not_compressed_at_all(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(JSONL.encode())
     assert "not a readable compressed file" in mistakes_of(tmp_path / name)[0]
@@ -143,12 +183,42 @@ def test_source_hash_follows_the_content(tmp_path: Path) -> None:
     assert source_hash("toy:units?n=3") != source_hash("toy:units?n=3&seed=1")
 
 
+def test_source_hash_follows_names_and_where_one_file_ends(tmp_path: Path) -> None:
+    write(tmp_path / "one" / "a" / "x.txt", "row")
+    before = source_hash(str(tmp_path / "one"))
+    (tmp_path / "one" / "a").rename(tmp_path / "one" / "b")
+    assert source_hash(str(tmp_path / "one")) != before
+
+    write(tmp_path / "two" / "a.txt", "row\n")
+    write(tmp_path / "two" / "b.txt", "row")
+    write(tmp_path / "glued" / "a.txt", "row\nb.txtrow")
+    assert source_hash(str(tmp_path / "two")) != source_hash(str(tmp_path / "glued"))
+
+
+def test_a_file_is_hashed_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", JSONL)
+    source_hash(str(path))
+    known = _file_hash.cache_info().misses
+    source_hash(str(path))
+    assert _file_hash.cache_info().misses == known
+    write(path, JSONL + JSONL)
+    source_hash(str(path))
+    assert _file_hash.cache_info().misses == known + 1
+
+
+@pytest.mark.parametrize("source", ["x" * 300 + ".jsonl", "~nobody-of-this-name/train.jsonl"])
+def test_paths_that_cannot_be(source: str) -> None:
+    with pytest.raises(InputError, match=rf"^data\.train: {source}: .*: give a file or folder"):
+        check_source("data.train", source)
+
+
 def hub_cache(root: Path, files: dict[str, str]) -> None:
     """The hub library's cache as it stands after a download of org/name."""
     repository = root / "datasets--org--name"
     for name, content in files.items():
         write(repository / "snapshots" / "abc" / name, content)
-    write(repository / "refs" / "main", "abc")
+    for revision in ("main", "v1.0"):
+        write(repository / "refs" / revision, "abc")
 
 
 def read_from_hub(root: Path, source: str) -> subprocess.CompletedProcess[str]:
@@ -167,7 +237,8 @@ def test_hub_data_sets(tmp_path: Path) -> None:
     files = {f"data/{name}.jsonl": json.dumps({"text": name}) for name in ("train-00000", "test-00000", "dev")}
     hub_cache(tmp_path, files)
     assert read_from_hub(tmp_path, "org/name").stdout == "['train-00000']\n"
-    assert read_from_hub(tmp_path, "org/name?split=validation").stdout == "['dev']\n"
+    assert read_from_hub(tmp_path, "org/name@v1.0?split=validation").stdout == "['dev']\n"
+    assert "not in the hub cache" in read_from_hub(tmp_path, "org/name@v2.0").stdout
     assert read_from_hub(tmp_path, "org/name?split=test&files=*.jsonl").stdout == "['test-00000']\n"
     assert "no files of the split" in read_from_hub(tmp_path, "org/name?files=*.parquet").stdout
     assert "options are" in read_from_hub(tmp_path, "org/name?splt=test").stdout
@@ -194,7 +265,9 @@ def test_reading_imports_no_torch() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(content=st.binary(max_size=200) | st.text(alphabet='{}[]",:1e\\ud8\n', max_size=60).map(str.encode))
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.parquet", "a.jsonl.gz", "a.jsonl.zst", "a.json.zst"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.json", "a.txt", "a.parquet", "a.parquet.zst", "a.jsonl.gz", "a.jsonl.zst"]
+)
 def test_no_file_is_so_broken_that_it_is_not_said(
     tmp_path_factory: pytest.TempPathFactory, name: str, content: bytes
 ) -> None:
