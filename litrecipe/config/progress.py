@@ -98,12 +98,15 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
     if total is None and isinstance(items, Sized):
         total = len(items)
     line = Line()
-    for done, item in enumerate(items):
-        if done and line.seconds > PATIENCE:
-            rate = done / line.seconds
-            if total:
-                line.show(f"{label} {done}/{total} ({100 * done // total} %) · {duration((total - done) / rate)} left")
-            else:
-                line.show(f"{label} {done} · {rate:.0f}/s")
-        yield item
-    line.clear()
+    try:
+        for done, item in enumerate(items):
+            if done and line.seconds > PATIENCE:
+                rate = done / line.seconds
+                if total:
+                    left = duration((total - done) / rate)
+                    line.show(f"{label} {done}/{total} ({100 * done // total} %) · {left} left")
+                else:
+                    line.show(f"{label} {done} · {rate:.0f}/s")
+            yield item
+    finally:
+        line.clear()

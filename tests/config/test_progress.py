@@ -1,0 +1,49 @@
+"""The progress line goes away when what it tells of ends, however it ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from litrecipe.config import progress
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[progress.Line]:
+    """Every line made while the test runs; they are shown at once, as on a terminal."""
+    made: list[progress.Line] = []
+
+    class Noted(progress.Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self._last -= 60
+            self._terminal = True
+            made.append(self)
+
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(progress, "Line", Noted)
+    return made
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_an_exception_in_the_loop_takes_the_line_away(lines: list[progress.Line], error: type[BaseException]) -> None:
+    with pytest.raises(error):
+        for item in progress.track(range(10), "counting"):
+            if item == 5:
+                assert lines[0]._live is not None
+                raise error
+    assert lines[0]._live is None
+
+
+def test_an_exception_in_what_is_tracked_takes_the_line_away(lines: list[progress.Line]) -> None:
+    def broken():
+        yield from range(5)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        list(progress.track(broken(), "counting", total=10))
+    assert lines[0]._live is None
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(4, "4 s"), (65, "1:05 min"), (7380, "2:03 h")])
+def test_durations(seconds: float, words: str) -> None:
+    assert progress.duration(seconds) == words
