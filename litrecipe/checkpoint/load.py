@@ -73,7 +73,8 @@ def _check_tensors(files: ModelFiles, model: Decoder) -> None:
     ]
     if mistakes:
         more = [f"and {len(mistakes) - SHOWN} more"] if len(mistakes) > SHOWN else []
-        raise InputError(*(f"{files.weights_name}: {mistake}" for mistake in [*mistakes[:SHOWN], *more]))
+        cure = "weights and config.json are not of one model: fetch both again"
+        raise InputError(*(f"{files.weights_name}: {mistake}: {cure}" for mistake in [*mistakes[:SHOWN], *more]))
 
 
 def _fill(
@@ -125,8 +126,8 @@ def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize:
         try:
             load_adapter_state(model, state)
         except InputError as error:  # does not know where the tensors came from
-            path = files.adapter.weights.path
-            raise InputError(*(f"{path}{line.removeprefix('adapter')}" for line in error.mistakes)) from error
+            path, cure = files.adapter.weights.path, "weights and adapter_config.json do not fit: fetch both again"
+            raise InputError(*(f"{path}{line.removeprefix('adapter')}: {cure}" for line in error.mistakes)) from error
 
 
 def _essence(adapter: Adapter) -> tuple:
