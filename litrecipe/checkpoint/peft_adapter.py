@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,29 @@ if TYPE_CHECKING:
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""peft's `init_lora_weights` that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, …) train the adapter
+on a changed base, which the folder does not hold."""
+NOT_READ = (
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "exclude_modules",
+    "target_parameters",
+    "layers_to_transform",
+    "layer_replication",
+    "trainable_token_indices",
+    "lora_bias",
+    "fan_in_fan_out",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+"""peft's settings that change what an adapter computes or where it sits, and that are not implemented."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +55,12 @@ class AdapterFiles:
 
     @property
     def base(self) -> str:
-        """Folder or hub id of the model it was trained on; may be empty."""
-        base = self.config.get("base_model_name_or_path") or ""
+        """Folder or hub id of the model it was trained on."""
+        base = self.config["base_model_name_or_path"]
         if (beside := self.folder / base).exists():
             return str(beside)
         revision = self.config.get("revision")
-        return f"{base}@{revision}" if base and revision and not Path(base).exists() else base
+        return f"{base}@{revision}" if revision and not Path(base).exists() else base
 
     @property
     def kind(self) -> str:
@@ -51,7 +75,7 @@ class AdapterFiles:
             method="dora" if config.get("use_dora") else "lora",
             r=config["r"],
             alpha=config["lora_alpha"],
-            dropout=config.get("lora_dropout", 0.0),
+            dropout=config.get("lora_dropout") or 0.0,
             targets=sorted(config["target_modules"]),
             rslora=config.get("use_rslora", False),
         )
@@ -65,26 +89,31 @@ def read_adapter(folder: Path) -> AdapterFiles:
     """Open a PEFT folder. Raises InputError for damaged files and for adapters of other kinds."""
     path = folder / ADAPTER_CONFIG
     config = read_json(path)
+    retrain = "train it anew without, or merge it with peft (`merge_and_unload`) and use the result"
+
+    def wrong(key: str, cure: str) -> str:
+        return f"{path}: {key}: {json.dumps(config.get(key), ensure_ascii=False)}: {cure}"
+
     mistakes = []
     if config.get("peft_type") != "LORA":
-        mistakes.append(f"{path}: peft_type: {config.get('peft_type')}: only LORA (with or without DoRA) can be read")
-    mistakes += [f"{path}: {key}: missing" for key in ("r", "lora_alpha") if key not in config]
-    if not isinstance(config.get("target_modules"), list):
-        mistakes.append(f"{path}: target_modules: {config.get('target_modules')}: only a list of names can be read")
+        mistakes.append(wrong("peft_type", "only LORA (with or without DoRA) is read: merge it with peft"))
+    base, rank, targets = (config.get(key) for key in ("base_model_name_or_path", "r", "target_modules"))
+    if not isinstance(base, str) or not base:
+        mistakes.append(wrong("base_model_name_or_path", "write the base model's folder or hub id there"))
+    if not isinstance(rank, int) or rank < 1:
+        mistakes.append(wrong("r", "must be a whole number from 1 on: fetch or save the folder again"))
     mistakes += [
-        f"{path}: {key}: {config[key]}: not implemented"
-        for key in (
-            "rank_pattern",
-            "alpha_pattern",
-            "modules_to_save",
-            "layers_to_transform",
-            "layer_replication",
-            "trainable_token_indices",
-        )
-        if config.get(key)
+        wrong(key, "must be a number: fetch or save the folder again")
+        for key, value in (("lora_alpha", config.get("lora_alpha")), ("lora_dropout", config.get("lora_dropout") or 0))
+        if not isinstance(value, int | float)
     ]
+    if not isinstance(targets, list):
+        mistakes.append(wrong("target_modules", "only a list of names is read: write the names of the layers there"))
+    if config.get("init_lora_weights", True) not in STARTS:
+        mistakes.append(wrong("init_lora_weights", f"it was trained on a changed base: {retrain}"))
     if config.get("bias", "none") != "none":
-        mistakes.append(f"{path}: bias: {config['bias']}: only none is implemented")
+        mistakes.append(wrong("bias", f"only none is implemented: {retrain}"))
+    mistakes += [wrong(key, f"not implemented: {retrain}") for key in NOT_READ if config.get(key)]
     if not (folder / ADAPTER_WEIGHTS).is_file():
         mistakes.append(f"{folder / ADAPTER_WEIGHTS}: missing: the adapter's weights; fetch or save the folder again")
     if mistakes:

@@ -143,12 +143,13 @@ def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
     return files
 
 
-def _open(source: str) -> ModelFiles:
+def _open(source: str, *, is_base: bool = False) -> ModelFiles:
+    """`is_base`: an adapter's, which cannot be an adapter."""
     path = Path(source).expanduser()
     if not source:
         raise InputError(f"model.source: missing: give {SOURCES}")
     if path.is_dir():
-        return _open_folder(path, source)
+        return _open_folder(path, source, is_base)
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, source)
     if path.suffix == ".json" and path.is_file():
@@ -159,34 +160,37 @@ def _open(source: str) -> ModelFiles:
         )
     if match := HUB_ID.fullmatch(source):
         said = f"model.source: {source}"
-        return _open_folder(fetch(said, match["repo"], match["revision"], allow=HUB_FILES, ignore=NOT_FETCHED), source)
+        folder = fetch(said, match["repo"], match["revision"], allow=HUB_FILES, ignore=NOT_FETCHED)
+        return _open_folder(folder, source, is_base)
     close = nearest(path)
     cure = f"did you mean {close}?" if close else f"give {SOURCES}"
     raise InputError(f"model.source: {source}: no such file or folder: {cure}")
 
 
-def _open_folder(folder: Path, source: str) -> ModelFiles:
+def _open_folder(folder: Path, source: str, is_base: bool) -> ModelFiles:
     verify(folder)
     if (folder / ADAPTER_CONFIG).is_file():
+        if is_base:
+            raise InputError(f"{source}: an adapter itself: merge it first with `litrecipe model merge`")
         return _open_adapter(folder, source)
     config = folder / "config.json"
     if not config.is_file():
         if (folder / "recipe.yaml").is_file():
-            return _open_final(folder, source)
+            return _open_final(folder, source, is_base)
         one = next(folder.glob("*.gguf"), None)
         cure = f"give {one}" if one else "give a folder with config.json and model.safetensors"
         raise InputError(f"model.source: {source}: no config.json in it: {cure}")
     return _hf_files(source, config, find_weights(folder))
 
 
-def _open_final(run: Path, source: str) -> ModelFiles:
+def _open_final(run: Path, source: str, is_base: bool) -> ModelFiles:
     final = run / "final"
     if not final.is_dir():
         raise InputError(
             f"model.source: {source}: this run has no final model yet: resume it, or take a checkpoint out with "
             "`litrecipe model export`"
         )
-    return _open_folder(final, str(final))
+    return _open_folder(final, str(final), is_base)
 
 
 def _hf_files(source: str, config_path: Path, weights: Weights | None) -> ModelFiles:
@@ -216,12 +220,10 @@ def _open_gguf(path: Path, source: str) -> ModelFiles:
 
 def _open_adapter(folder: Path, source: str) -> ModelFiles:
     adapter = read_adapter(folder)
-    key = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
-    if not adapter.config.get("base_model_name_or_path"):
-        raise InputError(f"{key}: missing: write the base model's folder or hub id there")
     try:
-        files = _open(adapter.base)
+        files = _open(adapter.base, is_base=True)
     except InputError as error:
+        key = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
         raise InputError(f"{key}: its base model cannot be opened ({error}): write where it is") from error
     own_tokenizer = (folder / "tokenizer.json").is_file()
     return replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -138,14 +139,35 @@ def rewrite(file: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"peft_type": "IA3"}, "peft_type: IA3"),
-        ({"target_modules": "all-linear"}, "target_modules: all-linear"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
-        ({"bias": "all"}, "bias: all"),
-        ({"base_model_name_or_path": ""}, "base_model_name_or_path: missing"),
+        ({"peft_type": "IA3"}, 'peft_type: "IA3": only LORA'),
+        ({"target_modules": "all-linear"}, 'target_modules: "all-linear": only a list'),
+        ({"bias": "all"}, 'bias: "all": only none'),
+        ({"r": "8"}, 'r: "8": must be a whole number'),
+        ({"r": None}, "r: null: must be a whole number"),
+        ({"lora_alpha": None}, "lora_alpha: null: must be a number"),
+        ({"lora_dropout": "0.1"}, 'lora_dropout: "0.1": must be a number'),
+        (
+            {"init_lora_weights": "pissa_niter_16"},
+            'init_lora_weights: "pissa_niter_16": it was trained on a changed base',
+        ),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"base_model_name_or_path": ""}, 'base_model_name_or_path: "": write'),
         ({"base_model_name_or_path": "/nowhere/at/all"}, "its base model cannot be opened"),
         ({"base_model_name_or_path": "nobody/nothing"}, "its base model cannot be opened"),
+        ({"base_model_name_or_path": "."}, "an adapter itself: merge it first"),
+        *[
+            ({key: value}, f"{key}: {json.dumps(value)}: not implemented: train it anew without, or merge it with peft")
+            for key, value in {
+                "modules_to_save": ["lm_head"],
+                "rank_pattern": {"q_proj": 3},
+                "exclude_modules": "q_proj",
+                "target_parameters": ["mlp.experts"],
+                "lora_bias": True,
+                "use_qalora": True,
+                "alora_invocation_tokens": [5, 6],
+            }.items()
+        ],
     ],
 )
 def test_adapters_that_cannot_be_opened(trained, changes: dict, said: str) -> None:
@@ -154,6 +176,28 @@ def test_adapters_that_cannot_be_opened(trained, changes: dict, said: str) -> No
     with pytest.raises(InputError) as caught:
         open_model(str(folder))
     assert said in str(caught.value) and str(caught.value).startswith(f"{folder}/adapter_config.json: ")
+    assert len(caught.value.mistakes) == 1
+
+
+def test_settings_that_change_nothing(trained) -> None:
+    _, folder = trained(ADAPTERS["lora"])
+    rewrite(folder / "adapter_config.json", lora_dropout=None, init_lora_weights="eva", exclude_modules=None)
+    adapter = open_model(str(folder)).adapter
+    assert adapter is not None and adapter.settings == Adapter(
+        method="lora", r=4, alpha=8, targets=adapter.settings.targets
+    )
+
+
+def test_an_adapter_on_an_adapter_is_refused(trained, tmp_path: Path) -> None:
+    _, lower = trained(ADAPTERS["lora"])
+    upper, run = tmp_path / "upper", tmp_path / "run"
+    shutil.copytree(lower, upper)
+    shutil.copytree(lower, run / "final")
+    (run / "recipe.yaml").write_text("")
+    for base in (lower, run):
+        rewrite(upper / "adapter_config.json", base_model_name_or_path=str(base))
+        with pytest.raises(InputError, match="an adapter itself: merge it first"):
+            open_model(str(upper))
 
 
 def test_damaged_adapter_weights_are_named(trained) -> None:
