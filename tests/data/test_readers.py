@@ -5,7 +5,11 @@ import io
 import json
 import subprocess
 import sys
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import ClassVar
 
 import pyarrow as pa
 import pytest
@@ -221,13 +225,57 @@ def hub_cache(root: Path, files: dict[str, str]) -> None:
         write(repository / "refs" / revision, "abc")
 
 
-def read_from_hub(root: Path, source: str) -> subprocess.CompletedProcess[str]:
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for the data set org/name; notes the files that are asked for."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    fetched: ClassVar[set[str]] = set()
+    COMMIT = "c" * 40
+
+    def do_GET(self) -> None:
+        _, _, name = self.path.partition(f"/resolve/{self.COMMIT}/")
+        if name:
+            self.fetched.add(name)
+            return self.answer(self.files[name], ETag=f'"{sha256(self.files[name]).hexdigest()[:40]}"')
+        tree = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in self.files.items()]
+        return self.answer(
+            json.dumps(tree if "/tree/" in self.path else {"id": "org/name", "sha": self.COMMIT}).encode()
+        )
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes, **headers: str) -> None:
+        self.send_response(200)
+        for key, value in {**headers, "X-Repo-Commit": self.COMMIT, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_only_the_chosen_files_of_a_hub_data_set_are_fetched(tmp_path: Path) -> None:
+    Hub.files = {f"data/{name}.jsonl": json.dumps({"text": name}).encode() for name in ("train-0", "train-1", "test-0")}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    online = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    assert read_from_hub(tmp_path, "org/name", **online).stdout == "['train-0', 'train-1']\n"
+    server.shutdown()
+    assert Hub.fetched == {"data/train-0.jsonl", "data/train-1.jsonl"}
+    assert read_from_hub(tmp_path, "org/name").stdout == "['train-0', 'train-1']\n", "from the cache"
+    next(tmp_path.rglob("train-1.jsonl")).unlink()
+    assert "not in the hub cache" in read_from_hub(tmp_path, "org/name").stdout, "never a part of what was chosen"
+
+
+def read_from_hub(root: Path, source: str, **more: str) -> subprocess.CompletedProcess[str]:
     code = (
         "import sys\nfrom litrecipe.data.readers import read_rows\nfrom litrecipe.config.errors import InputError\n"
         "try:\n    print([row['text'] for row, _ in read_rows(sys.argv[1])])\n"
         "except InputError as error:\n    print(error)\nassert 'torch' not in sys.modules"
     )
-    environment = {"HF_HUB_CACHE": str(root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path)}
+    environment = {"HF_HUB_CACHE": str(root), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path)} | more
     return subprocess.run(
         [sys.executable, "-c", code, source], env=environment, capture_output=True, text=True, check=True, cwd=root
     )
