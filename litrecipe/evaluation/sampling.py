@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
-from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
 from litrecipe.config.progress import track
@@ -45,60 +43,51 @@ def complete(
     answers = [Completion("", [])] * len(prompts)
     batches = _batches([len(prompt) for prompt in prompts], settings.max_new_tokens, batch_tokens)
     for batch in track(batches, progress) if progress else batches:
-        completions = _complete_batch(
-            model, tokenizer, [prompts[index] for index in batch], settings, batch[0], on_text
-        )
-        for index, completion in zip(batch, completions, strict=True):
-            answers[index] = completion
+        texts = _complete_batch(model, tokenizer, {index: prompts[index] for index in batch}, settings, on_text)
+        for index, text in zip(batch, texts, strict=True):
+            answers[index] = Completion(text.text, text.tokens)
     return answers
 
 
 def _complete_batch(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: list[list[int]],
+    prompts: dict[int, list[int]],
     settings: Generate,
-    first: int,
     on_text: Callable[[str], None] | None,
-) -> list[Completion]:
-    """`first` tells the draws of one batch from those of another."""
-    streams = [TextStream(tokenizer, settings.stop) for _ in prompts]
+) -> list[TextStream]:
+    """The answers to the prompts, which are given by their place among all prompts."""
+    texts = [TextStream(tokenizer, settings.stop) for _ in prompts]
 
-    def on_token(row: int, token: int) -> None:
-        stop.poll()
-        give(streams[row].add(token))
-        if all(stream.stopped for stream in streams):
-            raise _AllStopped
+    def on_token(row: int, token: int) -> bool:
+        give(texts[row].add(token))
+        return texts[row].stopped
 
     def give(text: str) -> None:
         if on_text is not None and text:
             on_text(text)
 
-    with suppress(_AllStopped):
-        generate(
-            model,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            stop_ids=_stop_ids(tokenizer, settings.stop),
-            seed=settings.seed + first,
-            on_token=on_token,
-        )
-    for stream in streams:
-        give(stream.end())
-    return [Completion(stream.text, stream.tokens) for stream in streams]
+    generate(
+        model,
+        list(prompts.values()),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        stop_ids=_stop_ids(tokenizer, settings.stop),
+        seed=settings.seed,
+        streams=list(prompts),
+        on_token=on_token,
+    )
+    for text in texts:
+        give(text.end())
+    return texts
 
 
 def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
     """The end tokens, and the control tokens among the stop strings (the text of an answer does not show them)."""
     alone = [ids for ids in (tokenizer.encode(string, specials=True) for string in stop) if len(ids) == 1]
     return {*tokenizer.eos_ids, *(id for [id] in alone if id in tokenizer.control_ids)}
-
-
-class _AllStopped(Exception):
-    """Every answer of a batch has met a stop string."""
 
 
 def plain_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -125,9 +114,7 @@ class TextStream:
         """Whether a stop string appeared."""
 
     def add(self, token: int) -> str:
-        """Take a token; returns the text that became certain. After a stop string tokens are ignored."""
-        if self.stopped:
-            return ""
+        """Take a token; returns the text that became certain."""
         self.tokens.append(token)
         return self._give(self._decoder.push(token), last=False)
 

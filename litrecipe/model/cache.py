@@ -31,7 +31,6 @@ class KVCache:
         shape = (architecture.num_layers, batch, architecture.num_kv_heads, max_length, architecture.head_dim)
         self.keys = list(torch.zeros(shape, dtype=dtype, device=device))
         self.values = list(torch.zeros(shape, dtype=dtype, device=device))
-        self.max_length = max_length
         self.length = 0
         """Slots that are filled."""
 
@@ -40,8 +39,8 @@ class KVCache:
         self.keys = [keys[rows] for keys in self.keys]
         self.values = [values[rows] for values in self.values]
 
-    def mask(self, positions: Tensor) -> Tensor | None:
-        """What new tokens at `positions` (B, t) may see: (B, 1, t, slots), boolean; None if that is everything.
+    def mask(self, positions: Tensor) -> Tensor:
+        """What new tokens at `positions` (B, t) may see: (B, 1, t, slots), boolean.
 
         Padding (negative positions) sees itself, so that its values stay finite; nobody else sees it.
         """
@@ -56,7 +55,7 @@ class KVCache:
 class CacheStep:
     """One layer's attention in a decoding step: stores the new keys and values, and looks at all so far."""
 
-    def __init__(self, cache: KVCache, layer: int, mask: Tensor | None) -> None:
+    def __init__(self, cache: KVCache, layer: int, mask: Tensor) -> None:
         self.keys, self.values = cache.keys[layer], cache.values[layer]
         self.start = cache.length
         self.mask = mask
@@ -72,6 +71,6 @@ class CacheStep:
         keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
         # The R query heads of a key/value head are laid out as R queries of it, so no key is repeated.
         query = q.view(B, t, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * t, D)
-        mask = self.mask if t == 1 or self.mask is None else self.mask.repeat(1, 1, H // G, 1)
+        mask = self.mask if t == 1 else self.mask.repeat(1, 1, H // G, 1)
         output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return output.view(B, G, H // G, t, D).permute(0, 3, 1, 2, 4).reshape(tokens, H, D)

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.model.cache import KVCache
 from litrecipe.model.decoder import Decoder
 
-OnToken = Callable[[int, int], None]
-"""Told the prompt's index and each token of its answer as it comes; whatever it raises ends the decoding."""
+OnToken = Callable[[int, int], bool]
+"""Told the prompt's index and each token of its answer as it comes; says whether that token ends the answer."""
 
 
 @torch.no_grad()
@@ -30,13 +31,15 @@ def generate(
     top_p: float = 1.0,
     stop_ids: Collection[int] = (),
     seed: int = 0,
+    streams: Sequence[int] | None = None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; all prompts are decoded as one batch.
 
-    Returns the new tokens of each, without the stop id that ended it. An answer also ends after `max_new_tokens`, or
-    where prompt and answer fill the model's context. Temperature 0 takes the likeliest token; otherwise prompt i draws
-    from a stream of its own, derived from (seed, i), so that its answer does not depend on its neighbours.
+    Returns the new tokens of each, without the stop id that ended it. An answer also ends where `on_token` says so,
+    after `max_new_tokens`, or where prompt and answer fill the model's context. Temperature 0 takes the likeliest
+    token; otherwise each prompt draws from a stream of its own, derived from `seed` and its number in `streams`
+    (default: its place), so that its answer does not depend on its neighbours.
 
     Raises InputError naming the prompts that are empty or leave no room in the context.
     """
@@ -46,30 +49,31 @@ def generate(
     device = next(model.parameters()).device
     room = [min(max_new_tokens, model.architecture.max_positions - len(prompt)) for prompt in prompts]
     longest = max(map(len, prompts))
-    cache = KVCache(model.architecture, len(prompts), longest + max(room) - 1, cache_dtype(model), device)
+    cache = KVCache(model.architecture, len(prompts), longest + max(room) - 1, model.model.embed_tokens.weight.dtype, device)
     tokens, positions = (part.to(device) for part in _pad_left(prompts, longest))
-    draws = torch.stack([_draws(seed, index, max(room)) for index in range(len(prompts))])
+    draws = torch.stack([_draws(seed, stream, max(room)) for stream in streams or range(len(prompts))])
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))
     """Prompt of each row of the batch; a finished one stays until half of the batch can be dropped."""
     open_rows = set(rows)
     for step in range(max(room)):
+        stop.poll()
         logits = model.decode(tokens, positions, cache).float()
-        chosen = choose(logits, draws[rows, step].to(device), temperature, top_k, top_p)
+        chosen = choose(logits, draws[rows, step], temperature, top_k, top_p)
         for index, token in zip(rows, chosen.tolist(), strict=True):
             if index not in open_rows:
                 continue
-            if token in stop_ids:
+            ended = token in stop_ids
+            if not ended:
+                answers[index].append(token)
+                ended = len(answers[index]) == room[index]
+                if on_token is not None and on_token(index, token):
+                    ended = True
+            if ended:
                 open_rows.remove(index)
-                continue
-            answers[index].append(token)
-            if len(answers[index]) == room[index]:
-                open_rows.remove(index)
-            if on_token is not None:
-                on_token(index, token)
         if not open_rows:
             break
-        tokens, positions = chosen[:, None], positions[:, -1:] + 1
+        tokens, positions = chosen[:, None].to(device), positions[:, -1:] + 1
         if 2 * len(open_rows) <= len(rows):
             kept = [place for place, index in enumerate(rows) if index in open_rows]
             rows = [rows[place] for place in kept]
@@ -87,6 +91,8 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_k: int = 0, to
     """
     if temperature == 0:
         return logits.argmax(-1)
+    if logits.device.type == "mps":
+        logits = logits.cpu()  # mps has no fp64
     tokens = None
     if top_k > 0 or top_p < 1:
         logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
@@ -95,16 +101,8 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_k: int = 0, to
     if top_p < 1:
         last = torch.searchsorted(cumulative, held * top_p)
         held = cumulative.gather(1, last.clamp(max=cumulative.shape[-1] - 1))
-    picked = torch.searchsorted(cumulative, held * draws[:, None], right=True).clamp(max=cumulative.shape[-1] - 1)
+    picked = torch.searchsorted(cumulative, held * draws.to(held.device)[:, None], right=True).clamp(max=cumulative.shape[-1] - 1)
     return (picked if tokens is None else tokens.gather(1, picked))[:, 0]
-
-
-def cache_dtype(model: Decoder) -> torch.dtype:
-    """What keys and values are kept in: the autocast dtype where there is one, else that of the embedding."""
-    embedding = model.model.embed_tokens.weight
-    if torch.is_autocast_enabled(embedding.device.type):
-        return torch.get_autocast_dtype(embedding.device.type)
-    return embedding.dtype
 
 
 def _check(prompts: Sequence[Sequence[int]], context: int) -> None:
@@ -127,7 +125,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], length: int) -> tuple[Tensor, Te
     return tokens, torch.arange(length) - padding
 
 
-def _draws(seed: int, index: int, count: int) -> Tensor:
-    """`count` uniform numbers of prompt `index`, (count,) fp64."""
-    state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
+def _draws(seed: int, stream: int, count: int) -> Tensor:
+    """`count` uniform numbers of a stream, (count,) fp64."""
+    state = int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> 1)
     return torch.rand(count, generator=torch.Generator().manual_seed(state), dtype=torch.float64)

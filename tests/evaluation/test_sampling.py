@@ -82,6 +82,27 @@ def test_sampling_with_a_seed_repeats_itself(tiny) -> None:
     assert len(set(sample(1))) > 1
 
 
+def test_sampled_answers_do_not_depend_on_the_batches(tiny) -> None:
+    prompts = [plain_prompt(tiny.tokenizer, prompt) for prompt in PROMPTS] * 2
+    settings = Generate(max_new_tokens=12, temperature=1.0, stop=["e"])
+    together = complete(tiny.model, tiny.tokenizer, prompts, settings)
+    assert complete(tiny.model, tiny.tokenizer, prompts, settings, batch_tokens=60) == together
+    assert complete(tiny.model, tiny.tokenizer, prompts[:3], settings) == together[:3]
+    assert together[: len(PROMPTS)] != together[len(PROMPTS) :]
+
+
+def test_an_answer_that_met_a_stop_string_is_not_decoded_on(tiny, monkeypatch) -> None:
+    prompts = [plain_prompt(tiny.tokenizer, prompt) for prompt in PROMPTS]
+    read = []
+    decode = tiny.model.decode
+    monkeypatch.setattr(tiny.model, "decode", lambda tokens, *rest: read.append(len(tokens)) or decode(tokens, *rest))
+    answers = complete(tiny.model, tiny.tokenizer, prompts, Generate(max_new_tokens=40, stop=["e", "o", "a"]))
+    lengths = sorted(len(answer.tokens) for answer in answers)
+    assert lengths[-1] > 2 * lengths[2]
+    for step, rows in enumerate(read):
+        assert rows <= 2 * sum(length > step for length in lengths)
+
+
 def test_a_prompt_that_leaves_no_room(tiny) -> None:
     with pytest.raises(InputError, match=r"max_new_tokens: 20: .* has 250 tokens and the model reads 256: at most 6"):
         complete(tiny.model, tiny.tokenizer, [[5] * 250], Generate(max_new_tokens=20))

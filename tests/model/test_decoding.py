@@ -75,7 +75,12 @@ def test_sampling_does_not_depend_on_neighbours(model: Decoder, prompts: list[li
 
 def test_tokens_are_told_as_they_come(model: Decoder, prompts: list[list[int]]) -> None:
     told: list[tuple[int, int]] = []
-    answers = generate(model, prompts, max_new_tokens=5, on_token=lambda index, token: told.append((index, token)))
+
+    def tell(index: int, token: int) -> bool:
+        told.append((index, token))
+        return False
+
+    answers = generate(model, prompts, max_new_tokens=5, on_token=tell)
     assert [[token for index, token in told if index == i] for i in range(len(prompts))] == answers
     assert [index for index, _ in told[: len(prompts)]] == list(range(len(prompts)))
 
@@ -83,14 +88,42 @@ def test_tokens_are_told_as_they_come(model: Decoder, prompts: list[list[int]]) 
 def test_telling_may_end_it(model: Decoder, prompts: list[list[int]]) -> None:
     told: list[int] = []
 
-    def stop_at_three(index: int, token: int) -> None:
+    def stop_at_three(index: int, token: int) -> bool:
         told.append(token)
         if len(told) == 3:
             raise KeyboardInterrupt
+        return False
 
     with pytest.raises(KeyboardInterrupt):
         generate(model, prompts[:1], max_new_tokens=9, on_token=stop_at_three)
     assert told == generate(model, prompts[:1], max_new_tokens=3)[0]
+
+
+def test_answers_that_are_told_to_end_leave_the_batch(model: Decoder, prompts: list[list[int]], monkeypatch) -> None:
+    """Prompt i ends after i + 1 tokens; the tokens are those of a batch in which nobody ends early."""
+    whole = generate(model, prompts[:5], max_new_tokens=8)
+    sizes: list[int] = []
+    decode = model.decode
+    monkeypatch.setattr(model, "decode", lambda tokens, *rest: sizes.append(len(tokens)) or decode(tokens, *rest))
+    left = [1, 2, 3, 4, 5]
+
+    def count_down(index: int, token: int) -> bool:
+        left[index] -= 1
+        return left[index] == 0
+
+    assert generate(model, prompts[:5], max_new_tokens=8, on_token=count_down) == [
+        answer[: index + 1] for index, answer in enumerate(whole)
+    ]
+    assert sizes == [5, 5, 5, 2, 1]
+
+
+def test_a_stream_and_a_seed_are_two_things(model: Decoder, prompts: list[list[int]]) -> None:
+    def sample(seed: int, *streams: int) -> list[list[int]]:
+        same = [prompts[0]] * len(streams)
+        return generate(model, same, max_new_tokens=12, temperature=1.0, seed=seed, streams=streams)
+
+    assert sample(0, 5, 2) == sample(0, 5) + sample(0, 2)
+    assert len({tuple(*sample(seed, stream)) for seed in (0, 2, 5) for stream in (0, 2, 5)}) == 9
 
 
 def test_an_answer_ends_where_the_context_does(model: Decoder) -> None:
