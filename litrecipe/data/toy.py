@@ -8,6 +8,7 @@ never share a prompt, whatever their seeds.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,6 +20,8 @@ from litrecipe.config.errors import InputError
 
 TEST_SHARE = 5
 """One subject in this many is kept for `test`."""
+
+WHOLE = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,11 @@ class ToySource:
         options: dict[str, Any] = {}
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key in ("n", "seed"):
-                if value.isdecimal() and (key == "seed" or int(value) > 0):
+                if WHOLE.fullmatch(value) and (key == "seed" or int(value) > 0):
                     options[key] = int(value)
                 else:
-                    mistakes.append(f"{source}: {key}={value}: give a whole number{' above 0' if key == 'n' else ''}")
+                    least = " above 0" if key == "n" else ""
+                    mistakes.append(f"{source}: {key}={value}: give a whole number{least} of at most 18 digits")
             elif key == "split":
                 if value not in ("train", "test"):
                     mistakes.append(f"{source}: split={value}: give train or test")

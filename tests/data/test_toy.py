@@ -69,6 +69,12 @@ def test_every_mistake_in_a_source_is_said() -> None:
     assert "split=dev" in caught.value.mistakes[3]
 
 
+@pytest.mark.parametrize("key", ["n", "seed"])
+def test_a_number_too_long_for_python(key: str) -> None:
+    with pytest.raises(InputError, match=f"{key}=1{{5000}}: give a whole number .*18 digits"):
+        list(toy_rows(f"toy:units?{key}={'1' * 5000}"))
+
+
 def test_more_rows_than_there_are_is_refused_at_once() -> None:
     with pytest.raises(InputError, match="gives at most"):
         list(toy_rows("toy:units?n=100000"))
