@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from functools import wraps
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -32,6 +33,13 @@ WRITTEN, LEARN, LEARNT = RESERVED[0], RESERVED[1], RESERVED[2]
 
 MAX_PRINTED = 10_000_000
 """Characters a template may print, and the longest string or list it may make by multiplication."""
+MAX_WIDTH = 1000
+"""The widest field or indentation it may fill up."""
+WIDE_CONVERSION = re.compile(r"%(\(.*\))?[^%a-zA-Z]*?(\d{4}|\*)", re.DOTALL)
+WIDE_FIELD = re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)")
+"""`%9999d` and `{:9999}`, and widths that are given with the values."""
+FILLING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"}
+"""Methods that make something as long as they are told."""
 
 PYTHON_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
 """What a template may run into besides Jinja's own errors."""
@@ -62,15 +70,42 @@ class _Generation(Extension):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses `"x" * 10**9`, which would fill the memory before anything is printed."""
+    """Refuses `"x" * 10**9` and its like, which would fill the memory in one go, before anything is printed.
 
-    intercepted_binops = frozenset({"*", "**"})
+    Jinja folds constants while it compiles: never operators that are intercepted, and no filter that raises.
+    """
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.filters |= {"tojson": _tojson, "format": self._format}
+        for name in ("center", "indent", "batch", "slice", "tojson"):
+            self.filters[name] = _narrow(self.filters[name])
+        del self.globals["lipsum"]
+
+    def _format(self, text: str, *values: Any, **named: Any) -> Any:
+        return self.call_binop(None, "%", text, named or values)
+
+    def call(self, context: Any, function: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, (str, bytes, int)) and function.__name__ in FILLING:
+            return super().call(context, _narrow(getattr(type(owner), function.__name__)), owner, *arguments, **named)
+        return super().call(context, function, *arguments, **named)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        format = super().wrap_str_format(value)
+        if format and WIDE_FIELD.search(value.__self__):
+            raise SecurityError("a field too wide for a chat template")
+        return format
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str) and WIDE_CONVERSION.search(left):
+            raise SecurityError("a field too wide for a chat template")
         if operator == "**" and abs(left) > 1 and abs(right) > 1000:
             raise SecurityError("a power too large for a chat template")
         for sequence, times in ((left, right), (right, left)):
-            is_repetition = isinstance(sequence, (str, list, tuple)) and isinstance(times, int)
+            is_repetition = isinstance(sequence, (str, bytes, list, tuple)) and isinstance(times, int)
             if is_repetition and len(sequence) * times > MAX_PRINTED:
                 raise SecurityError("a repetition too long for a chat template")
         return super().call_binop(context, operator, left, right)
@@ -94,12 +129,11 @@ class ChatTemplate:
     ) -> None:
         self.source = source
         self.tells_time = "strftime_now" in source
-        self.marks_generation = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
+        self.marks_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._special_tokens = special_tokens
         tokens = "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or "(?!)"
         self._token_start = re.compile(f"(?={tokens})(.)", re.DOTALL)
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        environment.filters["tojson"] = _tojson
         moment = datetime.combine(today, time()) if today else datetime.now()
         environment.globals.update(raise_exception=_raise_exception, strftime_now=moment.strftime)
         try:
@@ -187,6 +221,18 @@ def _bracketed(text: str) -> Rendered:
             kept.append(piece)
             place += len(piece)
     return Rendered("".join(kept), spans)
+
+
+def _narrow(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, refusing numbers after its first argument that would fill up too much."""
+
+    @wraps(function)
+    def checked(*arguments: Any, **named: Any) -> Any:
+        if any(isinstance(value, int) and value > MAX_WIDTH for value in (*arguments[1:], *named.values())):
+            raise SecurityError("a field too wide for a chat template")
+        return function(*arguments, **named)
+
+    return checked
 
 
 def _tojson(

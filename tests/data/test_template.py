@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from datetime import date
 
 import pytest
@@ -94,6 +97,53 @@ def test_a_template_that_does_not_parse_names_its_line() -> None:
         template("{% if 1 %}\n{% endfor %}", name="mine.jinja")
 
 
+FILL_THE_MEMORY = [
+    "{{ '%1000000000d' % 1 }}",
+    "{{ '%(a)1000000000d' % {'a': 1} }}",
+    "{{ '%*d' % (1000000000, 1) }}",
+    "{{ '%1000000000d'|format(1) }}",
+    "{{ '{:1000000000}'.format(1) }}",
+    "{{ '{:{}}'.format(1, 1000000000) }}",
+    "{% set x = 'x'|center(1000000000) %}{{ x }}",
+    "{{ 'x'|center(width=1000000000) }}",
+    "{{ 'x'.ljust(1000000000) }}",
+    "{{ 'x'.encode().zfill(1000000000) }}",
+    "{{ (1).to_bytes(1000000000, 'big') }}",
+    "{{ [1]|tojson(indent=1000000000) }}",
+    "{{ 'x\n\nx'|indent(1000000000) }}",
+    "{{ [1]|batch(1000000000, 0)|list }}",
+    "{{ lipsum(100000) }}",
+]
+
+
+def test_templates_that_would_fill_the_memory_are_stopped_before_they_do() -> None:
+    code = (
+        "import json, resource, sys\nfrom litrecipe.data.formats import RowError\n"
+        "from litrecipe.data.template import ChatTemplate\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (700_000_000, 700_000_000))\n"
+        "for source in json.load(sys.stdin):\n    try:\n"
+        "        ChatTemplate(source, special_tokens={}, control_tokens=[]).render([])\n"
+        "    except RowError as error:\n        print('stopped')\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, input=json.dumps(FILL_THE_MEMORY), capture_output=True, text=True)
+    assert (done.stdout.count("stopped"), done.stderr) == (len(FILL_THE_MEMORY), "")
+
+
+def test_what_templates_do_write_is_not_stopped() -> None:
+    source = (
+        "{{ '%05d %s %%' % (123456, 'a') }} {{ '%s'|format(99999) }} {{ '{:>5} {}'.format('a', 2024) }} "
+        "{{ 'x'.ljust(3) }}|{{ 20240726|tojson }} {{ {'a': 5000}|tojson(indent=1) }} {{ 'a'|center(3) }}|{{ 'axb'.split('x', 5000) }}"
+    )
+    wanted = "123456 a % 99999     a 2024 x  |20240726 {\n \"a\": 5000\n}  a |['a', 'b']"
+    assert template(source).render([]) == wanted
+
+
+def test_tags_with_a_plus_mark_generation_too() -> None:
+    source = "{% for m in messages %}{%+ generation +%}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert learnt(source, [SAY]) == ["So."]
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -105,6 +155,7 @@ def test_a_template_that_does_not_parse_names_its_line() -> None:
         "{{ 10 ** 100000000 }}",
         "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
         "{% for i in range(1000000) %}{% endfor %}",
+        *FILL_THE_MEMORY,
     ],
 )
 def test_hostile_templates_are_stopped(source: str) -> None:
