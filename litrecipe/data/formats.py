@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from litrecipe import __version__
@@ -20,7 +21,7 @@ Layout = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 RESERVED = "\ufdd0\ufdd1\ufdd2"
 """Unicode noncharacters, set aside for use inside a program; template.py marks places in a text with them."""
 
-CHECK_VERSION = 1
+CHECK_VERSION = 2
 """Raise it when other rows are refused than before."""
 
 SHAREGPT_ROLES = {
@@ -104,6 +105,7 @@ def read_conversations(source: str, data: Data, mistakes: Mistakes | None = None
 
 def parse_rows(rows: Iterable[Located], data: Data, mistakes: Mistakes) -> Iterator[Conversation]:
     """Conversations of rows, in the layout and with the column names that `data` gives."""
+    check_columns(data)
     for row, where in rows:
         try:
             yield parse_row(row, where, data)
@@ -122,6 +124,21 @@ def check_rows(data: Data) -> int:
     count = sum(count_rows(source, data, mistakes) for source in sources.values())
     mistakes.raise_if_any()
     return count
+
+
+def check_columns(data: Data) -> None:
+    """Raise InputError for keys of `data.columns` that no layout, or not the one that `data.format` names, has."""
+    layouts = list(COLUMNS) if data.format == "auto" else [data.format]
+    known = list(dict.fromkeys(name for layout in layouts for name in COLUMNS[layout]))
+    mistakes = []
+    for ours, theirs in data.columns.items():
+        if ours not in known:
+            near = get_close_matches(ours, known, n=1)
+            meant = f"{{{theirs}: {ours}}}" if theirs in known else f"{{{near[0]}: {theirs}}}" if near else ""
+            hint = f"did you mean {meant}? " if meant else ""
+            mistakes.append(f"data.columns: {ours}: {hint}our names come first, and are {', '.join(known)}")
+    if mistakes:
+        raise InputError(*mistakes)
 
 
 def count_rows(source: str, data: Data, mistakes: Mistakes) -> int:

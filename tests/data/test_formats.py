@@ -127,6 +127,28 @@ def test_a_missing_column_of_a_given_format_is_named() -> None:
         parse({"question": "x"}, format="prompt_completion", columns={"prompt": "question", "completion": "answer"})
 
 
+@pytest.mark.parametrize(
+    ("columns", "format", "said"),
+    [
+        (
+            {"promt": "question"},
+            "auto",
+            "promt: did you mean {prompt: question}? our names come first, and are messages",
+        ),
+        ({"question": "prompt"}, "auto", "question: did you mean {prompt: question}? our names come first"),
+        ({"qqq": "question"}, "auto", "qqq: our names come first"),
+        ({"prompt": "question"}, "alpaca", "prompt: our names come first, and are instruction, input, output, system"),
+    ],
+)
+def test_columns_without_effect_are_refused(tmp_path: Path, columns: dict[str, str], format: Any, said: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"prompt": "Why?", "completion": "Because."}) + "\n")
+    with pytest.raises(InputError) as caught:
+        check_rows(Data(train=str(path), columns=columns, format=format))
+    [mistake] = caught.value.mistakes
+    assert mistake.startswith(f"data.columns: {said}")
+
+
 def test_all_mistakes_of_train_and_val_come_at_once(tmp_path: Path) -> None:
     good = json.dumps({"messages": [ASK, SAY]})
     (tmp_path / "train.jsonl").write_text(f"{good}\n{{\n{json.dumps({'messages': [ASK]})}\n")
