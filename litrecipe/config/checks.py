@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any, get_args
 
-from litrecipe.config.groups import EvaluateRecipe, FinetuneRecipe, Target
+from litrecipe.config.groups import Data, EvaluateRecipe, FinetuneRecipe, Target
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
@@ -140,6 +140,24 @@ def _finetune_combinations(recipe: FinetuneRecipe) -> Iterator[Mistake]:
     if recipe.schedule.decay_steps is not None and recipe.schedule.name != "wsd":
         cure = f"{recipe.schedule.name} decays over the whole run: remove it, or use schedule.name wsd"
         yield "schedule.decay_steps", recipe.schedule.decay_steps, cure
+    yield from _without_effect(recipe)
+
+
+def _without_effect(recipe: FinetuneRecipe) -> Iterator[Mistake]:
+    """Keys that others overrule."""
+    data, train, warmup = recipe.data, recipe.train, recipe.schedule.warmup_steps
+    if data.val and data.val_fraction:
+        yield "data.val_fraction", data.val_fraction, f"data.val {data.val} is measured instead: remove one of them"
+    if recipe.eval.every and not (data.val or data.val_fraction or recipe.eval.tasks):
+        cure = "there is nothing to measure: give data.val, data.val_fraction or eval.tasks, or remove it"
+        yield "eval.every", recipe.eval.every, cure
+    if train.max_steps is not None and warmup > train.max_steps:
+        cure = f"train.max_steps {train.max_steps} ends the run before: give fewer, or 0"
+        yield "schedule.warmup_steps", warmup, cure
+    # The default of data.max_length is nobody's wish: then fit counts and tells the samples it leaves out.
+    if data.max_length > train.micro_batch_tokens and data.max_length != Data.max_length:
+        cure = f"train.micro_batch_tokens {train.micro_batch_tokens} leaves out longer samples: raise it, or lower this"
+        yield "data.max_length", data.max_length, cure
 
 
 DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
