@@ -87,7 +87,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def _format(self, text: str, *values: Any, **named: Any) -> Any:
         return self.call_binop(None, "%", text, named or values)
 
-    def call(self, context: Any, function: Any, *arguments: Any, **named: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, function: Any, *arguments: Any, **named: Any) -> Any:
         owner = getattr(function, "__self__", None)
         if isinstance(owner, (str, bytes, int)) and function.__name__ in FILLING:
             return super().call(context, _narrow(getattr(type(owner), function.__name__)), owner, *arguments, **named)

@@ -133,7 +133,8 @@ def test_templates_that_would_fill_the_memory_are_stopped_before_they_do() -> No
 def test_what_templates_do_write_is_not_stopped() -> None:
     source = (
         "{{ '%05d %s %%' % (123456, 'a') }} {{ '%s'|format(99999) }} {{ '{:>5} {}'.format('a', 2024) }} "
-        "{{ 'x'.ljust(3) }}|{{ 20240726|tojson }} {{ {'a': 5000}|tojson(indent=1) }} {{ 'a'|center(3) }}|{{ 'axb'.split('x', 5000) }}"
+        "{{ 'x'.ljust(3) }}|{{ 20240726|tojson }} {{ {'a': 5000}|tojson(indent=1) }} {{ 'a'|center(3) }}|"
+        "{{ 'axb'.split('x', 5000) }}"
     )
     wanted = "123456 a % 99999     a 2024 x  |20240726 {\n \"a\": 5000\n}  a |['a', 'b']"
     assert template(source).render([]) == wanted
