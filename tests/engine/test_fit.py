@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 
 import numpy as np
 import pytest
@@ -150,21 +152,38 @@ def test_low_precision_learns_and_keeps_adapters_in_fp32(tmp_path, config, preci
     assert trained == {torch.bfloat16 if precision == "bf16-true" and adapter == "none" else torch.float32}
 
 
-def test_a_nan_stops_before_the_step_and_names_the_sample(tmp_path, config):
+def test_a_nan_stops_before_the_step_and_names_the_row(tmp_path, config):
+    """A weight of the embedding that one sample alone uses is NaN: its row is named, and no other."""
     samples = Samples(8)
-    job = make_job(tmp_path, config, samples=samples, micro_batch_tokens=40, global_batch_size=8)
     poisoned = samples[3]
-    poisoned.segments[0].weights[-1] = math.nan
+    poisoned.segments[0].tokens[0] = 310
+    job = make_job(
+        tmp_path, config | {"tie_word_embeddings": False}, samples=samples, micro_batch_tokens=60, global_batch_size=8
+    )
+    with torch.no_grad():
+        job.module.model.embed_tokens.weight[310] = math.nan
     run = Run(job)
     before = {name: p.detach().clone() for name, p in run.parameters.items()}
-    with pytest.raises(InputError) as error:
-        run.train_step(job.source.next_step())
-    assert poisoned.id in str(error.value)
-    assert "step 1" in str(error.value)
-    named = [s.id for s in samples if s.id in str(error.value).replace(",", " ").split()]
-    assert len(named) < 8  # only the row with the sample in it, not the whole step
+    step = job.source.next_step()
+    with pytest.raises(InputError, match="loss is nan at step 1") as error:
+        run.train_step(step)
+    (row,) = [row for row in run.rows_of_this_rank(step) if poisoned.id in row.sample_ids]
+    assert 1 < len(row.sample_ids) < 8
+    assert re.findall(r"row:\d+", str(error.value)) == list(row.sample_ids)
     for name, parameter in run.parameters.items():
-        assert torch.equal(parameter, before[name])
+        assert torch.equal(parameter.nan_to_num(), before[name].nan_to_num())
+    run.teller.close()
+
+
+def test_a_gradient_that_is_not_finite_names_the_whole_step(tmp_path, config):
+    """No row's loss is bad, so every sample of the step may be the one."""
+    job = make_job(tmp_path, config, samples=Samples(8), micro_batch_tokens=60, global_batch_size=4)
+    run = Run(job)
+    job.module.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    step = job.source.next_step()
+    with pytest.raises(InputError, match=r"gradient norm is (nan|inf) at step 1") as error:
+        run.train_step(step)
+    assert re.findall(r"row:\d+", str(error.value)) == [sample.id for sample in step]
     run.teller.close()
 
 
@@ -172,10 +191,12 @@ def test_an_oversized_sample_is_skipped_and_said(tmp_path, config, capfd):
     samples = Samples(6)
     longest = int(samples.lengths.max())
     job = make_job(tmp_path, config, samples=samples, micro_batch_tokens=longest - 1, global_batch_size=6)
-    run = Run(job)
-    assert math.isfinite(run.train_step(job.source.next_step()).loss)
-    assert run.skipped == int((samples.lengths == longest).sum())
-    run.teller.close()
+    assert fit(job) == 0
+    (record,) = [r for r in read_records(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert math.isfinite(record["loss"])
+    assert record["tokens"] == int(samples.lengths[samples.lengths < longest].sum())
+    skipped = json.loads((tmp_path / "checkpoints" / "step-00000001" / "state.json").read_text())["skipped"]
+    assert skipped == int((samples.lengths == longest).sum()) > 0
     assert "do not fit train.micro_batch_tokens" in capfd.readouterr().err
 
 
@@ -194,14 +215,62 @@ def test_max_time_saves_and_finishes(tmp_path, config):
     assert (tmp_path / "final").is_dir()
 
 
-@pytest.mark.parametrize("change", ["another base", "another optimizer", "other weights"])
-def test_resuming_something_else_is_refused(tmp_path, config, change):
-    assert fit(make_job(tmp_path, config, max_steps=1)) == 0
-    job = make_job(tmp_path, config, max_steps=2, adapter="lora" if change == "other weights" else "none")
-    job.recipe.checkpoint.resume = "auto"
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("another base", r"made with another base weights \(None, now 0123\)"),
+        ("another optimizer", r"optim\.name: sgd"),
+        ("other weights", r"trains other weights \(model\..*: \[320, 48\], now absent"),
+        ("another rank", r"trains other weights \(model\..*lora_A.*: \[4, 96\], now \[1, 96\]"),
+        ("another seed", r"train\.seed: 1: the checkpoint was made with 0"),
+    ],
+)
+def test_resuming_something_else_is_refused(tmp_path, config, change, said):
+    adapter = "lora" if change == "another rank" else "none"
+    assert fit(make_job(tmp_path, config, adapter=adapter, max_steps=1)) == 0
+    job = make_job(tmp_path, config, max_steps=2, seed=int(change == "another seed"))
+    if change in ("other weights", "another rank"):
+        add_adapter(job.module, Adapter(method="lora", r=1))
     if change == "another base":
         job.identity = {"base weights": "0123"}
     if change == "another optimizer":
         job.recipe.optim.name = "sgd"
-    with pytest.raises(InputError):
+    job.recipe.checkpoint.resume = "auto"
+    before = {name: p.detach().clone() for name, p in job.module.named_parameters()}
+    with pytest.raises(InputError, match=said):
         fit(job)
+    if change != "another optimizer":
+        assert all(torch.equal(p, before[name]) for name, p in job.module.named_parameters())
+
+
+def test_a_checkpoint_is_read_once_before_it_is_loaded(tmp_path, config, monkeypatch):
+    """Hashing a large checkpoint takes minutes."""
+    from litrecipe.checkpoint import manifest
+
+    assert fit(make_job(tmp_path, config, max_steps=1)) == 0
+    job = make_job(tmp_path, config, max_steps=2)
+    job.recipe.checkpoint.resume = "auto"
+    read = []
+    hashed = manifest.sha256_of
+    monkeypatch.setattr(manifest, "sha256_of", lambda path: read.append(path.name) or hashed(path))
+    Run(job).teller.close()
+    assert sorted(read) == ["optimizer-00000.safetensors", "state.json", "weights-00000.safetensors"]
+
+
+def test_a_full_disk_at_the_very_start_names_out_dir(tmp_path, config):
+    """A file-size limit stands in for the full disk: recipe.yaml cannot be written."""
+    job = make_job(tmp_path, config, max_steps=1)
+    child = os.fork()
+    if child == 0:
+        import resource
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        try:
+            fit(job)
+        except InputError as error:
+            os._exit(2 if str(error).startswith(f"out_dir: {tmp_path}: disk full") else 3)
+        finally:
+            os._exit(4)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2

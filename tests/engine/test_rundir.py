@@ -1,0 +1,105 @@
+"""Where a run continues, and what it must not run over."""
+
+import os
+
+import pytest
+import torch
+
+from litrecipe.checkpoint import state
+from litrecipe.config.errors import InputError
+from litrecipe.engine.rundir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with checkpoints of the steps 50, 100 and 150."""
+    for step in (50, 100, 150):
+        save(tmp_path / "run", step)
+    return RunDir(tmp_path / "run")
+
+
+def save(run, step):
+    target = state.step_folder(run / "checkpoints", step)
+    state.save(target, {"w": torch.zeros(2)}, {}, {"step": step})
+    return target
+
+
+def tear(checkpoint):
+    (checkpoint / "weights-00000.safetensors").write_bytes(b"")
+
+
+def test_auto_takes_the_newest_complete_and_says_what_it_passes_over(run, tmp_path, capfd):
+    assert run.find_resume("auto").name == "step-00000150"
+    tear(run.checkpoints / "step-00000150")
+    assert run.find_resume("auto").name == "step-00000100"
+    assert "falling back to step-00000100" in capfd.readouterr().err
+    for step in (50, 100):
+        tear(run.checkpoints / f"step-{step:08d}")
+    assert run.find_resume("auto") is None
+    assert "no complete checkpoint: starting from the first step" in capfd.readouterr().err
+    assert RunDir(tmp_path / "new").find_resume("auto") is None
+    assert capfd.readouterr().err == ""
+
+
+def test_auto_passes_over_a_users_copy(run):
+    copy = run.checkpoints / "step-00000200.keep"
+    (run.checkpoints / "step-00000150").rename(copy)
+    assert run.find_resume("auto").name == "step-00000100"
+
+
+def test_the_newest_may_be_named(run):
+    newest = run.checkpoints / "step-00000150"
+    assert run.find_resume(str(newest)) == newest
+
+
+def test_an_earlier_one_is_refused_while_later_ones_are_complete(run, tmp_path):
+    early = run.checkpoints / "step-00000050"
+    with pytest.raises(InputError, match=r"step-00000050: .* holds step-00000150, which is later: .*another --out_dir"):
+        run.find_resume(str(early))
+    tear(run.checkpoints / "step-00000150")
+    with pytest.raises(InputError, match="holds step-00000100, which is later"):
+        run.find_resume(str(early))
+    tear(run.checkpoints / "step-00000100")
+    assert run.find_resume(str(early)) == early
+    assert RunDir(tmp_path / "new").find_resume(str(early)) == early
+
+
+def test_another_runs_checkpoint_is_refused_where_a_run_is(run, tmp_path):
+    other = save(tmp_path / "other", 7)
+    with pytest.raises(InputError, match=r"holds another run .*name another --out_dir"):
+        run.find_resume(str(other))
+
+
+@pytest.mark.parametrize("where", ["run", "run/final", "run/checkpoints", "nowhere"])
+def test_what_is_no_checkpoint_is_told_from_one(run, tmp_path, where):
+    run.final.mkdir()
+    (run.final / "manifest.json").write_text('{"files": {}}')
+    with pytest.raises(InputError) as error:
+        RunDir(tmp_path / "new").find_resume(str(tmp_path / where))
+    assert str(error.value).startswith(f"checkpoint.resume: {tmp_path / where}: no checkpoint: give a folder ")
+
+
+def test_a_named_checkpoint_that_is_torn_is_refused(run):
+    torn = run.checkpoints / "step-00000150"
+    tear(torn)
+    with pytest.raises(InputError, match=rf"^checkpoint\.resume: {torn}/weights-00000\.safetensors: torn"):
+        run.find_resume(str(torn))
+
+
+def test_an_out_dir_that_cannot_be_written_is_named_at_once(litrecipe, tiny_model, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match=f"^out_dir: {out}: {tmp_path}/file is no folder"):
+            RunDir(out).check(None)
+    flags = ("--data.train", "toy:units?n=9&seed=0", "--data.cache_dir", tmp_path / "cache")
+    done = litrecipe("finetune", "--model", tiny_model, "--out_dir", tmp_path / "file", *flags, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()  # nothing was said of the data, which come next
+    assert "out_dir: " in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="is no folder that can be written"):
+        RunDir(tmp_path / "run").check(None)
