@@ -9,8 +9,9 @@ import torch
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import open_model
-from litrecipe.config import groups
+from litrecipe.config import groups, schema
 from litrecipe.config.errors import InputError
+from litrecipe.config.progress import say
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.decoder import Decoder
 
@@ -24,17 +25,28 @@ class Session:
     tokenizer: Tokenizer
     source: str
     """Where it came from."""
+    quantize: groups.Quantize
+    """How its base is stored."""
 
 
 def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session:
     """Load a Hugging Face folder, hub id, GGUF file, PEFT adapter folder, or the final model of a run directory.
 
+    The model of a run is read as it was trained: on the same date and, where `quantize` says nothing, on a base
+    quantised alike.
+
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
     device = _device(fabric)
-    source = final_of_run(model.source)
+    source, date = model.source, None
+    run = _run_recipe(source)
+    if run is not None:
+        source, date = str(Path(source) / "final"), run.data.date
+        if quantize.method == "none" and run.quantize.method != "none":
+            quantize = run.quantize
+            say(f"{model.source}: base quantised to {quantize.method}, as in training (not so with --model {source})")
     files = open_model(source, tokenizer=model.tokenizer)
-    tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template)
+    tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template, date)
     decoder = load_model(
         files,
         dtype=torch.bfloat16 if fabric.precision == "bf16-true" else torch.float32,
@@ -45,17 +57,17 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
     decoder.eval().requires_grad_(False)
     if fabric.compile:
         decoder.compile_blocks()
-    return Session(decoder, tokenizer, source)
+    return Session(decoder, tokenizer, source, quantize)
 
 
-def final_of_run(source: str) -> str:
-    """`RUN/final` for a run directory, any other source as it is."""
+def _run_recipe(source: str) -> groups.FinetuneRecipe | None:
+    """What a run directory with a final model was made by; None for any other source."""
     folder = Path(source)
     if not (folder / "recipe.yaml").is_file():
-        return source
+        return None
     if not (folder / "final").is_dir():
         raise InputError(f"model.source: {source}: this run has no final model yet: resume it, or export a checkpoint")
-    return str(folder / "final")
+    return schema.load(groups.FinetuneRecipe, [folder / "recipe.yaml"])
 
 
 def _device(fabric: groups.Fabric) -> torch.device:

@@ -27,7 +27,7 @@ def main(recipe: EvaluateRecipe) -> int:
         generate=recipe.generate,
         log_samples=recipe.log_samples,
     )
-    results["config"] |= {"model": session.source, "quantize": recipe.quantize.method}
+    results["config"] |= {"model": session.source, "quantize": session.quantize.method}
     Console().print(table(results))
     if recipe.out is not None:
         for path in write(results, Path(recipe.out)):
@@ -42,11 +42,6 @@ def _check(recipe: EvaluateRecipe) -> None:
         mistakes.append("log_samples: true: samples are written beside the results: give `out`")
     if recipe.out is not None and Path(recipe.out).is_dir():
         mistakes.append(f"out: {recipe.out}: is a folder: give a file name, e.g. {Path(recipe.out) / 'results.json'}")
-    mistakes += [
-        f"{key}: {value}: give a whole number above 0"
-        for key, value in (("limit", recipe.limit), ("batch_tokens", recipe.batch_tokens))
-        if value is not None and value < 1
-    ]
     try:
         plan(recipe.tasks)
     except InputError as error:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from litrecipe.config.groups import EvaluateRecipe, Fabric, Generate, Model, Qua
 from litrecipe.recipes.evaluate import main
 
 TEXT = "the quick brown fox jumps over the lazy dog and asks what the answer is " * 4
+RECIPE = "model: {source: base}\ndata: {train: 'toy:units'}\nout_dir: run\n"
 
 
 @pytest.fixture
@@ -49,7 +54,7 @@ def test_a_hugging_face_folder(tiny_model, spec, tmp_path, capsys) -> None:
 def test_a_run_directory_is_its_final_model(tiny_model, spec, tmp_path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "recipe.yaml").write_text("out_dir: run\n")
+    (run / "recipe.yaml").write_text(RECIPE)
     with pytest.raises(InputError, match="no final model yet"):
         perplexity(run, spec, tmp_path / "results.json")
     (run / "final").symlink_to(tiny_model)
@@ -71,6 +76,39 @@ def test_a_peft_adapter_folder(tiny_model, spec, tmp_path) -> None:
     measured = perplexity(tmp_path / "adapter", spec, tmp_path / "results.json")
     assert measured == pytest.approx(wanted, rel=1e-5)
     assert abs(measured - perplexity(tiny_model, spec, tmp_path / "base.json")) > 1e-2
+
+
+def test_the_run_of_a_qlora_is_measured_on_a_quantised_base(tiny_model, spec, tmp_path, capsys) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    run = tmp_path / "run"
+    get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), settings).save_pretrained(run / "final")
+    (run / "recipe.yaml").write_text(RECIPE + "adapter: {method: lora}\nquantize: {method: nf4, double_quant: false}\n")
+    nf4 = Quantize(method="nf4", double_quant=False)
+    wanted = perplexity(run / "final", spec, tmp_path / "nf4.json", quantize=nf4)
+    assert wanted != perplexity(run / "final", spec, tmp_path / "plain.json")
+    assert perplexity(run, spec, tmp_path / "results.json") == wanted
+    assert json.loads((tmp_path / "results.json").read_text())["config"]["quantize"] == "nf4"
+    assert "base quantised to nf4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_at_once(tiny_model, number, code) -> None:
+    """There is nothing to save: 85 says, as in training, that the same command is to be run again."""
+    words = ["evaluate", "--model", str(tiny_model), "--tasks", "exact_match:toy:units?n=5000", "--batch_tokens", "600"]
+    command = [sys.executable, "-m", "litrecipe", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=15)
+    assert process.returncode == code, err
+    assert out == ""
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8"])
@@ -108,14 +146,9 @@ def test_mistakes_are_told_before_the_model_is_opened(tmp_path) -> None:
     with pytest.raises(InputError) as caught:
         main(recipe)
     assert len(caught.value.mistakes) == 2
-    recipe = EvaluateRecipe(tasks=["exact_match:toy:unit"], log_samples=True, limit=0, batch_tokens=0)
+    recipe = EvaluateRecipe(tasks=["exact_match:toy:unit"], log_samples=True)
     with pytest.raises(InputError) as caught:
         main(recipe)
-    assert [mistake.split(":")[0] for mistake in caught.value.mistakes] == [
-        "log_samples",
-        "limit",
-        "batch_tokens",
-        "tasks",
-    ]
+    assert [mistake.split(":")[0] for mistake in caught.value.mistakes] == ["log_samples", "tasks"]
     with pytest.raises(InputError, match="is a folder"):
         main(EvaluateRecipe(tasks=["exact_match:toy:units"], out=str(tmp_path)))
