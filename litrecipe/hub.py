@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES, FinetuneRecipe
-from litrecipe.config.merge import Mistakes, displayed, find, find_in_hub, hub_folder, hub_names, read_recipe
+from litrecipe.config.groups import RECIPES, EvaluateRecipe, FinetuneRecipe
+from litrecipe.config.merge import (
+    Mistakes,
+    displayed,
+    find,
+    find_in_hub,
+    hub_folder,
+    hub_names,
+    read_recipe,
+    read_text,
+)
 
 
 def ls() -> int:
@@ -37,7 +45,14 @@ def headline(recipe: Path) -> tuple[str, str]:
 def show(name: str, resolved: bool = False) -> int:
     """Print a recipe as it is written, or with `extends` and all defaults filled in."""
     path = _found(name)
-    print(schema.dump(schema.load(kind_of(path), [path])) if resolved else path.read_text(), end="")
+    if resolved:
+        print(schema.dump(schema.load(kind_of(path), [path])), end="")
+        return 0
+    mistakes = Mistakes()
+    text = read_text(path, mistakes)
+    if text is None:
+        raise InputError(*mistakes)
+    print(text, end="")
     return 0
 
 
@@ -53,7 +68,11 @@ def copy(name: str, file: str) -> int:
         raise InputError(f"{target}: exists: give another name, or remove it first")
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder: create it first")
-    target.write_text("".join(_extends_by_name(line, source) for line in source.read_text().splitlines(keepends=True)))
+    text = "".join(_extends_by_name(line, source) for line in source.read_text().splitlines(keepends=True))
+    try:
+        target.write_text(text)
+    except OSError as error:
+        raise InputError(f"{target}: {error.strerror}: give a place where a file can be written") from error
     print(f"wrote {target}: run it with `--config {target}`")
     return 0
 
@@ -85,33 +104,60 @@ def validate(names: list[str]) -> int:
 
 
 def _check_beyond_keys(recipe: Any, path: Path) -> str:
-    """Check generated data, and build the model from the `config.json` beside the recipe where there is one."""
-    from litrecipe.data.readers import check_source
+    """Look up generated data and tasks, and build the model without weights if it is at hand."""
+    try:
+        _check_data(recipe)
+        source = _model_at_hand(recipe, path)
+        return "valid" if source is None else f"valid, {_count_parameters(recipe, source)}"
+    except InputError as error:
+        raise InputError(*(f"{displayed(path)}: {mistake}" for mistake in error.mistakes)) from error
 
+
+def _check_data(recipe: Any) -> None:
+    from litrecipe.data.readers import check_sources
+
+    tasks: list[str] = []
     if isinstance(recipe, FinetuneRecipe):
-        for key, source in (("data.train", recipe.data.train), ("data.val", recipe.data.val)):
-            if source and source.startswith("toy:"):
-                check_source(f"{displayed(path)}: {key}", source)
-    config = path.parent / "config.json"
-    return f"valid, {_count_parameters(recipe, config)}" if config.is_file() else "valid"
+        sources = {"data.train": recipe.data.train, "data.val": recipe.data.val or ""}
+        check_sources({key: source for key, source in sources.items() if source.startswith("toy:")})
+        tasks = recipe.eval.tasks
+    elif isinstance(recipe, EvaluateRecipe):
+        tasks = recipe.tasks
+    if tasks:
+        from litrecipe.evaluation.run import plan
+
+        plan(tasks)
 
 
-def _count_parameters(recipe: Any, config: Path) -> str:
+def _model_at_hand(recipe: Any, path: Path) -> Path | None:
+    """The `config.json` that stands beside recipes of the hub for a model to be fetched, or a source on this disk."""
+    beside, source = path.parent / "config.json", Path(recipe.model.source).expanduser()
+    if path.is_relative_to(hub_folder()) and beside.is_file():
+        return beside
+    return source if source.exists() else None
+
+
+def _count_parameters(recipe: Any, source: Path) -> str:
     """Build model and adapter on the meta device: shapes without weights."""
     import torch
 
+    from litrecipe.checkpoint.source import open_model
     from litrecipe.model.adapters import add_adapter
-    from litrecipe.model.architecture import read_architecture
     from litrecipe.model.decoder import Decoder
+    from litrecipe.recipes.model import adapter_of
 
+    files = open_model(str(source))
     with torch.device("meta"):
-        model = Decoder(read_architecture(json.loads(config.read_text())))
-        count = sum(p.numel() for p in model.parameters())
-        if recipe.adapter.method == "none":
-            return f"{count:,} parameters, all trained"
-        add_adapter(model, recipe.adapter)
+        model = Decoder(files.architecture)
+        count = f"{sum(p.numel() for p in model.parameters()):,} parameters"
+        if not isinstance(recipe, FinetuneRecipe):
+            return count
+        adapter = adapter_of(recipe, files)
+        if adapter is None:
+            return f"{count}, all trained"
+        add_adapter(model, adapter)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{count:,} parameters, {trained:,} more are trained in the adapter"
+    return f"{count}, {trained:,} more are trained in the adapter"
 
 
 def kind_of(path: Path) -> type:

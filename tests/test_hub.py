@@ -54,11 +54,51 @@ def test_validate_tells_the_mistakes_of_all(tmp_path: Path) -> None:
     assert "b.yaml:3: limit: 0" in limit
 
 
-def test_validate_reads_the_architecture_beside_a_recipe(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("model: {source: m}\ndata: {train: d}\n")
-    (tmp_path / "config.json").write_text('{"model_type": "nothing known"}')
-    with pytest.raises(InputError, match="model_type"):
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [('{"model_type": "nothing known"}', "model_type: nothing known"), ("{", "not valid JSON")],
+)
+def test_validate_reads_the_model_a_recipe_names(tmp_path: Path, config: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "r.yaml").write_text(f"model: {{source: {tmp_path}/config.json}}\ndata: {{train: d}}\n")
+    with pytest.raises(InputError) as wrong:
         hub.validate([str(tmp_path / "r.yaml")])
+    (mistake,) = wrong.value.mistakes
+    assert mistake.startswith(f"{tmp_path}/r.yaml: {tmp_path}/config.json: ")
+    assert message in mistake
+
+
+def test_validate_takes_no_other_config_for_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "r.yaml").write_text("model: {source: org/name}\ndata: {train: d}\n")
+    assert hub.validate([str(tmp_path / "r.yaml")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/r.yaml: valid\n"
+
+
+def test_validate_counts_models_that_are_only_read(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "e.yaml").write_text(f"model: {{source: {tiny_model}}}\ntasks: ['exact_match:toy:units?n=3&seed=0']\n")
+    assert hub.validate([str(tmp_path / "e.yaml")]) == 0
+    assert capsys.readouterr().out.endswith(": valid, 57,072 parameters\n")
+
+
+def test_validate_looks_tasks_up(tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("model: {source: m}\ntasks: ['exact_match:toy:unit']\n")
+    (tmp_path / "f.yaml").write_text("model: {source: m}\ndata: {train: d}\neval: {tasks: ['exact_mach:x']}\n")
+    with pytest.raises(InputError) as wrong:
+        hub.validate([str(tmp_path / "e.yaml"), str(tmp_path / "f.yaml")])
+    toy, task = wrong.value.mistakes
+    assert toy.startswith(f"{tmp_path}/e.yaml: ") and "units" in toy
+    assert task.startswith(f"{tmp_path}/f.yaml: ") and "exact_match" in task
+
+
+def test_what_cannot_be_read_or_written_is_wrong_input(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"model: \xff\n")
+    with pytest.raises(InputError, match="byte 7 is not UTF-8"):
+        hub.show(str(tmp_path / "r.yaml"))
+    with pytest.raises(InputError, match=r"/proc/x\.yaml: "):
+        hub.copy("smollm2-135m/lora", "/proc/x.yaml")
 
 
 def test_the_kind_of_a_file_is_seen_by_its_keys(tmp_path: Path) -> None:

@@ -109,22 +109,28 @@ def read_recipe(path: Path, mistakes: Mistakes, chain: tuple[Path, ...] = ()) ->
 
 def read_file(path: Path, mistakes: Mistakes) -> Node:
     """One YAML file, at the present schema version; an empty group when it cannot be read."""
-    name = displayed(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        mistakes.without(f"{name}: not text: byte {error.start} is not UTF-8: save the file as UTF-8")
+    text = read_text(path, mistakes)
+    if text is None:
         return Node({})
-    except OSError as error:
-        mistakes.without(f"{name}: {error.strerror}: give a recipe file that can be read")
-        return Node({})
-    root = read_yaml(text, name, mistakes)
+    root = read_yaml(text, displayed(path), mistakes)
     if root.value is None:
         return Node({})
     if not root.is_group:
         mistakes.without(f"{root.where}{show(root)}: a recipe is made of `key: value` lines")
         return Node({})
     return migrate(root, mistakes)
+
+
+def read_text(path: Path, mistakes: Mistakes) -> str | None:
+    """A file as it is written."""
+    name = displayed(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        mistakes.without(f"{name}: not text: byte {error.start} is not UTF-8: save the file as UTF-8")
+    except OSError as error:
+        mistakes.without(f"{name}: {error.strerror}: give a recipe file that can be read")
+    return None
 
 
 def migrate(recipe: Node, mistakes: Mistakes) -> Node:
