@@ -327,3 +327,12 @@ def test_signals_during_set_up(number: int, code: int, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=20)
     assert process.returncode == code
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("variable", "lines"), [("LOCAL_RANK", 0), ("SLURM_LOCALID", 0), ("RANK", 1)])
+def test_a_mistake_is_told_once_on_each_machine(
+    variable: str, lines: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "3")
+    assert main(["finetune", "--train.stesp", "3", "--model", "m", "--data.train", "d"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == lines

@@ -79,15 +79,3 @@ def test_two_processes_resume_exactly(train, strategy, method):
     assert len(json.loads((checkpoint / "state.json").read_text())["ranks"]) == 2
     ours, theirs = final_tensors(unbroken), final_tensors(broken)
     assert all((tensor == theirs[name]).all() for name, tensor in ours.items())
-
-
-@pytest.mark.slow
-def test_a_mistake_is_told_once(litrecipe, tiny_model, tmp_path):
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    done = litrecipe(
-        *("finetune", "--model", tiny_model, "--data.train", "toy:units?n=8&seed=0", "--out_dir", tmp_path / "run"),
-        *("--data.cache_dir", tmp_path, "--fabric.accelerator", "cpu", "--fabric.devices", 2),
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("holds a run already") == 1, done.stderr
