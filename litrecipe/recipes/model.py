@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import shutil
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from litrecipe.checkpoint import state
 from litrecipe.checkpoint.hf import save_model
@@ -18,18 +16,18 @@ from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, save_adapter
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import Adapter, FinetuneRecipe, Quantize
+from litrecipe.config.groups import Adapter, FinetuneRecipe
 from litrecipe.config.progress import say, warn
-from litrecipe.engine.memory import NF4_BYTES
-from litrecipe.model.adapters import describe_parameters, merge_adapter
-from litrecipe.model.architecture import Architecture
+from litrecipe.model.adapters import merge_adapter
 from litrecipe.model.decoder import Decoder
+from litrecipe.recipes.model_tables import architecture_table, memory_table, parameter_table
 
 
 def import_model(src: str, out: str) -> int:
     """Write any model as a Hugging Face folder, in the precision it is stored in (GGUF: fp32)."""
     refuse_foreign(Path(out))
     files = open_model(src)
+    _keep_apart(out, files)
     if files.adapter:
         raise InputError(f"{src}: an adapter: use `litrecipe model merge {src} {out}`")
     save_model(Path(out), load_model(files, dtype=_stored_dtype(files)), files.tokenizer_dir)
@@ -43,10 +41,10 @@ def export(run: str, out: str) -> int:
     folder = Path(run)
     final = folder / "final"
     if final.is_dir():
-        open_model(str(final))  # checks what is in it
+        _keep_apart(out, open_model(str(final)))
         with new_folder(Path(out)) as draft:
             for file in sorted(path for path in final.iterdir() if path.is_file() and path.name != MANIFEST):
-                (draft / file.name).write_bytes(file.read_bytes())
+                shutil.copyfile(file, draft / file.name)
         say(f"wrote {out} from {final}")
         return 0
     recipe = _recipe_of(folder)
@@ -54,6 +52,7 @@ def export(run: str, out: str) -> int:
     if checkpoint is None:
         raise InputError(f"{run}: neither a final model nor a complete checkpoint in it: nothing to export yet")
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
+    _keep_apart(out, files)
     save_trained(Path(out), _restore(recipe, files, checkpoint), files, recipe)
     say(f"wrote {out} from {checkpoint}")
     return 0
@@ -63,21 +62,27 @@ def merge(run: str, out: str) -> int:
     """Fold the adapter of a run directory or of an adapter folder into its base, as a Hugging Face folder.
 
     Computed in fp32 and stored in the precision of the base. An adapter that was trained on a quantised base is merged
-    into what that base's weights are after quantisation.
+    into what that base's weights were after quantisation.
     """
     refuse_foreign(Path(out))
-    source = Path(run) / "final" if (Path(run) / "recipe.yaml").is_file() else Path(run)
-    if not (source / ADAPTER_CONFIG).is_file():
-        raise InputError(f"{source}: no {ADAPTER_CONFIG} in it: give an adapter folder, or a run that trained one")
-    recipe = source.parent / "recipe.yaml"
-    quantize = _recipe_of(source.parent).quantize if recipe.is_file() else Quantize()
-    files = open_model(str(source))
-    model = load_model(files, quantize=quantize)
+    files = open_model(run)
+    if files.adapter is None:
+        raise InputError(
+            f"{files.source}: no {ADAPTER_CONFIG} in it: give an adapter folder, or a run that trained one"
+        )
+    _keep_apart(out, files)
+    folder = files.adapter.folder
+    recipe = _recipe_of(folder.parent) if (folder.parent / "recipe.yaml").is_file() else FinetuneRecipe()
+    quantize = recipe.quantize
+    # Quantised weights are made from those of the run's precision; others are merged before anything is rounded.
+    model = load_model(
+        files, dtype=_precision(recipe) if quantize.method != "none" else torch.float32, quantize=quantize
+    )
     merge_adapter(model)
     dtype = _stored_dtype(files)
     save_model(Path(out), model, files.tokenizer_dir, dtype=dtype)
     base = f"{files.base} as {quantize.method}" if quantize.method != "none" else files.base
-    say(f"wrote {out}: {source} merged into {base}, in {str(dtype).removeprefix('torch.')}")
+    say(f"wrote {out}: {folder} merged into {base}, in {str(dtype).removeprefix('torch.')}")
     return 0
 
 
@@ -86,7 +91,7 @@ def info(src: str) -> int:
     files = open_model(src)
     console = Console()
     console.print(files.describe(), soft_wrap=True, highlight=False)
-    for table in (_architecture_table(files.architecture), _parameter_table(files), _memory_table(files.architecture)):
+    for table in (architecture_table(files.architecture), parameter_table(files), memory_table(files.architecture)):
         console.print(table)
     return 0
 
@@ -95,7 +100,7 @@ def load_to_train(files: ModelFiles, recipe: FinetuneRecipe) -> Decoder:
     """The model as a recipe trains it: base weights, quantised or not, and the adapter."""
     return load_model(
         files,
-        dtype=torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32,
+        dtype=_precision(recipe),
         quantize=recipe.quantize,
         adapter=recipe.adapter,
         init=recipe.model.init,
@@ -133,6 +138,17 @@ def _restore(recipe: FinetuneRecipe, files: ModelFiles, checkpoint: Path) -> Dec
     return model
 
 
+def _keep_apart(out: str, files: ModelFiles) -> None:
+    """Raise InputError when a folder at `out` would replace what is read, or lie in a run directory."""
+    target = Path(out).resolve()
+    for path in (Path(files.source), Path(files.base)):
+        if path.exists() and target in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"{out}: would replace {path}, which is read: name another folder")
+    for folder in (target, *target.parents):
+        if (folder / "recipe.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+            raise InputError(f"{out}: in the run directory {folder}: name a folder outside of it")
+
+
 def _recipe_of(run: Path) -> FinetuneRecipe:
     path = run / "recipe.yaml"
     if not path.is_file():
@@ -140,59 +156,12 @@ def _recipe_of(run: Path) -> FinetuneRecipe:
     return schema.load(FinetuneRecipe, [path])
 
 
+def _precision(recipe: FinetuneRecipe) -> torch.dtype:
+    """What a recipe's base weights are loaded in."""
+    return torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
+
+
 def _stored_dtype(files: ModelFiles) -> torch.dtype:
-    """The precision most of the base's weights are stored in."""
+    """What the base's config says its weights are stored in; fp32 where it says nothing."""
     name = files.config.get("torch_dtype") or files.config.get("dtype") or "float32"
     return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
-
-
-def _architecture_table(a: Architecture) -> Table:
-    table = Table("architecture", "", box=None, title_justify="left")
-    scaling = f", {a.rope_scaling['rope_type']} scaling by {a.rope_scaling['factor']:g}" if a.rope_scaling else ""
-    rows = {
-        "family": a.family,
-        "layers": a.num_layers,
-        "hidden size": a.hidden_size,
-        "MLP size": a.intermediate_size,
-        "heads": f"{a.num_heads} of {a.head_dim}, {a.num_kv_heads} for keys and values",
-        "vocabulary": f"{a.vocab_size:,}, head {'tied to the embedding' if a.tie_embeddings else 'of its own'}",
-        "context": f"{a.max_positions:,} tokens",
-        "RoPE": f"base {a.rope_theta:g}{scaling}",
-    }
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    return table
-
-
-def _parameter_table(files: ModelFiles) -> Table:
-    with torch.device("meta"):
-        counts = describe_parameters(Decoder(files.architecture))
-    table = Table("parameters", "", "", box=None)
-    table.columns[1].justify = table.columns[2].justify = "right"
-    whole = counts["all"].total
-    for kind, count in sorted(counts.items(), key=lambda item: item[1].total):
-        table.add_row(kind, f"{count.total:,}", f"{100 * count.total / whole:.1f} %")
-    if files.adapter:
-        table.add_row("adapter", f"{sum(math.prod(e.shape) for e in files.adapter.weights.entries):,}", "on top")
-    return table
-
-
-def _memory_table(a: Architecture) -> Table:
-    """Bytes of the weights by precision, and of the KV cache."""
-    with torch.device("meta"):
-        sizes = Counter[str]()
-        for name, parameter in Decoder(a).named_parameters():
-            quantised = parameter.ndim == 2 and name.startswith("model.layers.")
-            sizes["linear" if quantised else "rest"] += parameter.numel()
-    table = Table("memory", "GB", "", box=None)
-    table.columns[1].justify = "right"
-    for name, linear, rest in (("fp32", 4, 4), ("bf16", 2, 2), ("int8", 1, 2), ("nf4", NF4_BYTES, 2)):
-        table.add_row(name, f"{(sizes['linear'] * linear + sizes['rest'] * rest) / 1e9:.3f}", _note(name))
-    cache = 2 * a.num_layers * a.num_kv_heads * a.head_dim * 2
-    whole = cache * a.max_positions / 1e9
-    table.add_row("KV cache", f"{whole:.3f}", f"bf16, {a.max_positions:,} tokens; {cache:,} bytes a token")
-    return table
-
-
-def _note(precision: str) -> str:
-    return "linear layers; the rest in bf16" if precision in ("int8", "nf4") else "all weights"

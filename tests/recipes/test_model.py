@@ -35,6 +35,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path):
             flags = {
                 "full": [],
                 "lora": ["--adapter.method", "lora"],
+                "lora-nf4-bf16": [
+                    *("--adapter.method", "lora", "--quantize.method", "nf4", "--fabric.precision", "bf16-true"),
+                ],
                 "dora-nf4": ["--adapter.method", "dora", "--quantize.method", "nf4"],
             }[kind]
             made[kind] = tmp_path_factory.mktemp("runs") / kind
@@ -97,6 +100,50 @@ def test_merged_equals_unmerged(runs, tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(theirs(TOKENS[None]).logits[0], expected, atol=1e-4, rtol=1e-5)
 
 
+def test_a_quantised_run_in_bf16_merges_into_the_levels_it_was_trained_on(runs, tmp_path: Path) -> None:
+    run = runs("lora-nf4-bf16")
+    trained = load_model(open_model(str(run)), dtype=torch.bfloat16, quantize=Quantize(method="nf4"))
+    with torch.no_grad():
+        expected = trained.float().logits(TOKENS)  # the weights stay what they are; only the sums are exact
+    merge(str(run), str(tmp_path / "out"))
+    assert (logits(tmp_path / "out") - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_is_read_is_not_overwritten(runs, tiny_model: Path, tmp_path: Path) -> None:
+    base, run = tmp_path / "base", tmp_path / "run"
+    import_model(str(tiny_model), str(base))
+    shutil.copytree(runs("lora"), run)
+    config = run / "final" / "adapter_config.json"
+    (config.parent / "manifest.json").unlink()
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": str(base)}))
+    adapter = tmp_path / "adapter"
+    export(str(run), str(adapter))  # has a manifest again
+    shutil.copytree(adapter, run / "final", dirs_exist_ok=True)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(tiny_model), str(base)))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for verb, source, out, said in (
+        (merge, run, run / "final", "would replace"),
+        (merge, run, run / "merged", "in the run directory"),
+        (merge, run, base, "would replace"),
+        (merge, adapter, adapter, "would replace"),
+        (merge, adapter, base, "would replace"),
+        (export, run, run / "final", "would replace"),
+        (export, run, run / "exported", "in the run directory"),
+        (export, run, base, "would replace"),
+        (import_model, base, base, "would replace"),
+        (import_model, base, base / ".." / "base", "would replace"),
+        (import_model, base, run / "final", "in the run directory"),
+    ):
+        with pytest.raises(InputError, match=said):
+            verb(str(source), str(out))
+    shutil.rmtree(run / "final")
+    with pytest.raises(InputError, match="would replace"):
+        export(str(run), str(base))
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == {path: content for path, content in before.items() if path.parent != run / "final"}
+
+
 def test_wrong_sources(runs, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no adapter_config\.json in it"):
         merge(str(tiny_model), str(tmp_path / "out"))
@@ -114,8 +161,9 @@ def test_info(tiny_model: Path, runs, capsys: pytest.CaptureFixture[str]) -> Non
     said = capsys.readouterr().out
     for fact in ("57,072", "15,360", "4 of 12, 2 for keys and values", "tied to the embedding", "192 bytes a token"):
         assert fact in said
-    info(str(runs("lora") / "final"))
-    assert "with a lora adapter" in capsys.readouterr().out
+    for run in (runs("lora"), runs("lora") / "final"):
+        info(str(run))
+        assert "with a lora adapter" in capsys.readouterr().out
 
 
 def test_as_verbs(litrecipe, tiny_model: Path, tmp_path: Path) -> None:
