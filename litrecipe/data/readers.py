@@ -114,7 +114,7 @@ def _locate(source: str) -> tuple[Path, list[str]]:
     """A folder and the names of the data files below it."""
     try:
         path = Path(source).expanduser()
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             if _kind(path.name) is None:
                 raise InputError(f"{source}: {path.suffix or 'no suffix'}: data files end in {_suffixes()}")
             return path.parent, [path.name]
