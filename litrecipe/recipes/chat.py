@@ -44,8 +44,9 @@ def main(recipe: GenerateRecipe) -> int:
     with _keyboard_interrupts():
         while not chat.over:
             try:
-                chat.take(first or _read())
-                first, interrupted = None, False
+                line, first = first or _read(), None
+                chat.take(line)
+                interrupted = False
             except EOFError:
                 break
             except KeyboardInterrupt:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import select
 import signal
 import sys
+import time
 
 import pytest
 
@@ -117,6 +121,47 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(varied_model, monkeypatch,
     assert 0 < stopped < whole
     assert "Ctrl-C again to leave" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class Terminal:
+    """The program in a pseudo-terminal, at which keys are pressed and read what it shows."""
+
+    def __init__(self, *words: str) -> None:
+        self.shown = ""
+        self.pid, self.screen = pty.fork()
+        if not self.pid:
+            os.execv(sys.executable, [sys.executable, "-m", "litrecipe", *words])
+
+    def press(self, keys: str) -> None:
+        self.shown = ""
+        os.write(self.screen, keys.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """What is shown since the last key, as soon as `text` is in it."""
+        end = time.monotonic() + seconds
+        while text not in self.shown:
+            if not select.select([self.screen], [], [], max(0, end - time.monotonic()))[0]:
+                pytest.fail(f"{text!r} does not come, only {self.shown!r}")
+            self.shown += os.read(self.screen, 1024).decode(errors="replace")
+        return self.shown
+
+    def code(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_in_a_terminal(varied_model) -> None:
+    words = ["--model", str(varied_model), "--generate.max_new_tokens", "200", "--prompt", "the quick fox"]
+    terminal = Terminal("chat", *words)
+    _, _, answer = terminal.wait_for("commands\r\n").partition("commands\r\n")
+    while len(answer) < 3:
+        answer += os.read(terminal.screen, 1024).decode(errors="replace")
+    terminal.press("\x03")
+    terminal.wait_for("(Ctrl-C again to leave)")
+    assert terminal.wait_for("> ").endswith("(Ctrl-C again to leave)\r\n> ")
+    terminal.press("the dog\r")
+    assert len(terminal.wait_for("\n> ")) > len("the dog\r\n\n> ")
+    terminal.press("\x04")
+    assert terminal.code() == 0
 
 
 def test_ctrl_c_twice_leaves(varied_model, monkeypatch, capsys) -> None:
