@@ -187,9 +187,9 @@ def _choose(source: str, names: list[str], query: str) -> list[str]:
             "?split=train|validation|test, ?files=<pattern>, or both"
         )
     if len({_kind(name) for name in chosen}) > 1:
-        kinds = Counter(f"*{_kind(name)}" for name in chosen)
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-        cure = f"?files={next(iter(kinds))}* behind it chooses one of them, or name one file"
+        endings = Counter("*" + name[name.lower().rindex(str(_kind(name))) :] for name in chosen)
+        told = ", ".join(f"{count} {ending}" for ending, count in endings.items())
+        cure = f"choose one with ?files=<pattern> behind it, such as ?files={next(iter(endings))}, or name one file"
         raise InputError(f"{source}: files of several kinds ({told}): {cure}")
     if chosen != data:
         _say_once(f"{source}: takes {_list(chosen)} of its {len(data)} data files")

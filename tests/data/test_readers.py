@@ -113,7 +113,11 @@ def test_files_of_several_kinds_are_never_mixed(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", JSONL)
     write(tmp_path / "c.txt", "a text")
     [mistake] = mistakes_of(tmp_path)
-    assert mistake.startswith(f"{tmp_path}: files of several kinds (2 *.jsonl, 1 *.txt): ?files=*.jsonl* ")
+    assert mistake.startswith(
+        f"{tmp_path}: files of several kinds (1 *.jsonl.gz, 1 *.jsonl, 1 *.txt): choose one with "
+    )
+    cure = mistake.split("such as ")[1].split(",")[0]
+    assert len(list(read_rows(f"{tmp_path}{cure}"))) == 3
     assert len(list(read_rows(f"{tmp_path}?files=*.jsonl*"))) == 6
 
 
