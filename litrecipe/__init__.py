@@ -1,3 +1,3 @@
-"""litrecipe: pretrain, fine-tune, align and evaluate language models from one YAML recipe."""
+"""litrecipe: fine-tune and evaluate language models from one YAML recipe."""
 
 __version__ = "0.1.0"

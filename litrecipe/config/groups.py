@@ -20,7 +20,8 @@ class Model:
     """Which model, and how it is loaded."""
 
     source: str = ""
-    """A Hugging Face folder, a hub id (`org/name`), a GGUF file, or a `config.json` with `init: random`."""
+    """A Hugging Face folder, a hub id (`org/name`), a GGUF file, a PEFT adapter folder (its adapter is trained further),
+    a run directory (its final model), or a `config.json` with `init: random`."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads weights; `random` builds the `config.json` of `source` from scratch."""
     tokenizer: str | None = None
@@ -64,7 +65,7 @@ class Data:
     """What is trained on."""
 
     train: str = ""
-    """A file (.json, .jsonl, .parquet; .gz and .zst), a folder, a hub dataset id, or `toy:units?n=512&seed=0`."""
+    """A file (.json, .jsonl, .parquet, .txt; .gz and .zst), a folder, a hub dataset id, or `toy:units?n=512&seed=0`."""
     val: str | None = None
     """Held-out data, in the same forms."""
     val_fraction: float = 0.0
@@ -96,7 +97,8 @@ class Optim:
     eps: float = 1e-8
     """Adam's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay on matrices; vectors (norms, biases, DoRA magnitudes) are left alone."""
+    """Weight decay on matrices, decoupled from the gradient (`sgd` adds it to the gradient); vectors (norms, biases,
+    DoRA magnitudes) are left alone."""
 
 
 @dataclass
@@ -120,7 +122,7 @@ class Train:
     max_steps: int | None = None
     """Stop after this many steps."""
     epochs: float | None = None
-    """Stop after this many passes over the data (default 1 when no other limit is set)."""
+    """Stop after this many passes over the data (default 1 when neither `max_steps` nor `max_tokens` is set)."""
     max_tokens: int | None = None
     """Stop after this many tokens."""
     max_time: str | None = None
@@ -184,7 +186,7 @@ class Fabric:
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes."""
     tensor_parallel: int = 1
-    """Processes that share one copy of a layer (with `fsdp`)."""
+    """Processes that share one copy of a layer; not there yet: only 1 is accepted."""
     precision: Precision = "32-true"
     """`32-true`, `bf16-true`, or `bf16-mixed` (fp32 weights, bf16 arithmetic)."""
     compile: bool = False

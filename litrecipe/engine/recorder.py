@@ -40,8 +40,11 @@ def hash_samples(samples: Sequence[Sample]) -> str:
 
 
 def hash_rng() -> str:
-    """Of the CPU generator that seeds everything random in a step."""
-    return hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8).hexdigest()
+    """Of the generators that dropout draws from: the CPU's, and that of the GPU if there is one."""
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=8)
+    if torch.cuda.is_available():
+        digest.update(torch.cuda.get_rng_state().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def flight_record(step: int, samples: Sequence[Sample], rng: str, loss: float, grad_norm: float) -> dict[str, Any]:
