@@ -100,7 +100,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return format
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, str) and WIDE_CONVERSION.search(left):
+        if operator == "%" and isinstance(left, (str, bytes)) and WIDE_CONVERSION.search(str(left)):
             raise SecurityError("a field too wide for a chat template")
         if operator == "**" and abs(left) > 1 and abs(right) > 1000:
             raise SecurityError("a power too large for a chat template")
