@@ -40,7 +40,6 @@ class LitrecipeLM(TemplateLM):
         tokenizer: Tokenizer,
         *,
         batch_tokens: int = 8192,
-        max_length: int | None = None,
         defaults: Generate | None = None,
         chatty: bool = True,
     ) -> None:
@@ -48,7 +47,7 @@ class LitrecipeLM(TemplateLM):
         self.model = model
         self.text = tokenizer
         self.batch_tokens = batch_tokens
-        self.max_length = max_length or model.architecture.max_positions
+        self.max_length = model.architecture.max_positions
         self.defaults = defaults or Generate()
         self.chatty = chatty
 

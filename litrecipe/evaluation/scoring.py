@@ -31,6 +31,10 @@ Scores = tuple[torch.Tensor, torch.Tensor]
 MIN_SHARED = 8
 """A prefix shorter than this is computed again rather than shared: a segment has a cost of its own."""
 
+KEYS_PER_TOKEN = 16
+"""On a GPU each segment gets a copy of its ancestors' keys and values. As many to a token as this take about as much
+memory as what a forward pass keeps of the token, and count as one token."""
+
 
 def loglikelihoods(
     model: Decoder,
@@ -45,8 +49,8 @@ def loglikelihoods(
     Returns, per request and in their order, the sum of the log-probabilities (nats) of the continuation's tokens, and
     whether greedy decoding would have produced them all. Of a request longer than `max_length` + 1 tokens the
     beginning is cut off: the last token is predicted but never read, so `max_length` tokens are read (as lm-eval's
-    Hugging Face backend does). A row holds at most `batch_tokens` tokens, or one sequence if that is longer. Neither
-    the order of the requests nor the rows change the results, beyond rounding.
+    Hugging Face backend does). A row holds at most `batch_tokens` tokens and `KEYS_PER_TOKEN` times as many keys, or
+    one sequence if that is longer. Neither the order of the requests nor the rows change the results, beyond rounding.
 
     `progress` names the progress line; without it none is shown. Raises ValueError for an empty context or continuation
     and for a continuation longer than `max_length`.
@@ -54,8 +58,8 @@ def loglikelihoods(
     sequences = [_clip(index, request, max_length) for index, request in enumerate(requests)]
     tries = [_grow(group) for group in _groups(sequences, batch_tokens)]
     samples = [trie.sample(str(index)) for index, trie in enumerate(tries)]
-    lengths = [sample.length for sample in samples]
-    rows = pack(lengths, max([batch_tokens, *lengths])).rows
+    costs = [_cost(sample.length, trie.keys) for sample, trie in zip(samples, tries, strict=True)]
+    rows = pack(costs, max([batch_tokens, *costs])).rows
     results: dict[int, tuple[float, bool]] = {}
     for members in track(rows, progress) if progress else rows:
         stop.poll()
@@ -72,14 +76,7 @@ def _score(samples: list[Sample], model: Decoder) -> list[Scores]:
     row = make_row(samples).to(next(model.parameters()).device)
     predictions = model(row)
     sizes = row.segment.bincount(minlength=len(row.spans)).tolist()
-    return list(zip(predictions.logps.double().cpu().split(sizes), predictions.correct.cpu().split(sizes), strict=True))
-
-
-def computed_tokens(requests: Sequence[Request], *, batch_tokens: int, max_length: int) -> tuple[int, int]:
-    """Tokens that `loglikelihoods` computes for these requests, and tokens it would compute if it shared nothing."""
-    sequences = [_clip(index, request, max_length) for index, request in enumerate(requests)]
-    shared = sum(_grow(group).sample("").length for group in _groups(sequences, batch_tokens))
-    return shared, sum(len(sequence.tokens) for sequence in sequences)
+    return list(zip(predictions.logps.cpu().double().split(sizes), predictions.correct.cpu().split(sizes), strict=True))
 
 
 @dataclass(frozen=True)
@@ -106,18 +103,24 @@ def _clip(index: int, request: Request, max_length: int) -> _Sequence:
 
 
 def _groups(sequences: list[_Sequence], budget: int) -> list[list[_Sequence]]:
-    """Sorted runs of sequences: neighbours share a prefix, and the tokens of a run fit into the budget."""
+    """Sorted runs of sequences: neighbours share a prefix, and a run's tokens and keys fit into the budget."""
     groups: list[list[_Sequence]] = []
-    size = 0
+    size = keys = 0
     for sequence in sorted(sequences, key=lambda s: (s.tokens, s.scored, s.request)):
         shared = _common_prefix(groups[-1][-1].tokens, sequence.tokens) if groups else 0
-        if shared >= min(MIN_SHARED, len(sequence.tokens)) and size + len(sequence.tokens) - shared <= budget:
+        size += len(sequence.tokens) - shared
+        keys += len(sequence.tokens) + shared  # its own segment's, and those of a segment that splits for it
+        if shared >= min(MIN_SHARED, len(sequence.tokens)) and _cost(size, keys) <= budget:
             groups[-1].append(sequence)
-            size += len(sequence.tokens) - shared
         else:
             groups.append([sequence])
-            size = len(sequence.tokens)
+            size = keys = len(sequence.tokens)
     return groups
+
+
+def _cost(tokens: int, keys: int) -> int:
+    """What a trie takes of a row's budget."""
+    return max(tokens, -(-keys // KEYS_PER_TOKEN))
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,14 @@ class _Trie:
     segments: list[Segment]
     leaves: list[tuple[_Sequence, int]]
     """Each sequence and the segment in which it ends."""
+
+    @property
+    def keys(self) -> int:
+        """Keys that its tokens look at: each segment's own and those of its ancestors."""
+        depths: list[int] = []
+        for segment in self.segments:
+            depths.append(len(segment.tokens) + (depths[segment.parent] if segment.parent >= 0 else 0))
+        return sum(depths)
 
     def sample(self, name: str) -> Sample:
         return Sample(name, tuple(self.segments))

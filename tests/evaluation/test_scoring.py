@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from litrecipe.evaluation.scoring import computed_tokens, loglikelihoods
+from litrecipe.evaluation.scoring import KEYS_PER_TOKEN, loglikelihoods
 from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row
 
@@ -90,7 +90,6 @@ def test_shared_beginnings_are_computed_once() -> None:
     [row] = model.rows
     shared = 100 + 2  # the preamble and what all questions begin with; a token more is not worth a segment
     assert len(row.tokens) == shared + 5 * 4 * (1 + 2)
-    assert computed_tokens(requests, batch_tokens=4096, max_length=512) == (len(row.tokens), 20 * 105)
 
 
 def test_choices_that_begin_alike_share_their_beginning() -> None:
@@ -107,6 +106,22 @@ def test_rows_keep_to_the_budget() -> None:
     model = PathModel()
     loglikelihoods(model, requests, batch_tokens=64, max_length=512)
     assert max(len(row.tokens) for row in model.rows) <= 64
+
+
+def test_the_keys_of_a_row_are_bounded_too() -> None:
+    """A long preamble, whose keys every branch needs, before many short questions of a few short answers."""
+    preamble = [1] * 300
+    requests = [(preamble + [2 + q] * 20, [100 + choice]) for q in range(40) for choice in range(4)]
+    model = PathModel()
+    results = loglikelihoods(model, requests, batch_tokens=1024, max_length=512)
+    assert [logp for logp, _ in results] == pytest.approx([expected(*request, 512)[0] for request in requests])
+    for row in model.rows:
+        depths: list[int] = []
+        for span in row.spans:
+            depths.append(span.stop - span.start + (depths[span.parent] if span.parent >= 0 else 0))
+        assert sum(depths) <= 1024 * KEYS_PER_TOKEN
+        assert len(row.tokens) <= 1024
+    assert 2 < len(model.rows) < 8
 
 
 def test_a_sequence_longer_than_the_budget_is_still_scored() -> None:
