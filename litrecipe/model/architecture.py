@@ -1,13 +1,13 @@
 """What a decoder is made of, read from a Hugging Face `config.json` and written back.
 
-A family is one reader function in `FAMILIES`, from the keys of its `config.json` to an `Architecture`.
+A family is one entry of `FAMILIES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from litrecipe.config.errors import InputError
 
@@ -56,15 +56,15 @@ def read_architecture(config: Config) -> Architecture:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise InputError(f"config.json: model_type: {family}: one of {', '.join(FAMILIES)} can be read")
-    return FAMILIES[family](config)
+    return FAMILIES[family].read(config)
 
 
 def to_hf_config(architecture: Architecture, dtype: str = "float32") -> Config:
     """A `config.json` that transformers 4 and 5 both load; `dtype` is the name of the saved weights' torch dtype."""
-    names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+    family = FAMILIES[architecture.family]
     eos = architecture.eos_ids
-    config = {
-        "architectures": [names[architecture.family]],
+    return {
+        "architectures": [family.class_name],
         "model_type": architecture.family,
         "hidden_act": "silu",
         "torch_dtype": dtype,
@@ -79,12 +79,8 @@ def to_hf_config(architecture: Architecture, dtype: str = "float32") -> Config:
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": architecture.pad_id,
         "use_cache": True,
+        **family.own_keys(architecture),
     }
-    if architecture.family == "llama":
-        config |= {"attention_bias": architecture.attention_bias, "mlp_bias": architecture.mlp_bias}
-    if architecture.family == "mistral":
-        config |= {"sliding_window": None}
-    return config
 
 
 def count_parameters(architecture: Architecture) -> int:
@@ -151,8 +147,24 @@ def _read_mistral(config: Config) -> Architecture:
     return _read_llama({**config, "attention_bias": False, "mlp_bias": False})
 
 
-FAMILIES: dict[str, Callable[[Config], Architecture]] = {"llama": _read_llama, "mistral": _read_mistral}
-"""`model_type` → its reader."""
+class Family(NamedTuple):
+    """How the `config.json` of a family is read and written."""
+
+    read: Callable[[Config], Architecture]
+    """Raises InputError for what the decoder cannot honour."""
+    class_name: str
+    """The model's class in transformers."""
+    own_keys: Callable[[Architecture], Config]
+    """What its config holds beside the keys of all families."""
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        _read_llama, "LlamaForCausalLM", lambda a: {"attention_bias": a.attention_bias, "mlp_bias": a.mlp_bias}
+    ),
+    "mistral": Family(_read_mistral, "MistralForCausalLM", lambda a: {"sliding_window": None}),
+}
+"""`model_type` → family."""
 
 ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "default": (),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from litrecipe.config.errors import InputError
-from litrecipe.model.architecture import count_parameters, read_architecture, to_hf_config
+from litrecipe.model.architecture import FAMILIES, Family, count_parameters, read_architecture, to_hf_config
 from litrecipe.model.decoder import Decoder
 
 SMOL: dict[str, Any] = {
@@ -135,3 +135,12 @@ def test_count_of_parameters(tied: bool, biased: bool) -> None:
 
 def test_smollm2_has_135_million_parameters() -> None:
     assert count_parameters(read_architecture(SMOL)) == 134_515_008
+
+
+def test_a_family_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = FAMILIES["llama"]
+    monkeypatch.setitem(FAMILIES, "alpaca", Family(llama.read, "AlpacaForCausalLM", lambda a: {"wool": a.num_heads}))
+    config = to_hf_config(read_architecture(SMOL | {"model_type": "alpaca"}))
+    assert (config["model_type"], config["architectures"], config["wool"]) == ("alpaca", ["AlpacaForCausalLM"], 9)
+    assert "mlp_bias" not in config
+    assert read_architecture(config).family == "alpaca"
