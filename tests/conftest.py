@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import small.py
 
 REPO = Path(__file__).resolve().parent.parent
 REAL_MODEL = REPO / ".models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -89,42 +90,35 @@ def write_tiny_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of a random two-layer Llama with a tokenizer of its own."""
+def write_random_model(folder: Path, config: dict, seed: int) -> None:
+    """Config and weights of a random Llama."""
     from safetensors.torch import save_file
 
     from litrecipe.model.architecture import read_architecture
     from litrecipe.model.decoder import Decoder
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    write_tiny_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(TINY_CONFIG))
-    model = Decoder(read_architecture(TINY_CONFIG))
-    model.init_weights(seed=0)
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Decoder(read_architecture(config))
+    model.init_weights(seed=seed)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder of a random two-layer Llama with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    write_tiny_tokenizer(folder)
+    write_random_model(folder, TINY_CONFIG, seed=0)
     return folder
 
 
 @pytest.fixture(scope="session")
-def varied_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def varied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with 256 positions and weights so large that its likeliest tokens vary and differ clearly."""
-    import shutil
-
-    from safetensors.torch import save_file
-
-    from litrecipe.model.architecture import read_architecture
-    from litrecipe.model.decoder import Decoder
-
     folder = tmp_path_factory.mktemp("varied") / "model"
-    shutil.copytree(tiny_model, folder)
-    config = TINY_CONFIG | {"initializer_range": 0.3, "max_position_embeddings": 256}
-    (folder / "config.json").write_text(json.dumps(config))
-    model = Decoder(read_architecture(config))
-    model.init_weights(seed=1)
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tiny_tokenizer(folder)
+    write_random_model(folder, TINY_CONFIG | {"initializer_range": 0.3, "max_position_embeddings": 256}, seed=1)
     return folder
 
 

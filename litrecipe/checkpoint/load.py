@@ -53,7 +53,7 @@ def load_model(
         _check_tensors(files, model)
         _fill(model, files, dtype, device, quantize)
         model.tie_weights()
-    _adapt(model, files, adapter, quantize, seed)
+    _adapt(model, files, adapter, seed)
     return model
 
 
@@ -106,7 +106,7 @@ def _quantize(module: nn.Module, quantize: Quantize) -> None:
     quantize_linears(module, quantize)
 
 
-def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize: Quantize, seed: int) -> None:
+def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, seed: int) -> None:
     """Inject the adapter after the base weights are there: DoRA's magnitudes are made from them."""
     wanted = adapter if adapter and adapter.method != "none" else None
     saved = files.adapter.settings if files.adapter else None
@@ -120,7 +120,7 @@ def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, quantize:
         )
     from litrecipe.model.adapters import add_adapter, load_adapter_state  # peft takes seconds to import
 
-    add_adapter(model, settings, quantize.method, seed=seed)
+    add_adapter(model, settings, seed=seed)
     if files.adapter:
         state = files.adapter.state()
         try:

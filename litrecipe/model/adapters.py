@@ -22,20 +22,17 @@ PEFT_PREFIX = "base_model.model."
 """peft keeps a model under two names of its own, which stand before every name in an adapter file."""
 
 
-def add_adapter(model: nn.Module, config: Adapter, quantized: str = "none", *, seed: int = 0) -> None:
+def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
     """Wrap the target layers of a model whose weights are loaded, and freeze all but the adapter.
 
     The adapter is fp32 whatever the model is, drawn from `seed` alone: A from U(-1/√i, 1/√i), B zero. DoRA's magnitudes
-    are the row norms of the weights that are there now; call `refresh_dora` after loading others. `quantized` is the
-    method of the base's `quantize` group. A model on the meta device gets an adapter without values. Raises InputError
-    for targets that the model does not have, and for DoRA on an int8 base.
+    are the row norms of the weights that are there now: load them first. A model on the meta device gets an adapter
+    without values. Raises InputError for targets that the model does not have.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     from litrecipe.model.lora_linear import LoraLinear
 
-    if config.method == "dora" and quantized == "int8":
-        raise InputError("adapter.method: dora: does not train on an int8 base: use quantize.method nf4, or lora")
     _check_targets(model, config)
     peft_config = LoraConfig(
         r=config.r,
@@ -63,13 +60,6 @@ def _check_targets(model: nn.Module, config: Adapter) -> None:
     ]
     if mistakes:
         raise InputError(*mistakes)
-
-
-def refresh_dora(model: nn.Module) -> None:
-    """Set DoRA's magnitudes to the row norms ‖W + s B A‖, so that they scale by one."""
-    for _, layer in _layers(model):
-        if layer.is_dora:
-            layer.magnitude.data = layer.row_norms()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

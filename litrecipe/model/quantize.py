@@ -86,19 +86,19 @@ class _FrozenProduct(torch.autograd.Function):
         return grad @ ctx.linear.dense_weight(grad.dtype), None
 
 
-def quantize_linears(model: nn.Module, config: Quantize, *, compute_dtype: torch.dtype | None = None) -> None:
+def quantize_linears(model: nn.Module, config: Quantize) -> None:
     """Swap every linear layer but `lm_head` for a quantised, frozen one, on the device it is on.
 
-    The old weights are freed one by one. The new ones are restored to `compute_dtype` (default: the dtype they had).
+    The old weights are freed one by one.
     """
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
-            model.set_submodule(name, quantize_linear(module, config, compute_dtype))
+            model.set_submodule(name, quantize_linear(module, config))
 
 
-def quantize_linear(linear: nn.Linear, config: Quantize, compute_dtype: torch.dtype | None = None) -> QuantizedLinear:
+def quantize_linear(linear: nn.Linear, config: Quantize) -> QuantizedLinear:
     """The quantised twin of a linear layer, which loses its weight."""
-    weight = linear.weight.detach().to(compute_dtype or linear.weight.dtype)
+    weight = linear.weight.detach()
     del linear.weight
     layer = _nf4(weight, config.double_quant) if config.method == "nf4" else _int8(weight)
     if linear.bias is not None:

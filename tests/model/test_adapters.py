@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import CONFIG, decoder, relative
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,34 +22,12 @@ from litrecipe.model.adapters import (
     describe_parameters,
     load_adapter_state,
     merge_adapter,
-    refresh_dora,
 )
 from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
 
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 120,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 METHODS = ["lora", "dora"]
 TOKENS = torch.arange(3, 40)
-
-
-def decoder(**changes):
-    model = Decoder(read_architecture(CONFIG | changes))
-    model.init_weights(seed=0)
-    return model
 
 
 def adapted(method="lora", **changes):
@@ -76,10 +55,6 @@ def step(model, tokens=TOKENS):
     logits = model.logits(tokens)
     logits.log_softmax(-1)[:, 5].sum().backward()
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def relative(actual, expected):
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def with_peft(model, method, **settings):
@@ -216,10 +191,6 @@ def test_dora_magnitudes_are_row_norms_of_the_loaded_weights(dtype):
     add_adapter(model, Adapter(method="dora", r=4))
     layer = model.model.layers[0].self_attn.q_proj
     torch.testing.assert_close(layer.magnitude.detach(), layer.base_layer.weight.float().norm(dim=1))
-    with torch.no_grad():
-        layer.base_layer.weight.mul_(3)
-    refresh_dora(model)
-    torch.testing.assert_close(layer.magnitude.detach(), layer.base_layer.weight.float().norm(dim=1))
     assert layer.magnitude.requires_grad
 
 
@@ -342,7 +313,7 @@ def test_merging_on_a_quantised_base_goes_into_its_restored_weights(method, quan
 
     model = decoder()
     quantize_linears(model, Quantize(method=quantized))
-    add_adapter(model, Adapter(method=method, r=4, alpha=8, targets=["q_proj", "up_proj"]), quantized, seed=1)
+    add_adapter(model, Adapter(method=method, r=4, alpha=8, targets=["q_proj", "up_proj"]), seed=1)
     expected = shake(model).logits(TOKENS)
     merge_adapter(model)
     assert relative(model.logits(TOKENS), expected) < 1e-5
@@ -351,7 +322,7 @@ def test_merging_on_a_quantised_base_goes_into_its_restored_weights(method, quan
     }
     half = decoder()
     quantize_linears(half, Quantize(method=quantized))
-    add_adapter(half, Adapter(method=method, r=4, alpha=8, targets=["q_proj", "up_proj"]), quantized, seed=1)
+    add_adapter(half, Adapter(method=method, r=4, alpha=8, targets=["q_proj", "up_proj"]), seed=1)
     merge_adapter(shake(half), dtype=torch.bfloat16)
     assert half.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     assert torch.equal(half.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight.bfloat16())
@@ -405,6 +376,7 @@ def test_peft_reads_what_we_write(tmp_path, method):
 def test_two_sharded_processes_give_the_gradients_of_one(tmp_path):
     """FSDP2 on gloo, a group a layer: LoRA, DoRA, and both on NF4; what is saved must be what was gathered."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, str(tmp_path)],
@@ -438,7 +410,7 @@ def sharded_worker(folder: Path) -> None:
             for model in (alone, sharded):
                 if quantized != "none":
                     quantize_linears(model, Quantize(method=quantized))
-                add_adapter(model, Adapter(method=method, r=4, alpha=8), quantized, seed=1)
+                add_adapter(model, Adapter(method=method, r=4, alpha=8), seed=1)
                 shake(model)
             mesh = init_device_mesh("cpu", (2,))
             for layer in sharded.model.layers:
