@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from litrecipe.checkpoint.manifest import is_disk_full
 from litrecipe.config import progress, schema, stop
 from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.data.packing import pack
+from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.optim import load_optimizer_state, make_optimizer, optimizer_state, trained_parameters
@@ -261,9 +262,21 @@ class Run:
         """The held-out samples of this rank, packed."""
         assert self.job.val is not None
         world = self.fabric.world_size
-        packing = pack(list(self.job.val.lengths), self.train_config.micro_batch_tokens, multiple_of=world)
-        for row in packing.rows[self.fabric.global_rank :: world] or [[]]:
+        for row in self.validation_packing.rows[self.fabric.global_rank :: world] or [[]]:
             yield make_row([self.job.val[i] for i in row]).to(self.fabric.device)
+
+    @cached_property
+    def validation_packing(self) -> Packing:
+        """Which held-out samples share a row. Says once how many fit into none."""
+        assert self.job.val is not None
+        budget = self.train_config.micro_batch_tokens
+        packing = pack(list(self.job.val.lengths), budget, multiple_of=self.fabric.world_size)
+        if packing.oversized:
+            self.teller.warn(
+                f"data.val: {len(packing.oversized)} of {len(self.job.val)} samples do not fit "
+                f"train.micro_batch_tokens {budget}: eval_loss is without them"
+            )
+        return packing
 
     def save_and_stop(self, signal_number: int) -> None:
         """Save, say so and leave with the exit code that the signal stands for."""
