@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,8 +77,8 @@ def shrunken_job(folder: Path, method: list[str]) -> Job:
     return Job([*(str(word) for key, value in flags.items() for word in (f"--{key}", value)), *method])
 
 
-def saving(out: Path) -> bool:
-    return any((out / "checkpoints").glob("step-*.tmp"))
+def drafts(out: Path) -> list[Path]:
+    return list((out / "checkpoints").glob("step-*.tmp"))
 
 
 def steps_done(out: Path) -> int:
@@ -88,6 +89,8 @@ def steps_done(out: Path) -> int:
 def kill_once(job: Job, out: Path, moment: str, chance: random.Random) -> bool:
     """Start, kill at the moment asked for; False when the run ended first."""
     before = steps_done(out)
+    for draft in drafts(out):  # an earlier kill's; this one is to wait for a save of its own
+        shutil.rmtree(draft)
     process = job.start(out)
     wait = chance.uniform(0.0, 8.0) if moment == "start" else chance.uniform(0.0, 0.3)
     steps = before + chance.randint(1, 6)
@@ -95,7 +98,7 @@ def kill_once(job: Job, out: Path, moment: str, chance: random.Random) -> bool:
     while process.poll() is None:
         if due is None and moment == "step" and steps_done(out) >= steps:
             due = time.monotonic() + wait
-        if (moment == "save" and saving(out)) or (due is not None and time.monotonic() >= due):
+        if (moment == "save" and drafts(out)) or (due is not None and time.monotonic() >= due):
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             return True

@@ -6,6 +6,7 @@ The runs are real processes. Their data spans two epochs with a step across the 
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import time
 
 import pytest
 
-from litrecipe.checkpoint.state import verify
+from litrecipe.checkpoint.manifest import mistakes_of
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Adapter, FinetuneRecipe, Quantize
 from litrecipe.engine.rundir import read_records
 from litrecipe.engine.telling import TIMING
+from litrecipe.recipes import finetune
 
 STEPS = 24
 METHODS = {
@@ -39,7 +43,10 @@ def command(tiny_model, tmp_path):
     return build
 
 
-def start(command, log):
+def start(command, out, log):
+    """Start it, with nothing there that an earlier kill left of a save."""
+    for draft in out.glob("checkpoints/*.tmp"):
+        shutil.rmtree(draft)
     words = [sys.executable, "-m", "litrecipe", *map(str, command)]
     return subprocess.Popen(words, stdout=log.open("ab"), stderr=subprocess.STDOUT)
 
@@ -111,7 +118,7 @@ def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command, tmp_path,
     litrecipe(*command(unbroken, *METHODS[method]))
     killed = 0
     for kind in kills:
-        process = start(command(broken, *METHODS[method]), tmp_path / "log")
+        process = start(command(broken, *METHODS[method]), broken, tmp_path / "log")
         killed += kill_at(kind, process, broken, rng)
         process.wait()
     assert killed >= len(kills) - 1, (tmp_path / "log").read_text()
@@ -123,12 +130,12 @@ def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command, tmp_path,
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_resumed_run_is_equal(litrecipe, command, tmp_path, number, code):
     broken = tmp_path / "broken"
-    process = start(command(broken, "--checkpoint.every", "1000"), tmp_path / "log")
+    process = start(command(broken, "--checkpoint.every", "1000"), broken, tmp_path / "log")
     assert wait_until(lambda: steps_done(broken) >= 5, process)
     process.send_signal(number)
     assert process.wait(30) == code, (tmp_path / "log").read_text()
     newest = max((broken / "checkpoints").iterdir())
-    assert list(verify(newest)) == []
+    assert mistakes_of(newest, "") == []
     at_signal = steps_done(broken)
     assert json.loads((newest / "state.json").read_text())["step"] == at_signal < STEPS
     if number == signal.SIGTERM:
@@ -142,7 +149,7 @@ def test_a_signal_saves_and_the_resumed_run_is_equal(litrecipe, command, tmp_pat
 def test_a_signal_during_set_up_exits_85_at_once(command, tmp_path):
     rng = random.Random(0)
     for _ in range(3):
-        process = start(command(tmp_path / "run"), tmp_path / "log")
+        process = start(command(tmp_path / "run"), tmp_path / "run", tmp_path / "log")
         time.sleep(rng.uniform(0.4, 3))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 85, (tmp_path / "log").read_text()
@@ -154,7 +161,7 @@ def test_a_signal_during_evaluation_stops_it(litrecipe, command, tmp_path):
     """The evaluation is cut short, the step saved, and the resumed run does the evaluation again."""
     out = tmp_path / "run"
     flags = ("--data.val", "toy:fields?n=20000&seed=0&split=test", "--train.max_steps", "8")
-    process = start(command(out, *flags), tmp_path / "log")
+    process = start(command(out, *flags), out, tmp_path / "log")
     assert wait_until(lambda: steps_done(out) == 7, process)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
@@ -167,13 +174,98 @@ def test_a_signal_during_evaluation_stops_it(litrecipe, command, tmp_path):
 
 @pytest.mark.slow
 def test_a_torn_newest_checkpoint_falls_back_with_a_warning(litrecipe, command, tmp_path):
+    """With a constant rate a run that was told to end earlier took the same steps as one that goes on."""
     out, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    litrecipe(*command(unbroken))
-    litrecipe(*command(out, "--train.max_steps", str(STEPS - 1)))
-    newest = max((out / "checkpoints").iterdir())
+    constant = ("--schedule.name", "constant", "--optim.lr", "1e-3")
+    litrecipe(*command(unbroken, *constant))
+    litrecipe(*command(out, *constant, "--train.max_steps", STEPS - 1))
+    newest, older = sorted((out / "checkpoints").iterdir(), reverse=True)
+    assert [newest.name, older.name] == [f"step-{STEPS - 1:08d}", f"step-{STEPS - 3:08d}"]
     weights = newest / "weights-00000.safetensors"
     os.truncate(weights, weights.stat().st_size // 2)
-    done = litrecipe(*command(out))
-    assert "warning" in done.stderr
-    assert str(weights) in done.stderr
-    assert "falling back" in done.stderr
+    done = litrecipe(*command(out, *constant))
+    assert f"warning: {weights}: torn" in done.stderr
+    assert f"falling back to {older.name}" in done.stderr
+    assert f"resumed {older} at step {STEPS - 3} of {STEPS}" in done.stderr
+    assert_equal_runs(unbroken, out)
+
+
+def losses(run):
+    return [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
+
+
+def final_tensors(run):
+    from safetensors.torch import load_file
+
+    return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+ONE = ()
+DDP = ("--fabric.devices", 2, "--fabric.strategy", "ddp")
+FSDP = ("--fabric.devices", 2, "--fabric.strategy", "fsdp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("writers", "readers", "method"),
+    [(DDP, ONE, "lora"), (FSDP, ONE, "dora"), (ONE, FSDP, "full")],
+)
+def test_other_ranks_resume_what_was_written(litrecipe, command, tmp_path, writers, readers, method):
+    """First with no step left to do: the weights are the saved ones to the bit. Then on, as one that never stopped."""
+    method = [*METHODS[method][:4], "--schedule.name", "constant"]  # without LoRA's dropout
+    unbroken, out = tmp_path / "unbroken", tmp_path / "run"
+    litrecipe(*command(unbroken, *method, "--train.max_steps", 10))
+    litrecipe(*command(out, *method, *writers, "--train.max_steps", 6))
+    saved = out / "checkpoints" / "step-00000006"
+    state, weights = (saved / "state.json").read_bytes(), final_tensors(out)
+    done = litrecipe(*command(out, *method, *readers, "--train.max_steps", 6))
+    assert f"resumed {saved} at step 6 of 6" in done.stderr
+    assert (saved / "state.json").read_bytes() == state
+    again = final_tensors(out)
+    assert again.keys() == weights.keys()
+    assert all((tensor == again[name]).all() for name, tensor in weights.items())
+    litrecipe(*command(out, *method, *readers, "--train.max_steps", 10))
+    assert losses(out) == pytest.approx(losses(unbroken), rel=1e-5)
+    assert len(losses(out)) == 10
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path):
+    """Two steps with a LoRA adapter."""
+    recipe = FinetuneRecipe(out_dir=str(tmp_path / "run"), adapter=Adapter(method="lora", r=4))
+    recipe.model.source = str(tiny_model)
+    recipe.data.train, recipe.data.cache_dir = "toy:units?n=20&seed=0", str(tmp_path / "cache")
+    recipe.train.max_steps = 2
+    recipe.checkpoint.resume = "auto"
+    recipe.fabric.accelerator = "cpu"
+    recipe.log.loggers = []
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("group", "settings", "said"),
+    [
+        ("adapter", Adapter(method="lora", r=4, alpha=8), r"another adapter\.alpha \(32\.0, now 8"),
+        ("adapter", Adapter(method="lora", r=4, rslora=True), r"another adapter\.rslora \(False, now True"),
+        ("adapter", Adapter(method="lora", r=1), r"another adapter\.r \(4, now 1"),
+        ("quantize", Quantize(method="nf4"), r"another quantize\.method \(none, now nf4"),
+    ],
+)
+def test_other_settings_are_refused_by_name(recipe, group, settings, said):
+    assert finetune.main(recipe) == 0
+    setattr(recipe, group, settings)
+    recipe.train.max_steps, recipe.train.seed = 3, 1
+    with pytest.raises(InputError, match=said) as error:
+        finetune.main(recipe)
+    assert any(mistake.startswith("train.seed: 1: ") for mistake in error.value.mistakes)
+
+
+def test_a_run_that_continues_anothers_checkpoint_has_one_of_its_own(recipe, tmp_path):
+    """Even when there is no step left to do, so that it can be resumed in its turn."""
+    assert finetune.main(recipe) == 0
+    first = tmp_path / "run" / "checkpoints" / "step-00000002"
+    recipe.out_dir, recipe.checkpoint.resume = str(tmp_path / "second"), str(first)
+    assert finetune.main(recipe) == 0
+    mine = tmp_path / "second" / "checkpoints" / "step-00000002"
+    for name in ("weights-00000.safetensors", "optimizer-00000.safetensors"):
+        assert (mine / name).read_bytes() == (first / name).read_bytes()
