@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import struct
@@ -211,6 +212,7 @@ def test_tokenizer_files(make_gguf) -> None:
         ("smollm", ["the", " ", "1", "2", "1", "2", "!?", "\n\n", " the", "'", "S"]),
         ("gpt-2", ["the", " 1212", "!?", "\n\n", " the", "'", "S"]),
         ("llama-bpe", ["the", " ", "121", "2", "!?\n\n", " the", "'S"]),
+        ("default", ["the", " ", "121", "2", "!?", "\n\n", " the", "'", "S"]),
     ],
 )
 def test_pre_tokenizers_cut_as_the_models_do(make_gguf, pre: str, pieces: list[str]) -> None:
@@ -257,6 +259,17 @@ def test_values_that_are_not_finite_are_refused(make_gguf) -> None:
     whole[-4:] = struct.pack("<f", math.nan)
     path.write_bytes(whole)
     with pytest.raises(InputError, match=f"{path}: .*: holds values that are not finite"):
+        load_model(open_model(str(path)))
+
+
+def test_a_file_that_is_not_what_the_hub_published_is_refused(make_gguf) -> None:
+    _, path = make_gguf()
+    record = path.parent / ".cache" / "huggingface" / "download" / f"{path.name}.metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text(f"{'c' * 40}\n{hashlib.sha256(path.read_bytes()).hexdigest()}\n1700000000.0\n")
+    load_model(open_model(str(path)))
+    record.write_text(f"{'c' * 40}\n{'a' * 64}\n1700000000.0\n")
+    with pytest.raises(InputError, match=f"{path}: its sha256 is not aaaa"):
         load_model(open_model(str(path)))
 
 

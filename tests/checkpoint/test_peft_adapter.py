@@ -114,7 +114,7 @@ def test_merged_equals_unmerged(tmp_path: Path, base: Path, trained, our_logits,
     close(our_logits(load_model(open_model(str(tmp_path / "merged")))), before)
 
 
-@pytest.mark.parametrize(("name", "method"), [("lora", "nf4"), ("dora", "nf4"), ("lora", "int8")])
+@pytest.mark.parametrize(("name", "method"), [("lora", "nf4"), ("dora", "nf4"), ("lora", "int8"), ("dora", "int8")])
 def test_a_quantised_base_merges_into_its_dequantised_weights(
     tmp_path: Path, base: Path, trained, our_logits, name: str, method: str
 ) -> None:
