@@ -14,6 +14,7 @@ METHODS = {
     "full": ["--optim.lr", "1e-3"],
     "lora": ["--adapter.method", "lora", "--adapter.r", "4"],
     "dora": ["--adapter.method", "dora", "--adapter.r", "4"],
+    "qlora": ["--adapter.method", "lora", "--adapter.r", "4", "--quantize.method", "nf4"],
 }
 
 
@@ -79,3 +80,14 @@ def test_two_processes_resume_exactly(train, strategy, method):
     assert len(json.loads((checkpoint / "state.json").read_text())["ranks"]) == 2
     ours, theirs = final_tensors(unbroken), final_tensors(broken)
     assert all((tensor == theirs[name]).all() for name, tensor in ours.items())
+
+
+@pytest.mark.slow
+def test_sharded_mixed_precision_with_activation_checkpointing(train):
+    """What the hub's full-fsdp recipes set, together. bf16 rounds alike where the rows are alike."""
+    flags = ("--fabric.precision", "bf16-mixed", "--fabric.activation_checkpointing", "true")
+    alone = train("alone", "full", *flags)
+    sharded = train("sharded", "full", *flags, "--fabric.devices", 2, "--fabric.strategy", "fsdp")
+    assert losses(sharded) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(sharded) == pytest.approx(losses(train("fp32", "full")), rel=1e-2)
+    assert losses(sharded)[-1] < losses(sharded)[0]
