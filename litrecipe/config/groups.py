@@ -20,8 +20,8 @@ class Model:
     """Which model, and how it is loaded."""
 
     source: str = ""
-    """A Hugging Face folder, a hub id (`org/name`), a GGUF file, a PEFT adapter folder (its adapter is trained further),
-    a run directory (its final model), or a `config.json` with `init: random`."""
+    """A Hugging Face folder, a hub id (`org/name`), a GGUF file, a PEFT adapter folder (whose adapter is trained on), a
+    run directory (its final model), or a `config.json` with `init: random`."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads weights; `random` builds the `config.json` of `source` from scratch."""
     tokenizer: str | None = None
