@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,8 @@ MIB = 2**20
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, memory, versions and the commit."""
+    """What the numbers depend on: processor, memory, versions and the commit; null for what is not here."""
+    changes = _git("status", "--porcelain", "--untracked-files=no", "litrecipe", "benchmarks")
     cpuinfo = Path("/proc/cpuinfo")
     models = (
         [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
@@ -39,19 +41,33 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no", "litrecipe", "benchmarks")),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "cpu": models[0].partition(":")[2].strip() if models else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(pages / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 
-def _git(*command: str) -> str:
-    done = subprocess.run(["git", "-C", str(REPO), *command], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+def _git(*command: str) -> str | None:
+    """What git says; None in a copy of the tree without its history, and where there is no git."""
+    if shutil.which("git") is None:
+        return None
+    done = subprocess.run(["git", "-C", str(REPO), *command], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # an extra that this benchmark does not need
+        return None
+
+
+MACHINE = machine()
+"""Asked before anything is measured: by its end others may have committed, and nothing may be lost then."""
 
 
 @dataclass
@@ -109,7 +125,7 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
     """Writes benchmarks/results/<name>.json with the machine it was measured on."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "machine": machine(), **result}, indent=1) + "\n")
+    path.write_text(json.dumps({"benchmark": name, "machine": MACHINE, **result}, indent=1) + "\n")
     print(f"written: {path.relative_to(REPO)}")
     return path
 

@@ -32,7 +32,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "
 BILLION = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 """The shape of Llama-3.2-1B (its vocabulary apart)."""
 PEAK_BF16 = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "T4": 65e12}
-"""Dense bf16 (T4: fp16) FLOP/s as the maker states them, by a part of the device's name."""
+"""Dense bf16 (T4: fp16) FLOP/s as the maker states them, by a word of the device's name."""
 
 
 class Bench:
@@ -234,8 +234,8 @@ def peak_flops(bench: Bench) -> float | None:
         return None
     import torch
 
-    name = torch.cuda.get_device_name()
-    return next((flops for part, flops in PEAK_BF16.items() if part in name), None)
+    words = torch.cuda.get_device_name().replace("-", " ").split()
+    return next((flops for part, flops in PEAK_BF16.items() if part in words), None)
 
 
 CHECKS: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -263,8 +263,8 @@ def main() -> None:
             start = time.monotonic()
             try:
                 results[name] = CHECKS[name](bench)
-            except RuntimeError as error:  # one broken check must not hide what the others find
-                results[name] = {"ok": False, "error": str(error)}
+            except Exception as error:  # noqa: BLE001 - one broken check must not hide what the others find
+                results[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
             results[name]["seconds"] = round(time.monotonic() - start, 1)
             print(
                 f"{name}: {'ok' if results[name]['ok'] else 'FAILED'}\n{json.dumps(results[name], indent=1)}",
