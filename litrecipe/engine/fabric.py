@@ -65,7 +65,7 @@ def devices_of(config: FabricConfig) -> int:
     if config.devices == "auto":
         return there
     if config.devices > there:
-        raise InputError(f"fabric.devices: {config.devices}: torch finds {there} on this machine: give {there} or less")
+        raise InputError(f"fabric.devices: {config.devices}: torch finds {there} on this machine: give at most that")
     return config.devices
 
 
