@@ -46,10 +46,11 @@ def generate(
     _check(prompts, model.architecture.max_positions)
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
-    device = next(model.parameters()).device
+    embedding = model.model.embed_tokens.weight
+    device = embedding.device
     room = [min(max_new_tokens, model.architecture.max_positions - len(prompt)) for prompt in prompts]
     longest = max(map(len, prompts))
-    cache = KVCache(model.architecture, len(prompts), longest + max(room) - 1, model.model.embed_tokens.weight.dtype, device)
+    cache = KVCache(model.architecture, len(prompts), longest + max(room) - 1, embedding.dtype, device)
     tokens, positions = (part.to(device) for part in _pad_left(prompts, longest))
     draws = torch.stack([_draws(seed, stream, max(room)) for stream in streams or range(len(prompts))])
     answers: list[list[int]] = [[] for _ in prompts]
@@ -101,7 +102,8 @@ def choose(logits: Tensor, draws: Tensor, temperature: float, top_k: int = 0, to
     if top_p < 1:
         last = torch.searchsorted(cumulative, held * top_p)
         held = cumulative.gather(1, last.clamp(max=cumulative.shape[-1] - 1))
-    picked = torch.searchsorted(cumulative, held * draws.to(held.device)[:, None], right=True).clamp(max=cumulative.shape[-1] - 1)
+    drawn = held * draws[:, None].to(held.device)
+    picked = torch.searchsorted(cumulative, drawn, right=True).clamp(max=cumulative.shape[-1] - 1)
     return (picked if tokens is None else tokens.gather(1, picked))[:, 0]
 
 
