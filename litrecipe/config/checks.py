@@ -131,8 +131,6 @@ def _finetune_combinations(recipe: FinetuneRecipe) -> Iterator[Mistake]:
     method, quantize, strategy = recipe.adapter.method, recipe.quantize.method, recipe.fabric.strategy
     if quantize != "none" and method == "none":
         yield "quantize.method", quantize, "quantised weights cannot be trained: add adapter.method lora, or use none"
-    if quantize == "int8" and method == "dora":
-        yield "quantize.method", quantize, "DoRA does not train on an int8 base: use nf4, or adapter.method lora"
     if quantize == "int8" and strategy == "fsdp":
         yield "quantize.method", quantize, "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
     if recipe.optim.name.endswith("8bit") and strategy == "fsdp":

@@ -63,8 +63,8 @@ class Mistakes:
             raise InputError(*self.shown)
 
 
-def read_rows(source: str, mistakes: Mistakes | None = None) -> Iterator[Located]:
-    """The rows of a file, a folder, a hub data set id or a `toy:` source, in a fixed order.
+def read_rows(source: str, mistakes: Mistakes | None = None, split: str = "train") -> Iterator[Located]:
+    """The rows of a file, a folder, a hub data set id or a `toy:` source, in a fixed order (`split`: see `find_files`).
 
     Rows that cannot be read are noted in `mistakes`; without it they are raised together at the end, as InputError.
     A source that does not exist raises InputError at once.
@@ -73,7 +73,7 @@ def read_rows(source: str, mistakes: Mistakes | None = None) -> Iterator[Located
     if source.startswith("toy:"):
         yield from toy_rows(source)
     else:
-        for path in find_files(source):
+        for path in find_files(source, split):
             yield from _read_file(path, gathered)
     if mistakes is None:
         gathered.raise_if_any()
@@ -99,18 +99,18 @@ def _file_hash(path: Path, size: int, mtime_ns: int) -> str:
         return file_digest(file, "sha256").hexdigest()
 
 
-def find_files(source: str) -> list[Path]:
+def find_files(source: str, split: str = "train") -> list[Path]:
     """The data files of a path or hub id, sorted.
 
     Of a folder or a hub data set they are those of one split, and of one kind; `folder?split=test&files=*.jsonl`
-    chooses among them (split is train if unsaid, and everything when no file name names a split). InputError when there
-    are none, or of several kinds.
+    chooses among them (`split` if unsaid, and everything when no file name names a split). InputError when there are
+    none, or of several kinds.
     """
-    folder, names = _locate(source)
+    folder, names = _locate(source, split)
     return [folder / name for name in names]
 
 
-def _locate(source: str) -> tuple[Path, list[str]]:
+def _locate(source: str, split: str = "train") -> tuple[Path, list[str]]:
     """A folder and the names of the data files below it."""
     try:
         path = Path(source).expanduser()
@@ -121,9 +121,9 @@ def _locate(source: str) -> tuple[Path, list[str]]:
         name, _, query = source.partition("?")
         folder = Path(name).expanduser()
         if folder.is_dir():
-            return folder, _choose(source, _files_below(folder), query)
+            return folder, _choose(source, _files_below(folder), query, split)
         if _kind(folder.name) is None and (match := HUB_ID.fullmatch(name)):
-            return _from_hub(source, match["repo"], match["revision"], query)
+            return _from_hub(source, match["repo"], match["revision"], query, split)
         close = nearest(folder)
     except (OSError, RuntimeError) as error:  # a name too long; a home that is nobody's
         raise InputError(f"{source}: {_reason(error)}: give a file or folder that can be read") from error
@@ -131,7 +131,12 @@ def _locate(source: str) -> tuple[Path, list[str]]:
     raise InputError(f"{source}: no such file or folder ({hint})")
 
 
-def check_sources(sources: dict[str, str]) -> None:
+def check_source(key: str, source: str) -> None:
+    """`check_sources` of one."""
+    check_sources({key: source})
+
+
+def check_sources(sources: dict[str, str], split: str = "train") -> None:
     """Raise InputError naming the recipe's keys whose sources cannot be found; their rows are not read."""
     mistakes = []
     for key, source in sources.items():
@@ -139,16 +144,11 @@ def check_sources(sources: dict[str, str]) -> None:
             if source.startswith("toy:"):
                 ToySource.parse(source)
             else:
-                find_files(source)
+                find_files(source, split)
         except InputError as error:
             mistakes += [f"{key}: {mistake}" for mistake in error.mistakes]
     if mistakes:
         raise InputError(*mistakes)
-
-
-def check_source(key: str, source: str) -> None:
-    """`check_sources` of one."""
-    check_sources({key: source})
 
 
 def _suffixes() -> str:
@@ -168,10 +168,10 @@ def _files_below(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
-def _choose(source: str, names: list[str], query: str) -> list[str]:
+def _choose(source: str, names: list[str], query: str, split: str) -> list[str]:
     """The data files among all files of a folder or data set: of one split where names tell splits, and of one kind."""
     options = dict(parse_qsl(query))
-    split = options.pop("split", "train")
+    split = options.pop("split", split)
     pattern = options.pop("files", "*")
     if options or split not in SPLIT_NAMES:
         raise InputError(f"{source}: {query}: options are split=train|validation|test and files=<pattern>")
@@ -214,14 +214,15 @@ _say_once = cache(say)
 
 
 @cache
-def _from_hub(source: str, repo: str, revision: str | None, query: str) -> tuple[Path, list[str]]:
+def _from_hub(source: str, repo: str, revision: str | None, query: str, split: str) -> tuple[Path, list[str]]:
     """Download what was chosen of a data set; without the network, choose among what was downloaded before."""
     listed = _hub_listing(repo, revision)
     if listed is not None:
-        chosen = _choose(source, listed, query)
+        chosen = _choose(source, listed, query, split)
         wanted = [escape(name) for name in chosen]
     else:
-        chosen = _choose(source, _files_below(fetch(source, repo, revision, kind="dataset", allow=[])), query)
+        kept = _files_below(fetch(source, repo, revision, kind="dataset", allow=[]))
+        chosen = _choose(source, kept, query, split)
         wanted = [re.sub(r"\d+", "*", escape(name)) for name in chosen]  # no shard of them may be missing
     return fetch(source, repo, revision, kind="dataset", allow=wanted), chosen
 

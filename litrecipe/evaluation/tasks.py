@@ -11,12 +11,12 @@ from decimal import Decimal
 from pathlib import Path
 from statistics import stdev
 from typing import Any, ClassVar, Protocol
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data, Generate
 from litrecipe.data.formats import Conversation, Message, RowError, parse_rows
-from litrecipe.data.readers import Mistakes, check_source, find_files, read_rows
+from litrecipe.data.readers import Mistakes, check_sources, find_files, read_rows
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.sampling import complete, plain_prompt
 from litrecipe.evaluation.scoring import loglikelihoods
@@ -24,6 +24,10 @@ from litrecipe.model.decoder import Decoder
 
 LONGEST_WINDOW = 2048
 """Window of `perplexity` when none is given and the model could read more."""
+
+
+SPLIT = "test"
+"""What is measured of a folder or data set with splits, unless its `?split=` says another."""
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,19 @@ class Perplexity:
     def parse(cls, spec: str) -> Perplexity:
         """Read the part after the name; raises InputError with every mistake in it."""
         source, _, query = spec.partition(":")[2].partition("?")
-        mistakes, options = [], {}
+        mistakes, options, choice = [], {}, {}
         for key, value in parse_qsl(query, keep_blank_values=True):
             smallest = {"window": 2, "windows": 1}.get(key)
-            if smallest is None:
-                mistakes.append(f"tasks: {spec}: {key}: no such option: there are window and windows")
+            if key in ("split", "files"):
+                choice[key] = value
+            elif smallest is None:
+                known = "window, windows, split and files"
+                mistakes.append(f"tasks: {spec}: {key}: no such option: there are {known}")
             elif not value.isdecimal() or int(value) < smallest:
                 mistakes.append(f"tasks: {spec}: {key}={value}: give a whole number, at least {smallest}")
             else:
                 options[key] = int(value)
+        source += "?" + urlencode(choice, safe="*/") if choice else ""
         mistakes += _source_mistakes(spec, source)
         if mistakes:
             raise InputError(*mistakes)
@@ -258,7 +266,7 @@ class _Question:
 
 def _questions(source: str) -> list[_Question]:
     mistakes = Mistakes()
-    rows = ((_with_answer(row), where) for row, where in read_rows(source, mistakes))
+    rows = ((_with_answer(row), where) for row, where in read_rows(source, mistakes, SPLIT))
     questions = []
     for conversation in parse_rows(rows, Data(), mistakes):
         if len(conversation.messages) > 1:
@@ -288,7 +296,7 @@ def _as_text(answer: Any) -> str:
 
 def _source_mistakes(spec: str, source: str) -> list[str]:
     try:
-        check_source(f"tasks: {spec}", source)
+        check_sources({f"tasks: {spec}": source}, SPLIT)
     except InputError as error:
         return error.mistakes
     return []
@@ -296,7 +304,7 @@ def _source_mistakes(spec: str, source: str) -> list[str]:
 
 def _texts(source: str) -> Iterator[str]:
     """A text file as it stands, or the `text` of each row."""
-    names = [source] if source.startswith("toy:") else [str(path) for path in find_files(source)]
+    names = [source] if source.startswith("toy:") else [str(path) for path in find_files(source, SPLIT)]
     for name in names:
         if Path(name).name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
             yield read_text(Path(name))

@@ -70,7 +70,6 @@ def test_ranges(key: str, right: list[str], wrong: list[str]) -> None:
     ("flags", "key", "cure"),
     [
         ("quantize.method=nf4", "quantize.method", "add adapter.method lora"),
-        ("quantize.method=int8 adapter.method=dora", "quantize.method", "use nf4"),
         ("quantize.method=int8 adapter.method=lora fabric.strategy=fsdp", "quantize.method", "use nf4"),
         ("quantize.method=nf4 adapter.method=lora model.init=random", "quantize.method", "use none"),
         ("optim.name=adamw8bit fabric.strategy=fsdp", "optim.name", "use adamw"),
@@ -98,6 +97,7 @@ def test_what_does_not_go_together(flags: str, key: str, cure: str) -> None:
         "quantize.method=nf4 adapter.method=lora fabric.strategy=fsdp",
         "quantize.method=nf4 adapter.method=dora",
         "quantize.method=int8 adapter.method=lora",
+        "quantize.method=int8 adapter.method=dora",
         "optim.name=adamw8bit fabric.strategy=ddp",
         "schedule.name=wsd schedule.decay_steps=3",
         "model.init=random",

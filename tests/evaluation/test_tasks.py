@@ -52,7 +52,7 @@ def test_all_mistakes_of_a_spec_are_told(tmp_path) -> None:
         Perplexity.parse(f"perplexity:{tmp_path / 'gone.txt'}?window=1&size=3&windows=x")
     assert [line.split(": ", 2)[2] for line in caught.value.mistakes[:3]] == [
         "window=1: give a whole number, at least 2",
-        "size: no such option: there are window and windows",
+        "size: no such option: there are window, windows, split and files",
         "windows=x: give a whole number, at least 1",
     ]
     assert "gone.txt" in caught.value.mistakes[3]
@@ -66,11 +66,26 @@ def test_text_files_are_taken_as_they_stand(tmp_path) -> None:
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": "row one"}) + "\n" + json.dumps({"text": "row two"}) + "\n")
     assert list(_texts(str(tmp_path / "a.txt"))) == list(_texts(str(tmp_path / "b.txt.gz"))) == [text]
-    assert list(_texts(str(tmp_path))) == [text, text, "row one", "row two"]
+    assert list(_texts(str(tmp_path / "c.jsonl"))) == ["row one", "row two"]
+    assert list(_texts(f"{tmp_path}?files=*.txt*")) == [text, text]
     with pytest.raises(
         InputError, match=r"toy:units.train:1: columns messages, answer: perplexity needs a column `text`"
     ):
         list(_texts("toy:units?n=1"))
+
+
+def test_a_folder_with_splits_is_measured_on_its_test_split(tmp_path) -> None:
+    for name in ("train", "test", "validation"):
+        row = {"text": name, "prompt": "which split?", "completion": name}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert list(_texts(Perplexity.parse(f"perplexity:{tmp_path}?windows=3").source)) == ["test"]
+    chosen = Perplexity.parse(f"perplexity:{tmp_path}?split=validation&files=*.jsonl&window=64")
+    assert (list(_texts(chosen.source)), chosen.window) == (["validation"], 64)
+    assert [question.reference for question in _questions(ExactMatch.parse(f"exact_match:{tmp_path}").source)] == [
+        "test"
+    ]
+    with pytest.raises(InputError, match="options are split"):
+        ExactMatch.parse(f"exact_match:{tmp_path}?split=nowhere")
 
 
 def test_questions_of_every_layout(tmp_path) -> None:
