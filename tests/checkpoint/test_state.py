@@ -139,7 +139,8 @@ def test_a_failed_save_leaves_the_older_checkpoint(tmp_path, tensors):
             save(tmp_path, 2, tensors)
         except InputError as error:
             os._exit(2 if "step-00000001 is intact" in str(error) else 3)
-        os._exit(0)
+        finally:
+            os._exit(4)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     assert state.newest_complete(tmp_path) == older
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001"]
