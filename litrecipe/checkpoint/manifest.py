@@ -1,4 +1,4 @@
-"""What a file ought to be: `manifest.json` in the folders we write, blob names in a hub cache. Imports no torch."""
+"""Folders that appear complete or not at all, and tell by their `manifest.json` what is in them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,8 +16,11 @@ from typing import Any
 from safetensors import SafetensorError
 
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import read_json
 
 MANIFEST = "manifest.json"
+FORMAT = "litrecipe/1"
+"""Tells our manifests from other files of that name."""
 
 
 def user_cache() -> Path:
@@ -28,19 +30,6 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "litrecipe"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; InputError naming the file when there is none in it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file: fetch it again") from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"{path}: {error}: not valid JSON; fetch it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}: not a JSON object; fetch it again")
-    return value
-
-
 def sha256_of(path: Path) -> str:
     """Digest of a file, in hexadecimal."""
     with path.open("rb") as handle:
@@ -48,16 +37,9 @@ def sha256_of(path: Path) -> str:
 
 
 def expected_sha256(path: Path) -> str | None:
-    """The digest a file must have, where its folder or the hub cache says so."""
-    manifest = path.parent / MANIFEST
-    if manifest.is_file():
-        entry = _entries(manifest).get(path.name)
-        return entry["sha256"] if entry else None
-    blob = path.resolve()
-    # The hub names large files by their sha256 and small ones by a git hash of 40 digits.
-    if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
-        return blob.name
-    return None
+    """The digest a file must have, where its folder's manifest says so."""
+    entry = (entries_of(path.parent) or {}).get(path.name)
+    return entry["sha256"] if entry else None
 
 
 def check_digest(path: Path, digest: str, expected: str) -> None:
@@ -69,9 +51,9 @@ def check_digest(path: Path, digest: str, expected: str) -> None:
 def verify(folder: Path) -> None:
     """Check what `manifest.json` lists, but for the digests of weights, which are taken while they are read.
 
-    Does nothing without a manifest. Raises InputError with all mistakes.
+    Does nothing without a manifest of ours. Raises InputError with all mistakes.
     """
-    if not (folder / MANIFEST).is_file():
+    if entries_of(folder) is None:
         return
     cure = f"fetch or save it again, or delete {MANIFEST} if you meant to change it"
     if mistakes := mistakes_of(folder, cure, digest_weights=False):
@@ -80,13 +62,12 @@ def verify(folder: Path) -> None:
 
 def mistakes_of(folder: Path, cure: str, *, digest_weights: bool = True) -> list[str]:
     """One line, ending in `cure`, for everything that is not as the folder's `manifest.json` says."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return [f"{manifest}: missing: {cure}"]
     try:
-        entries = _entries(manifest)
+        entries = entries_of(folder)
     except InputError:
-        return [f"{manifest}: unreadable: {cure}"]
+        return [f"{folder / MANIFEST}: unreadable: {cure}"]
+    if entries is None:
+        return [f"{folder / MANIFEST}: missing: {cure}"]
     mistakes = []
     for name, entry in entries.items():
         path = folder / name
@@ -99,8 +80,16 @@ def mistakes_of(folder: Path, cure: str, *, digest_weights: bool = True) -> list
     return mistakes
 
 
-def _entries(manifest: Path) -> dict[str, dict[str, Any]]:
-    files = read_json(manifest).get("files")
+def entries_of(folder: Path) -> dict[str, dict[str, Any]] | None:
+    """Bytes and sha256 of the files that were written, by name; None where litrecipe wrote no manifest.
+
+    Others keep other things in a `manifest.json`. Raises InputError when the file is damaged.
+    """
+    manifest = folder / MANIFEST
+    content = read_json(manifest) if manifest.is_file() else {}
+    if content.get("format") != FORMAT:
+        return None
+    files = content.get("files")
     if not isinstance(files, dict) or not all(
         isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values()
     ):
@@ -123,7 +112,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
     """The last file of a folder: what `describe_file` says of the others, by name."""
-    write_text(folder / MANIFEST, json.dumps({"files": entries}, indent=1))
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1))
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -198,7 +187,7 @@ def sync_folder(folder: Path) -> None:
 
 def refuse_foreign(target: Path) -> None:
     """Raise InputError when something is at `target` that a `new_folder` must not replace."""
-    if target.exists() and not (target / MANIFEST).is_file() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and entries_of(target) is None and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target}: exists, and was not written by litrecipe: name another folder, or remove it")
 
 

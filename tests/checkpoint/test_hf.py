@@ -105,10 +105,19 @@ def test_every_damage_is_found_by_the_manifest(tmp_path: Path, tiny_model: Path,
 
 def test_a_damaged_manifest(tmp_path: Path, tiny_model: Path) -> None:
     save_tiny(tiny_model, tmp_path / "out")
-    for text in ("{", "{}", '{"files": {"config.json": 3}}'):
+    for text in ("{", '{"format": "litrecipe/1"}', '{"format": "litrecipe/1", "files": {"config.json": 3}}'):
         (tmp_path / "out" / "manifest.json").write_text(text)
         with pytest.raises(InputError, match=str(tmp_path / "out" / "manifest.json")):
             open_model(str(tmp_path / "out"))
+
+
+def test_a_manifest_of_others_says_nothing_and_protects_its_folder(tmp_path: Path, tiny_model: Path) -> None:
+    out = tmp_path / "out"
+    save_tiny(tiny_model, out)
+    (out / "manifest.json").write_text('{"files": ["a"], "version": 3}')
+    load_model(open_model(str(out)))
+    with pytest.raises(InputError, match="was not written by litrecipe"):
+        save_tiny(tiny_model, out)
 
 
 def test_our_own_folder_is_replaced_and_no_other(tmp_path: Path, tiny_model: Path) -> None:

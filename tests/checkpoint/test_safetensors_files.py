@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from litrecipe.checkpoint.manifest import FORMAT
 from litrecipe.checkpoint.safetensors_files import INDEX, SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 
@@ -86,7 +87,7 @@ def test_flipped_weights_are_found_by_the_manifest(file: Path, tmp_path: Path) -
     damaged = tmp_path / "model.safetensors"
     whole = bytearray(file.read_bytes())
     entry = {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": {damaged.name: entry}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": {damaged.name: entry}}))
     damaged.write_bytes(whole)
     assert read(damaged).keys() == TENSORS.keys()
     whole[-3] ^= 1

@@ -73,7 +73,7 @@ def test_another_runs_checkpoint_is_refused_where_a_run_is(run, tmp_path):
 @pytest.mark.parametrize("where", ["run", "run/final", "run/checkpoints", "nowhere"])
 def test_what_is_no_checkpoint_is_told_from_one(run, tmp_path, where):
     run.final.mkdir()
-    (run.final / "manifest.json").write_text('{"files": {}}')
+    (run.final / "manifest.json").write_text('{"format": "litrecipe/1", "files": {}}')
     with pytest.raises(InputError) as error:
         RunDir(tmp_path / "new").find_resume(str(tmp_path / where))
     assert str(error.value).startswith(f"checkpoint.resume: {tmp_path / where}: no checkpoint: give a folder ")
