@@ -60,7 +60,6 @@ class Writer:
     sharded: bool
     gather: Callable[[Any], list[Any]]
     """All ranks' objects, on every rank."""
-    barrier: Callable[[], None]
 
     @property
     def writes_tensors(self) -> bool:
@@ -68,7 +67,7 @@ class Writer:
         return self.sharded or self.rank == 0
 
 
-ALONE = Writer(rank=0, sharded=False, gather=lambda value: [value], barrier=lambda: None)
+ALONE = Writer(rank=0, sharded=False, gather=lambda value: [value])
 
 
 def save(

@@ -137,4 +137,4 @@ def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    return Writer(rank=fabric.global_rank, sharded=sharded, gather=gather, barrier=fabric.barrier)
+    return Writer(rank=fabric.global_rank, sharded=sharded, gather=gather)

@@ -32,7 +32,8 @@ def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int
     world = world_size(recipe.fabric)
     console.print("[bold]recipe[/bold]")
     console.print(schema.dump(recipe), highlight=False, markup=False)
-    data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed)
+    longest = files.architecture.max_positions
+    data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
     load = heaviest(recipe, source, steps, world)

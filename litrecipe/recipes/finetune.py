@@ -32,7 +32,8 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         return show(recipe, files, tokenizer)
 
     fabric = make_fabric(recipe.fabric)
-    data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed)
+    longest = files.architecture.max_positions
+    data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     say(str(data.report))
     model = load_to_train(files, recipe).train()
     model.activation_checkpointing = recipe.fabric.activation_checkpointing

@@ -35,7 +35,7 @@ def gather(value):
     dist.all_gather_object(values, value)
     return values
 
-writer = state.Writer(rank=rank, sharded=True, gather=gather, barrier=dist.barrier)
+writer = state.Writer(rank=rank, sharded=True, gather=gather)
 if rank == 1 and sys.argv[3] == "write":
     import resource, signal
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
