@@ -8,6 +8,9 @@ from pathlib import Path
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import nearest
 
+HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
+"""`owner/name` or `owner/name@revision`; what begins with a dot is a path."""
+
 
 def fetch(
     said: str,

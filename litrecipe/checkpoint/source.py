@@ -7,14 +7,13 @@ A source is a Hugging Face folder, a hub id, a GGUF file, a PEFT adapter folder,
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from litrecipe.checkpoint.hub import fetch
+from litrecipe.checkpoint.hub import HUB_ID, fetch
 from litrecipe.checkpoint.manifest import user_cache, verify
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
 from litrecipe.checkpoint.safetensors_files import find_weights
@@ -25,7 +24,6 @@ from litrecipe.model.architecture import Architecture, count_parameters, read_ar
 if TYPE_CHECKING:
     from torch import Tensor
 
-HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 """What is fetched from the hub; pickles are not."""
 NOT_FETCHED = ["*/*", "consolidated*.safetensors", "manifest.json"]

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import parse_qsl
 
-from litrecipe.checkpoint.hub import fetch
+from litrecipe.checkpoint.hub import HUB_ID, fetch
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import nearest
 from litrecipe.config.progress import say
@@ -32,7 +32,6 @@ NOT_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|requirements)(?![a-z]).*\.txt.*|dataset_(dict|infos?)\.json", re.I
 )
 """Files that lie beside data and whose names end like data."""
-HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),

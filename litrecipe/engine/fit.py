@@ -164,9 +164,11 @@ class Run:
         rows = self.rows_of_this_rank(samples)
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         losses: list[Loss] = []
+        # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
+        sharded = self.recipe.fabric.strategy == "fsdp"
         for index, row in enumerate(rows):
             last = index + 1 == len(rows)
-            with self.fabric.no_backward_sync(self.module, enabled=not last):
+            with self.fabric.no_backward_sync(self.module, enabled=not last and not sharded):
                 loss = self.job.objective(self.module(row), row)
                 # Gradients are averaged over the ranks, the loss is a sum over them.
                 self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)

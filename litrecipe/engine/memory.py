@@ -70,7 +70,6 @@ def estimate(
     sizes = {name: stored_bytes(name, p, recipe) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
-    held = gradients if rows > 1 else 0
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = int(trained * OPTIMIZER_BYTES[recipe.optim.name])
@@ -78,7 +77,6 @@ def estimate(
     if strategy == "fsdp":
         # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
         exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
-        # Gradients are only reduced with the last row: until then each rank holds them whole.
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
@@ -94,7 +92,7 @@ def estimate(
         exchange=exchange,
         activations=saved_bytes(model, recipe, row),
         scratch=2 * block + head_gradient + 6 * len(row.tokens) * widest * 4,
-        held=held,
+        held=gradients if rows > 1 else 0,
         parameters=parameters,
         trained=trained,
     )

@@ -13,6 +13,7 @@ from litrecipe.config import groups, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import say
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import accelerator_of
 from litrecipe.model.decoder import Decoder
 
 
@@ -38,15 +39,12 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
     device = _device(fabric)
-    source, date = model.source, None
-    run = _run_recipe(source)
-    if run is not None:
-        source, date = str(Path(source) / "final"), run.data.date
-        if quantize.method == "none" and run.quantize.method != "none":
-            quantize = run.quantize
-            say(f"{model.source}: base quantised to {quantize.method}, as in training (not so with --model {source})")
-    files = open_model(source, tokenizer=model.tokenizer)
-    tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template, date)
+    files = open_model(model.source, tokenizer=model.tokenizer)
+    run = _run_recipe(model.source)
+    if run is not None and quantize.method == "none" and run.quantize.method != "none":
+        quantize = run.quantize
+        say(f"{model.source}: base quantised to {quantize.method}, as in training (not so with its folder final/)")
+    tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template, run.data.date if run else None)
     decoder = load_model(
         files,
         dtype=torch.bfloat16 if fabric.precision == "bf16-true" else torch.float32,
@@ -57,17 +55,13 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
     decoder.eval().requires_grad_(False)
     if fabric.compile:
         decoder.compile_blocks()
-    return Session(decoder, tokenizer, source, quantize)
+    return Session(decoder, tokenizer, model.source, quantize)
 
 
 def _run_recipe(source: str) -> groups.FinetuneRecipe | None:
-    """What a run directory with a final model was made by; None for any other source."""
-    folder = Path(source)
-    if not (folder / "recipe.yaml").is_file():
-        return None
-    if not (folder / "final").is_dir():
-        raise InputError(f"model.source: {source}: this run has no final model yet: resume it, or export a checkpoint")
-    return schema.load(groups.FinetuneRecipe, [folder / "recipe.yaml"])
+    """What a run directory was made by; None for any other source."""
+    recipe = Path(source) / "recipe.yaml"
+    return schema.load(groups.FinetuneRecipe, [recipe]) if recipe.is_file() else None
 
 
 def _device(fabric: groups.Fabric) -> torch.device:
@@ -76,10 +70,6 @@ def _device(fabric: groups.Fabric) -> torch.device:
         mistakes.append(f"fabric.devices: {fabric.devices}: evaluation and sampling run in one process: leave it out")
     if fabric.precision == "bf16-mixed":
         mistakes.append("fabric.precision: bf16-mixed: only training mixes precisions: use 32-true or bf16-true")
-    if fabric.accelerator == "cuda" and not torch.cuda.is_available():
-        mistakes.append("fabric.accelerator: cuda: this machine shows no CUDA device: use cpu or auto")
     if mistakes:
         raise InputError(*mistakes)
-    if fabric.accelerator == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(fabric.accelerator)
+    return torch.device(accelerator_of(fabric))

@@ -13,6 +13,7 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.engine.rundir import RunDir
+from litrecipe.engine.telling import check_loggers
 from litrecipe.evaluation.run import evaluate, metrics, plan
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.recipes.model import load_to_train, save_trained
@@ -20,6 +21,7 @@ from litrecipe.recipes.model import load_to_train, save_trained
 
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
+    check_loggers(recipe.log)
     if not dry_run:
         RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
     if recipe.eval.tasks:
