@@ -21,13 +21,14 @@ from litrecipe.config.merge import (
 
 
 def ls() -> int:
-    """A table of all recipes: name, what it does, on what hardware."""
+    """A table of all recipes: name (always whole), what it does, on what hardware."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("recipe", "what it does", "hardware", box=None)
+    table = Table(Column("recipe", no_wrap=True, min_width=max(map(len, hub_names()))), "what it does", box=None)
     for name in hub_names():
-        table.add_row(name, *headline(hub_folder() / f"{name}.yaml"))
+        told, hardware = headline(hub_folder() / f"{name}.yaml")
+        table.add_row(name, f"{told.removesuffix('.')}. For {hardware}.")
     console = Console()
     if not console.is_terminal:  # a program reads this: do not fold lines
         console.width = 200

@@ -35,4 +35,5 @@ litrecipe generate --model "$out/final" --prompt "$question"
 
 echo
 echo "exact match before: $(score "$out/before.json")    after: $(score "$out/after.json")    ($((SECONDS - began)) s)"
-echo "The run is in $out: recipe.yaml, metrics.jsonl, checkpoints/, final/. Talk to it: litrecipe chat --model $out/final"
+echo "The run is in $out: recipe.yaml, metrics.jsonl, checkpoints/, final/. Talk to it:"
+echo "  .venv/bin/litrecipe chat --model $out/final"

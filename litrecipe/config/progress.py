@@ -35,13 +35,11 @@ def warn(message: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """4 s, 1:05 min, 2:03 h."""
-    if seconds < 60:
+    """4 s, 5 min, 2 h 3 min."""
+    if seconds < 99.5:
         return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d} h"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class Line:
