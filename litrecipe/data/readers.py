@@ -228,9 +228,8 @@ def _from_hub(source: str, repo: str, revision: str | None, query: str, split: s
 
 def _hub_listing(repo: str, revision: str | None) -> list[str] | None:
     """The names of a data set's files; None when the hub does not tell (`fetch` then says why)."""
-    from httpx2 import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     try:
         return HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
