@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 from litrecipe import __version__
@@ -129,6 +130,8 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 2 wrong input, 85 pre-empted, 130 Ctrl-C."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; tokenizers refuse what is not Unicode
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

@@ -290,14 +290,15 @@ def _check_content(message: Message, number: int) -> None:
         return
     if not isinstance(content, str):
         raise RowError(f"message {number} ({message['role']}): content is {type(content).__name__}: give text")
-    if any(mark in content for mark in RESERVED) or not _is_unicode(content):
+    if any(mark in content for mark in RESERVED) or not is_unicode(content):
         raise RowError(
             f"message {number} ({message['role']}): holds a code point that is not text (a lone surrogate or U+FDD0 to "
             "U+FDD2): remove it"
         )
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8; one with lone surrogates cannot."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -18,7 +18,7 @@ from tokenizers import normalizers
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json
-from litrecipe.data.formats import Conversation, Message, RowError
+from litrecipe.data.formats import Conversation, Message, RowError, is_unicode
 from litrecipe.data.template import WRITTEN, ChatTemplate, Rendered
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -88,8 +88,11 @@ class Tokenizer:
         )
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """Ids of a text. Control tokens written in it are plain text, or control tokens with `specials`."""
-        return self.backend.encode(text if specials else self.template.guard(text), add_special_tokens=False).ids
+        """Ids of a text. Control tokens written in it are plain text, or control tokens with `specials`.
+
+        Raises RowError for what is not Unicode.
+        """
+        return self._ids(text if specials else self.template.guard(text))
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of ids; bytes that are no whole character give U+FFFD."""
@@ -108,10 +111,13 @@ class Tokenizer:
         return text.replace(WRITTEN, "")
 
     def encode_prompt(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
-        """Ids of a conversation so far, with the opening of the assistant's turn."""
+        """Ids of a conversation so far, with the opening of the assistant's turn.
+
+        Raises RowError when the template refuses it, and for what is not Unicode.
+        """
         self._need_template()
         text = self.template.render(messages, tools, add_generation_prompt=True)
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._ids(text)
 
     def encode_batch(
         self, conversations: Sequence[Conversation], learn: Literal["assistant", "all"] = "assistant"
@@ -145,6 +151,11 @@ class Tokenizer:
         for (index, one), encoding in zip(rendered.items(), encodings, strict=True):
             results[index] = _with_mask(encoding, one)
         return [results[index] for index in range(len(conversations))]
+
+    def _ids(self, text: str) -> list[int]:
+        if not is_unicode(text):
+            raise RowError("holds bytes that are not UTF-8, or lone surrogates: give it as UTF-8")
+        return self.backend.encode(text, add_special_tokens=False).ids
 
     def _encode_plain(self, prompt: str, completion: str, learn: Literal["assistant", "all"]) -> Encoded:
         """Prompt and completion end to end, EOS after them.

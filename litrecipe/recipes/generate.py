@@ -9,6 +9,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.groups import GenerateRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.formats import Message, RowError
+from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.sampling import complete, plain_prompt
 from litrecipe.evaluation.session import open_session
 
@@ -17,16 +18,10 @@ def main(recipe: GenerateRecipe) -> int:
     """Print the model's answer to `prompt`, as it is sampled when standard output is a terminal."""
     prompt = _prompt(recipe)
     session = open_session(recipe.model, recipe.quantize, recipe.fabric)
-    if recipe.raw:
-        ids = plain_prompt(session.tokenizer, prompt)
-    else:
-        messages: list[Message] = [{"role": "user", "content": prompt}]
-        if recipe.system is not None:
-            messages.insert(0, {"role": "system", "content": recipe.system})
-        try:
-            ids = session.tokenizer.encode_prompt(messages)
-        except RowError as error:
-            raise InputError(f"prompt: {error}") from error
+    try:
+        ids = _encode(session.tokenizer, prompt, recipe)
+    except RowError as error:
+        raise InputError(f"prompt: {error}") from error
 
     streaming = sys.stdout.isatty()
     start = time.perf_counter()
@@ -49,6 +44,16 @@ def _prompt(recipe: GenerateRecipe) -> str:
         raise InputError(*mistakes)
     assert prompt is not None
     return prompt
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, recipe: GenerateRecipe) -> list[int]:
+    """Raises RowError for what the chat template or the tokenizer cannot take."""
+    if recipe.raw:
+        return plain_prompt(tokenizer, prompt)
+    messages: list[Message] = [{"role": "user", "content": prompt}]
+    if recipe.system is not None:
+        messages.insert(0, {"role": "system", "content": recipe.system})
+    return tokenizer.encode_prompt(messages)
 
 
 def _show(text: str) -> None:

@@ -265,6 +265,13 @@ def test_a_batch_is_its_conversations_and_says_what_fails(chatml_folder: Path) -
     assert not isinstance(whole, RowError) and whole[1].all()
 
 
+def test_what_is_not_unicode_is_refused(chatml_folder: Path) -> None:
+    tokenizer = load(chatml_folder)
+    for encode_it in (tokenizer.encode, lambda text: tokenizer.encode_prompt([{"role": "user", "content": text}])):
+        with pytest.raises(RowError, match="UTF-8"):
+            encode_it(b"\xff hi".decode(errors="surrogateescape"))
+
+
 def plain(tokenizer: Tokenizer, prompt: str, completion: str) -> tuple[str, str]:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     encoded = tokenizer.encode_batch([Conversation(messages, "a", "prompt_completion")])[0]

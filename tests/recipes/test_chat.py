@@ -51,6 +51,12 @@ def test_a_prompt_is_the_first_message(talk) -> None:
     assert talk(prompt="the fox")[0] == talk("the fox")[0]
 
 
+def test_what_is_not_unicode_is_told_and_the_chat_goes_on(talk) -> None:
+    out, err = talk("\udcff", "the dog")
+    assert "not UTF-8" in err
+    assert out.strip() == talk("the dog")[0].strip()
+
+
 def test_help_and_unknown_commands(talk) -> None:
     out, err = talk("/help", "/nonsense")
     assert out == ""

@@ -56,6 +56,12 @@ def test_raw_text_from_standard_input(varied_model, transformers_says, capsys, m
     assert capsys.readouterr().out == transformers_says("the quick brown") + "\n"
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_prompt_that_is_not_unicode(varied_model, raw: bool) -> None:
+    with pytest.raises(InputError, match="prompt: holds bytes that are not UTF-8"):
+        main(recipe(varied_model, prompt="\udcff hi", raw=raw))
+
+
 def test_a_terminal_sees_the_answer_piece_by_piece(varied_model, monkeypatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
