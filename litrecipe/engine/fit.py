@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ from litrecipe.objectives.loss import Loss, Objective
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -70,16 +72,34 @@ class StepResult:
 
 def fit(job: Job) -> int:
     """Train, and return the exit code: 0 when done. Raises `Stopped` (85 or 130) after saving when told to stop."""
+    folder = RunDir(job.recipe.out_dir)
     try:
-        run = Run(job)
-        with closing(run.teller), stop.deferred():
-            return run.train()
+        with ExitStack() as lock:
+            on_first_rank(job.fabric, lambda: lock.enter_context(folder.held()))
+            run = Run(job)
+            with closing(run.teller), stop.deferred():
+                return run.train()
     except OSError as error:
         if not is_disk_full(error):
             raise
         raise InputError(
             f"out_dir: {job.recipe.out_dir}: disk full ({error}): make room and run again with --checkpoint.resume auto"
         ) from error
+
+
+def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
+    """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
+    found: T | None = None
+    mistakes: list[str] = []
+    if fabric.global_rank == 0:
+        try:
+            found = act()
+        except InputError as error:
+            mistakes = error.mistakes
+    found, mistakes = fabric.broadcast((found, mistakes))
+    if mistakes:
+        raise InputError(*mistakes)
+    return found
 
 
 class Run:
@@ -89,7 +109,7 @@ class Run:
         self.job, self.fabric, self.recipe = job, job.fabric, job.recipe
         self.train_config = job.recipe.train
         self.dir = RunDir(job.recipe.out_dir)
-        resume = self.find_resume()
+        resume = on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
         self.total_steps = job.source.total_steps(self.train_config)
         self.raw = job.module
         self.module = self.fabric.setup_module(job.module)
@@ -112,20 +132,6 @@ class Run:
         self.teller = Teller(self.fabric, self.recipe, self.dir, self.total_steps, self.step)
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.step} of {self.total_steps}")
-
-    def find_resume(self) -> Path | None:
-        """The checkpoint to continue from; the first rank looks for it, reads it all and tells the others."""
-        found: Path | None = None
-        mistakes: list[str] = []
-        if self.fabric.global_rank == 0:
-            try:
-                found = self.dir.find_resume(self.recipe.checkpoint.resume)
-            except InputError as error:
-                mistakes = error.mistakes
-        found, mistakes = self.fabric.broadcast((found, mistakes))
-        if mistakes:
-            raise InputError(*mistakes)
-        return found
 
     def train(self) -> int:
         """All steps that are left; then the final model."""

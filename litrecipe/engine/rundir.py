@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +72,26 @@ class RunDir:
                     "--out_dir, or continue there with --checkpoint.resume auto"
                 )
         return folder
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from training here while the body runs; a dead process keeps nobody.
+
+        Raises InputError when another holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"out_dir: {self.path}: another process trains here: wait for it, or name another --out_dir"
+                ) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                    raise
+                warn(f"out_dir: {self.path}: its file system has no locks: do not start a second run there")
+            yield
 
     @property
     def holds_a_run(self) -> bool:

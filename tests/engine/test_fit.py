@@ -14,7 +14,7 @@ from litrecipe.config.groups import Adapter, FinetuneRecipe
 from litrecipe.data.source import RecordedSource
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, Run, fit
-from litrecipe.engine.rundir import read_records
+from litrecipe.engine.rundir import RunDir, read_records
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
@@ -204,6 +204,14 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path, config):
     assert fit(make_job(tmp_path, config, max_steps=1)) == 0
     with pytest.raises(InputError, match=r"out_dir.*resume auto"):
         fit(make_job(tmp_path, config, max_steps=1))
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, config):
+    job = make_job(tmp_path, config, max_steps=1)
+    job.recipe.checkpoint.resume = "auto"
+    with RunDir(tmp_path).held(), pytest.raises(InputError, match="another process trains here"):
+        fit(job)
+    assert fit(job) == 0
 
 
 def test_max_time_saves_and_finishes(tmp_path, config):
