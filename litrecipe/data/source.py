@@ -24,7 +24,7 @@ class StepSource(Protocol):
         ...
 
     def total_steps(self, train: Train) -> int:
-        """How many steps the limits of `train` allow."""
+        """How many steps the limits of `train` allow, with those that were taken before `load_state_dict`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,7 +105,8 @@ class RecordedSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and what it depends on."""
-        return {"cursor": self.cursor, "samples": len(self.samples), "seed": self.seed}
+        now = {"cursor": self.cursor, "samples": len(self.samples), "seed": self.seed}
+        return {**now, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved cursor. Raises InputError when it stands in another order of samples."""
@@ -116,6 +117,9 @@ class RecordedSource:
             mistakes.append(f"data.train: {len(self.samples)} samples: the checkpoint was made with {was}: {cure}")
         if state.get("seed") != self.seed:
             mistakes.append(f"train.seed: {self.seed}: the checkpoint was made with {state.get('seed')}: {cure}")
+        if state.get("batch") != self.batch:
+            was = state.get("batch")
+            mistakes.append(f"train.global_batch_size: {self.batch}: the checkpoint was made with {was}: {cure}")
         if mistakes:
             raise InputError(*mistakes)
         self.cursor = state["cursor"]

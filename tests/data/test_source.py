@@ -68,13 +68,14 @@ def test_max_tokens_stops_at_the_first_step_that_reaches_it():
     assert sum(sizes) >= 70 > sum(sizes[:-1])
 
 
-def test_other_data_or_another_seed_is_refused_on_resume():
-    source = RecordedSource(Numbers(5), Train(seed=1))
+def test_other_data_another_seed_or_batch_is_refused_on_resume():
+    source = RecordedSource(Numbers(5), Train(seed=1, global_batch_size=2))
     with pytest.raises(InputError) as error:
-        source.load_state_dict({"cursor": 3, "samples": 6, "seed": 0})
-    data, seed = error.value.mistakes
+        source.load_state_dict({"cursor": 3, "samples": 6, "seed": 0, "batch": 3})
+    data, seed, batch = error.value.mistakes
     assert data.startswith("data.train: 5 samples: the checkpoint was made with 6")
     assert seed.startswith("train.seed: 1: the checkpoint was made with 0")
+    assert batch.startswith("train.global_batch_size: 2: the checkpoint was made with 3")
     assert source.cursor == 0
 
 
