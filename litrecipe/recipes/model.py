@@ -11,7 +11,7 @@ from rich.console import Console
 from litrecipe.checkpoint import state
 from litrecipe.checkpoint.hf import save_model
 from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.manifest import MANIFEST, new_folder, refuse_foreign
+from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, new_folder, refuse_foreign
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, save_adapter
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import schema
@@ -36,25 +36,33 @@ def import_model(src: str, out: str) -> int:
 
 
 def export(run: str, out: str) -> int:
-    """Write the final model of a run, or its newest checkpoint, as a Hugging Face or adapter folder."""
+    """Write the final model of a run, or its newest checkpoint where that is newer, as a Hugging Face or adapter folder.
+
+    Raises InputError when the final model is not as it was written.
+    """
     refuse_foreign(Path(out))
     folder = Path(run)
     final = folder / "final"
-    if final.is_dir():
+    checkpoint = state.newest_complete(folder / "checkpoints", warn)
+    if final.is_dir() and not (checkpoint and _written(checkpoint) > _written(final)):
+        cure = f"remove {final} to export the newest checkpoint, or only {MANIFEST} in it if you meant to change it"
+        if (final / MANIFEST).is_file() and (mistakes := mistakes_of(final, cure)):
+            raise InputError(*mistakes)
         _keep_apart(out, open_model(str(final)))
         with new_folder(Path(out)) as draft:
             for file in sorted(path for path in final.iterdir() if path.is_file() and path.name != MANIFEST):
                 shutil.copyfile(file, draft / file.name)
-        say(f"wrote {out} from {final}")
+        step = f", step {state.step_of(checkpoint)}" if checkpoint else ""
+        say(f"wrote {out} from {final}{step}")
         return 0
     recipe = _recipe_of(folder)
-    checkpoint = state.newest_complete(folder / "checkpoints", warn)
     if checkpoint is None:
         raise InputError(f"{run}: neither a final model nor a complete checkpoint in it: nothing to export yet")
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
     _keep_apart(out, files)
     save_trained(Path(out), _restore(recipe, files, checkpoint), files, recipe)
-    say(f"wrote {out} from {checkpoint}")
+    newer = f", which is newer than {final}" if final.is_dir() else ""
+    say(f"wrote {out} from {checkpoint}{newer}")
     return 0
 
 
@@ -147,6 +155,12 @@ def _keep_apart(out: str, files: ModelFiles) -> None:
     for folder in (target, *target.parents):
         if (folder / "recipe.yaml").is_file() and (folder / "metrics.jsonl").is_file():
             raise InputError(f"{out}: in the run directory {folder}: name a folder outside of it")
+
+
+def _written(folder: Path) -> float:
+    """When a folder was completed; infinity where the user took its manifest away, to vouch for it himself."""
+    manifest = folder / MANIFEST
+    return manifest.stat().st_mtime if manifest.is_file() else float("inf")
 
 
 def _recipe_of(run: Path) -> FinetuneRecipe:

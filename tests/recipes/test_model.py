@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,21 @@ def test_a_checkpoint_exports_as_the_final_model(runs, tmp_path: Path, tiny_mode
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(InputError, match="neither a final model nor a complete checkpoint"):
         export(str(tmp_path / "run"), str(tmp_path / "out"))
+
+
+def test_a_damaged_or_outdated_final_model_is_not_exported(runs, tmp_path: Path, capsys) -> None:
+    run, out = tmp_path / "run", str(tmp_path / "out")
+    shutil.copytree(runs("full"), run)
+    export(str(run), out)
+    assert f"from {run}/final, step 2" in capsys.readouterr().err
+    weights = run / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(InputError, match=r"final/model\.safetensors: altered"):
+        export(str(run), out)
+    os.utime(run / "checkpoints" / "step-00000002" / "manifest.json")
+    export(str(run), out)
+    assert "step-00000002, which is newer than" in capsys.readouterr().err
+    assert torch.equal(logits(Path(out)), logits(runs("full") / "final"))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora-nf4"])
