@@ -58,6 +58,8 @@ class RecordedSource:
         self.seed = train.seed
         self.cursor = 0
         """Samples handed out since the start of the run."""
+        self.steps = 0
+        """Steps they made; a run that is lengthened may have a short one in its midst."""
         unlimited = train.epochs is None and train.max_steps is None and train.max_tokens is None
         epochs = 1.0 if unlimited else train.epochs
         self.limit = None if epochs is None else max(1, round(epochs * len(samples)))
@@ -81,6 +83,7 @@ class RecordedSource:
         """The samples of the step that begins at the cursor."""
         indices = self.indices_from(self.cursor)
         self.cursor += len(indices)
+        self.steps += bool(indices)
         return [self.samples[index] for index in indices]
 
     def total_steps(self, train: Train) -> int:
@@ -89,10 +92,14 @@ class RecordedSource:
         if train.max_steps is not None:
             limits.append(train.max_steps)
         if self.limit is not None:
-            limits.append(-(-self.limit // self.batch))
+            limits.append(self._steps_until(self.limit))
         if train.max_tokens is not None:
             limits.append(self._steps_for_tokens(train.max_tokens))
         return min(limits)
+
+    def _steps_until(self, cursor: int) -> int:
+        """Steps of the run by which that many samples are handed out."""
+        return self.steps + -(-(cursor - self.cursor) // self.batch)
 
     def _steps_for_tokens(self, tokens: int) -> int:
         lengths = np.asarray(self.samples.lengths)
@@ -101,12 +108,12 @@ class RecordedSource:
         while rest > 0:
             rest -= int(lengths[self.index_at(cursor)])
             cursor += 1
-        return max(1, -(-cursor // self.batch))
+        return max(1, self._steps_until(cursor))
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, and what it depends on."""
-        now = {"cursor": self.cursor, "samples": len(self.samples), "seed": self.seed}
-        return {**now, "batch": self.batch}
+        here = {"cursor": self.cursor, "steps": self.steps}
+        return {**here, "samples": len(self.samples), "seed": self.seed, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved cursor. Raises InputError when it stands in another order of samples."""
@@ -122,4 +129,4 @@ class RecordedSource:
             mistakes.append(f"train.global_batch_size: {self.batch}: the checkpoint was made with {was}: {cure}")
         if mistakes:
             raise InputError(*mistakes)
-        self.cursor = state["cursor"]
+        self.cursor, self.steps = state["cursor"], state["steps"]

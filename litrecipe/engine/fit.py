@@ -110,7 +110,6 @@ class Run:
         self.train_config = job.recipe.train
         self.dir = RunDir(job.recipe.out_dir)
         resume = on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
-        self.total_steps = job.source.total_steps(self.train_config)
         self.raw = job.module
         self.module = self.fabric.setup_module(job.module)
         self.parameters = trained_parameters(self.raw)
@@ -125,6 +124,7 @@ class Run:
         seed_rng(self.train_config.seed, self.fabric.global_rank)
         if resume is not None:
             self.load(resume)
+        self.total_steps = job.source.total_steps(self.train_config)
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.step)
         self.fabric.barrier()

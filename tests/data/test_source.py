@@ -86,3 +86,22 @@ def test_the_samples_of_a_step_are_known_without_taking_it(epochs):
     looked_up = [source.indices_from(4 * step) for step in range(source.total_steps(train))]
     assert source.cursor == 0
     assert [[int(sample.id) for sample in source.next_step()] for _ in looked_up] == looked_up
+
+
+@settings(deadline=None)
+@given(st.integers(1, 30), st.integers(1, 7), st.lists(st.integers(1, 4), min_size=2, max_size=4))
+def test_a_lengthened_run_loses_no_sample(n, batch, more):
+    """Each time it ends, perhaps with a short step, and goes on to a later end."""
+    state, seen, steps, epochs = None, [], 0, 0
+    for add in more:
+        epochs += add
+        train = Train(global_batch_size=batch, epochs=epochs)
+        source = RecordedSource(Numbers(n), train)
+        if state:
+            source.load_state_dict(state)
+        while steps < source.total_steps(train):
+            seen += [sample.id for sample in source.next_step()]
+            steps += 1
+        assert source.next_step() == []
+        state = source.state_dict()
+    assert Counter(seen) == {str(i): epochs for i in range(n)}
