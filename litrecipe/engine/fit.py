@@ -127,11 +127,15 @@ class Run:
         self.total_steps = job.source.total_steps(self.train_config)
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.step)
+            if self.step < self.total_steps:
+                self.dir.put_final_aside()
         self.fabric.barrier()
         self.evaluated_at = self.dir.last_evaluation()
         self.teller = Teller(self.fabric, self.recipe, self.dir, self.total_steps, self.step)
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.step} of {self.total_steps}")
+        if self.step > self.total_steps:
+            self.teller.warn(f"step {self.step} is beyond {self.total_steps}, where train ends: nothing is left to do")
 
     def train(self) -> int:
         """All steps that are left; then the final model."""

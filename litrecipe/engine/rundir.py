@@ -1,4 +1,4 @@
-"""The run directory: recipe.yaml, metrics.jsonl, flight.jsonl, checkpoints/, final/."""
+"""The run directory: recipe.yaml, metrics.jsonl, flight.jsonl, checkpoints/, final/ (and final.earlier/)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from litrecipe.checkpoint import state
-from litrecipe.checkpoint.manifest import mistakes_of, write_text
+from litrecipe.checkpoint.manifest import mistakes_of, refuse_foreign, write_text
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import warn
+from litrecipe.config.progress import say, warn
 
 
 class RunDir:
@@ -108,6 +109,17 @@ class RunDir:
         write_text(self.path / "recipe.yaml", recipe_yaml)
         for name in ("metrics.jsonl", "flight.jsonl"):
             _truncate_after(self.path / name, resumed_step)
+
+    def put_final_aside(self) -> None:
+        """Let nobody take the model of an earlier end for that of the run that goes on."""
+        if not self.final.exists():
+            return
+        refuse_foreign(self.final)
+        earlier = self.path / "final.earlier"
+        refuse_foreign(earlier)
+        say(f"{self.final}: the run goes on from there: moved to {earlier.name}")
+        shutil.rmtree(earlier, ignore_errors=True)
+        self.final.replace(earlier)
 
     def last_evaluation(self) -> int | None:
         """The step of the newest evaluation on record."""

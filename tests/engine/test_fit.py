@@ -214,6 +214,19 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, config):
     assert fit(job) == 0
 
 
+def test_the_model_of_an_earlier_end_is_not_that_of_a_lengthened_run(tmp_path, config, capfd):
+    final = tmp_path / "final"
+    for steps, stays in ((2, False), (2, True), (1, True), (3, False)):
+        job = make_job(tmp_path, config, max_steps=steps, global_batch_size=2)
+        job.recipe.checkpoint.resume = "auto"
+        Run(job).teller.close()
+        assert final.exists() == stays
+        assert ("step 2 is beyond 1, where" in capfd.readouterr().err) == (steps == 1)
+        if not stays:
+            assert fit(job) == 0
+    assert (tmp_path / "final.earlier").is_dir()
+
+
 def test_max_time_saves_and_finishes(tmp_path, config):
     job = make_job(tmp_path, config, max_steps=10_000, max_time="2s")
     assert fit(job) == 0
