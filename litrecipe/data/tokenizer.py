@@ -251,11 +251,12 @@ def _find_template(folder: Path, config: dict[str, Any], replacement: str | None
         return _read_template(path), str(path)
     if (path := folder / "chat_template.jinja").is_file():
         return _read_template(path), str(path)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        named = {one["name"]: one["template"] for one in template}
-        template = named.get("default")
-    return template, f"{folder / 'tokenizer_config.json'}: chat_template"
+    template, name = config.get("chat_template"), f"{folder / 'tokenizer_config.json'}: chat_template"
+    if isinstance(template, list) and all(isinstance(one, dict) for one in template):  # several by name
+        template = {one.get("name"): one.get("template") for one in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise InputError(f"{name}: {template!r}: not a template: mend it, or give a Jinja file as model.chat_template")
+    return template, name
 
 
 def _read_template(path: Path) -> str:

@@ -54,7 +54,7 @@ def read_architecture(config: Config) -> Architecture:
     Raises InputError with all missing keys and all values that this decoder cannot honour.
     """
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(f"config.json: model_type: {family}: one of {', '.join(FAMILIES)} can be read")
     return FAMILIES[family].read(config)
 
@@ -106,8 +106,38 @@ REQUIRED_KEYS = {
 }
 """Field → key; what has no default that holds for every model of a family."""
 
+NUMBERS = {"rms_norm_eps", "rope_theta", "initializer_range"}
+COUNTS = {*REQUIRED_KEYS.values(), "num_key_value_heads", "head_dim"} - NUMBERS
+"""Keys of numbers above 0, and of those that are whole."""
+SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias"}
+IDS = {"bos_token_id", "pad_token_id"}
+OBJECTS = {"rope_parameters", "rope_scaling"}
+
+
+def _wrong_types(config: Config) -> list[str]:
+    """A mistake for every value that is not of the type of its key; null stands for the default."""
+    mistakes = []
+    for keys, fits, wanted in (
+        (COUNTS, lambda value: type(value) is int and value > 0, "a whole number above 0"),
+        (NUMBERS, lambda value: type(value) in (int, float) and value > 0, "a number above 0"),
+        (SWITCHES, lambda value: type(value) is bool, "true or false"),
+        (IDS, lambda value: type(value) is int, "a whole number"),
+        ({"eos_token_id"}, _are_ids, "a whole number, or a list of them"),
+        (OBJECTS, lambda value: isinstance(value, dict), "an object"),
+    ):
+        for key in sorted(keys & config.keys()):
+            if config[key] is not None and not fits(config[key]):
+                mistakes.append(f"config.json: {key}: {config[key]!r}: must be {wanted}: fetch the model again")
+    return mistakes
+
+
+def _are_ids(value: Any) -> bool:
+    return all(type(id) is int for id in (value if isinstance(value, list) else [value]))
+
 
 def _read_llama(config: Config) -> Architecture:
+    if mistakes := _wrong_types(config):
+        raise InputError(*mistakes)
     missing = [key for key in REQUIRED_KEYS.values() if config.get(key) is None]
     mistakes = [f"config.json: {key}: missing: it has no default" for key in missing]
     if config.get("hidden_act", "silu") != "silu":
@@ -178,13 +208,23 @@ def _read_rope(config: Config) -> tuple[float, dict[str, Any] | None, list[str]]
     """Base, scaling and mistakes, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling`."""
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     values = config.get(key) or {}
-    theta = float(values.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = values.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if not isinstance(theta, (int, float)):
+        return 0.0, None, [f"config.json: {key}.rope_theta: {theta!r}: must be a number: fetch the model again"]
+    theta = float(theta)
     kind = values.get("rope_type", values.get("type", "default"))
-    if kind not in ROPE_NUMBERS:
+    if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         known = ", ".join(ROPE_NUMBERS)
         return theta, None, [f"config.json: {key}.rope_type: {kind}: one of {known} is implemented"]
-    missing = [number for number in ROPE_NUMBERS[kind] if number not in values]
+    missing = [number for number in ROPE_NUMBERS[kind] if type(values.get(number)) not in (int, float)]
     if missing:
-        return theta, None, [f"config.json: {key}.{number}: missing: rope_type {kind} needs it" for number in missing]
+        return (
+            theta,
+            None,
+            [
+                f"config.json: {key}.{number}: {values.get(number, 'missing')}: rope_type {kind} needs a number"
+                for number in missing
+            ],
+        )
     scaling = None if kind == "default" else {"rope_type": kind, **{n: values[n] for n in ROPE_NUMBERS[kind]}}
     return theta, scaling, []

@@ -265,6 +265,15 @@ def test_a_batch_is_its_conversations_and_says_what_fails(chatml_folder: Path) -
     assert not isinstance(whole, RowError) and whole[1].all()
 
 
+@pytest.mark.parametrize("template", [3, ["x"], [{"name": "default", "template": 3}], {}])
+def test_a_template_that_is_no_text_is_refused(chatml_folder: Path, tmp_path: Path, template: Any) -> None:
+    shutil.copytree(chatml_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: chat_template"):
+        Tokenizer.load(tmp_path)
+
+
 def test_what_is_not_unicode_is_refused(chatml_folder: Path) -> None:
     tokenizer = load(chatml_folder)
     for encode_it in (tokenizer.encode, lambda text: tokenizer.encode_prompt([{"role": "user", "content": text}])):

@@ -144,3 +144,26 @@ def test_a_family_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config["model_type"], config["architectures"], config["wool"]) == ("alpaca", ["AlpacaForCausalLM"], 9)
     assert "mlp_bias" not in config
     assert read_architecture(config).family == "alpaca"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", "32"),
+        ("hidden_size", True),
+        ("num_hidden_layers", 2.5),
+        ("num_attention_heads", 0),
+        ("rope_scaling", "x"),
+        ("rope_theta", [1]),
+        ("rope_theta", float("nan")),
+        ("tie_word_embeddings", "no"),
+        ("eos_token_id", ["</s>"]),
+        ("model_type", ["llama"]),
+        ("rope_scaling", {"rope_type": ["linear"]}),
+        ("rope_scaling", {"rope_type": "linear", "factor": "2"}),
+        ("rope_scaling", {"rope_type": "default", "rope_theta": "x"}),
+    ],
+)
+def test_a_value_of_a_wrong_type_names_its_key(key: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"config\.json: {key}"):
+        read_architecture(SMOL | {key: value})
