@@ -13,6 +13,7 @@ import numpy as np
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Train
+from litrecipe.config.progress import warn
 from litrecipe.model.row import Sample
 
 
@@ -50,9 +51,13 @@ class SampleList(Protocol):
 
 
 class RecordedSource:
-    """Epochs over recorded samples, each in an order of its own; a step may span the end of an epoch."""
+    """Epochs over recorded samples, each in an order of its own; a step may span the end of an epoch.
+
+    Raises InputError when no sample fits into a row, and warns when some do not.
+    """
 
     def __init__(self, samples: SampleList, train: Train) -> None:
+        _check_lengths(np.asarray(samples.lengths), train.micro_batch_tokens)
         self.samples = samples
         self.batch = train.global_batch_size
         self.seed = train.seed
@@ -130,3 +135,17 @@ class RecordedSource:
         if mistakes:
             raise InputError(*mistakes)
         self.cursor, self.steps = state["cursor"], state["steps"]
+
+
+def _check_lengths(lengths: np.ndarray, budget: int) -> None:
+    too_long = int((lengths > budget).sum())
+    if too_long == len(lengths):
+        raise InputError(
+            f"train.micro_batch_tokens: {budget}: no sample fits, the shortest has {lengths.min()} tokens: give "
+            f"{lengths.max()} for all of them to fit, or shorten them by data.max_length"
+        )
+    if too_long:
+        warn(
+            f"data.train: {too_long} of {len(lengths)} samples do not fit train.micro_batch_tokens {budget} and will "
+            f"be skipped; the longest has {lengths.max()}"
+        )

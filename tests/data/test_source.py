@@ -105,3 +105,16 @@ def test_a_lengthened_run_loses_no_sample(n, batch, more):
         assert source.next_step() == []
         state = source.state_dict()
     assert Counter(seen) == {str(i): epochs for i in range(n)}
+
+
+def test_samples_that_fit_no_row_are_told_at_the_start(capfd):
+    samples = Numbers(5)
+    del samples[0]
+    samples.lengths = samples.lengths[1:]  # 2 to 5
+    with pytest.raises(InputError, match="micro_batch_tokens: 1: no sample fits, the shortest has 2 .* give 5"):
+        RecordedSource(samples, Train(micro_batch_tokens=1))
+    assert capfd.readouterr().err == ""
+    RecordedSource(samples, Train(micro_batch_tokens=3))
+    assert "data.train: 2 of 4 samples do not fit train.micro_batch_tokens 3" in capfd.readouterr().err
+    RecordedSource(samples, Train(micro_batch_tokens=5))
+    assert capfd.readouterr().err == ""
