@@ -2,7 +2,8 @@
 
 SIGTERM and SIGUSR1 (pre-emption, a time limit that nears) end with exit code 85, Ctrl-C with 130. While there is
 nothing to save, a signal ends the program at once. While there is (inside `deferred()`), it is only noted; whoever
-holds the state looks at `requested()` between two pieces of work, saves, and raises `Stopped`.
+holds the state looks at `requested()` between two pieces of work, saves, and raises `Stopped`. A second Ctrl-C ends
+the program where it stands, with 130.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from types import FrameType
 
 PREEMPTED = 85
 INTERRUPTED = 130
+AT_ONCE = b"\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
 
 _received: int | None = None
 _deferred = 0
@@ -49,9 +51,12 @@ def _leave_to_parent() -> None:
 
 def _on_signal(number: int, _frame: FrameType | None) -> None:
     global _received
-    impatient = _received == signal.SIGINT == number
+    if _received == signal.SIGINT == number:
+        # Whatever was interrupted may hold locks: nothing of it may run on, and nothing be printed the usual way.
+        os.write(2, AT_ONCE if _deferred else b"\nlitrecipe: stopped at once\n")
+        os._exit(INTERRUPTED)
     _received = number
-    if not _deferred or impatient:
+    if not _deferred:
         raise Stopped(number)
 
 
@@ -71,7 +76,7 @@ def poll() -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, a signal is noted and waits for whoever holds the state. A second Ctrl-C does not wait."""
+    """Inside, a signal is noted and waits for whoever holds the state. A second Ctrl-C saves nothing."""
     global _deferred
     _deferred += 1
     try:

@@ -34,6 +34,21 @@ with stop.deferred():
     print("never")
 """
 
+TWICE = """
+import os, signal
+from litrecipe.config import stop
+stop.install()
+os.dup2(1, 2)
+try:
+    with stop.deferred():
+        signal.raise_signal(signal.SIGINT)
+        print("goes on", flush=True)
+        signal.raise_signal(signal.SIGINT)
+        print("never", flush=True)
+finally:
+    print("never", flush=True)
+"""
+
 
 def run(program: str) -> tuple[int, str]:
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -51,6 +66,11 @@ def test_a_pool_ends_while_signals_are_deferred() -> None:
 
 def test_ranks_stop_where_they_agree_to() -> None:
     assert run(POLL) == (85, "not yet agreed\n")
+
+
+def test_a_second_ctrl_c_ends_the_program_where_it_stands() -> None:
+    said = "goes on\n\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
+    assert run(TWICE) == (130, said)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 85), ("SIGUSR1", 85), ("SIGINT", 130)])
