@@ -62,6 +62,7 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
                 "base weights": files.weights_hash(),
                 "tokenizer": tokenizer.fingerprint,
                 "data": data.train.fingerprint,
+                "fabric.precision": recipe.fabric.precision,
                 **settings("adapter", files.adapter.settings if files.adapter else recipe.adapter),
                 **settings("quantize", recipe.quantize),
             },

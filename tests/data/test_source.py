@@ -111,7 +111,7 @@ def test_samples_that_fit_no_row_are_told_at_the_start(capfd):
     samples = Numbers(5)
     del samples[0]
     samples.lengths = samples.lengths[1:]  # 2 to 5
-    with pytest.raises(InputError, match="micro_batch_tokens: 1: no sample fits, the shortest has 2 .* give 5"):
+    with pytest.raises(InputError, match=r"micro_batch_tokens: 1: no sample fits, the shortest has 2 .* give 5"):
         RecordedSource(samples, Train(micro_batch_tokens=1))
     assert capfd.readouterr().err == ""
     RecordedSource(samples, Train(micro_batch_tokens=3))

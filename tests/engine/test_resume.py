@@ -16,7 +16,7 @@ import pytest
 
 from litrecipe.checkpoint.manifest import mistakes_of
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import Adapter, FinetuneRecipe, Quantize
+from litrecipe.config.groups import Adapter, Fabric, FinetuneRecipe, Quantize
 from litrecipe.engine.rundir import read_records
 from litrecipe.engine.telling import TIMING
 from litrecipe.recipes import finetune
@@ -249,6 +249,7 @@ def recipe(tiny_model, tmp_path):
         ("adapter", Adapter(method="lora", r=4, rslora=True), r"another adapter\.rslora \(False, now True"),
         ("adapter", Adapter(method="lora", r=1), r"another adapter\.r \(4, now 1"),
         ("quantize", Quantize(method="nf4"), r"another quantize\.method \(none, now nf4"),
+        ("fabric", Fabric(accelerator="cpu", precision="bf16-true"), r"precision \(32-true, now bf16-true"),
     ],
 )
 def test_other_settings_are_refused_by_name(recipe, group, settings, said):
