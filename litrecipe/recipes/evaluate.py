@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rich.console import Console
 
@@ -30,7 +33,11 @@ def main(recipe: EvaluateRecipe) -> int:
     results["config"] |= {"model": session.source, "quantize": session.quantize.method}
     Console().print(table(results))
     if recipe.out is not None:
-        for path in write(results, Path(recipe.out)):
+        try:
+            written = write(results, Path(recipe.out))
+        except OSError as error:
+            raise InputError(f"out: {recipe.out}: {error.strerror}: the results stand above only") from error
+        for path in written:
             say(f"wrote {path}")
     return 0
 
@@ -48,3 +55,17 @@ def _check(recipe: EvaluateRecipe) -> None:
         mistakes += error.mistakes
     if mistakes:
         raise InputError(*mistakes)
+    if recipe.out is not None:
+        _check_writable(Path(recipe.out))
+
+
+def _check_writable(out: Path) -> None:
+    """Make the folder of the results and write something there, as the results will be."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out.parent) as file:
+            file.write(bytes(4096))
+        if out.exists() and not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"out: {out}: {error.strerror}: name a file that can be written") from error

@@ -36,7 +36,7 @@ def import_model(src: str, out: str) -> int:
 
 
 def export(run: str, out: str) -> int:
-    """Write the final model of a run, or its newest checkpoint where that is newer, as a Hugging Face or adapter folder.
+    """Write a run's final model, or its newest checkpoint where that is newer, as a Hugging Face or adapter folder.
 
     Raises InputError when the final model is not as it was written.
     """

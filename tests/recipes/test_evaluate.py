@@ -152,3 +152,15 @@ def test_mistakes_are_told_before_the_model_is_opened(tmp_path) -> None:
     assert [mistake.split(":")[0] for mistake in caught.value.mistakes] == ["log_samples", "tasks"]
     with pytest.raises(InputError, match="is a folder"):
         main(EvaluateRecipe(tasks=["exact_match:toy:units"], out=str(tmp_path)))
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y.json", "/dev/null/x.json"])
+def test_a_place_that_cannot_be_written_is_told_before_the_model_is_opened(spec, out: str) -> None:
+    with pytest.raises(InputError, match=f"^out: {out}: .*: name a file that can be written"):
+        main(EvaluateRecipe(model=Model(source="nowhere"), tasks=[spec], out=out))
+
+
+def test_a_disk_that_fills_up_leaves_the_table(tiny_model, spec, capsys) -> None:
+    with pytest.raises(InputError, match="out: /dev/full: No space left"):
+        main(EvaluateRecipe(model=Model(source=str(tiny_model)), tasks=[spec], out="/dev/full"))
+    assert "perplexity" in capsys.readouterr().out
