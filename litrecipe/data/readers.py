@@ -113,7 +113,11 @@ def _locate(source: str, split: str = "train") -> tuple[Path, list[str]]:
     """A folder and the names of the data files below it."""
     try:
         path = Path(source).expanduser()
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{source}: a link to {path.readlink()}, which is not there: mend it")
         if path.exists() and not path.is_dir():
+            if not path.is_file():
+                raise InputError(f"{source}: neither a file nor a folder: write its rows to a file")
             if _kind(path.name) is None:
                 raise InputError(f"{source}: {path.suffix or 'no suffix'}: data files end in {_suffixes()}")
             return path.parent, [path.name]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 from hashlib import sha256
@@ -335,3 +336,15 @@ def test_numbers_too_long_for_python(tmp_path: Path) -> None:
     number = "1" * 5000
     assert "a number Python does not read" in mistakes_of(write(tmp_path / "a.jsonl", f'{{"a": {number}}}'))[0]
     assert "a number Python does not read" in mistakes_of(write(tmp_path / "a.json", f"[{number}]"))[0]
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert mistakes_of(tmp_path / "pipe.jsonl") == [
+        f"{tmp_path}/pipe.jsonl: neither a file nor a folder: write its rows to a file"
+    ]
+    assert "neither a file" in mistakes_of(Path("/dev/null"))[0]
+    (tmp_path / "link.jsonl").symlink_to("gone.jsonl")
+    assert mistakes_of(tmp_path / "link.jsonl") == [
+        f"{tmp_path}/link.jsonl: a link to gone.jsonl, which is not there: mend it"
+    ]
