@@ -133,11 +133,24 @@ class RunDir:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a JSON lines file; a last line torn by a crash is left out."""
+    """All whole lines of a JSON lines file.
+
+    A last line torn by a crash is left out; what a power cut spoilt is left out with a warning.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+        elif line:
+            warn(f"{path}:{number}: no record but {line[:20]!r}: left out")
+    return records
 
 
 def _truncate_after(path: Path, step: int) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from litrecipe.checkpoint import state
 from litrecipe.config.errors import InputError
-from litrecipe.engine.rundir import RunDir
+from litrecipe.engine.rundir import RunDir, read_records
 
 
 @pytest.fixture
@@ -111,3 +111,13 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_goes(run
         pytest.fail("both hold it")
     with RunDir(run.path).held():
         pass
+
+
+def test_a_spoilt_record_is_left_out_with_a_warning(run, capfd):
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "eval_loss": 2.0}\n\x00\x00\x00\n[3]\n\xff{"step": 2}\n{"step": 3}\n{"st')
+    assert read_records(path) == [{"step": 1, "eval_loss": 2.0}, {"step": 3}]
+    said = capfd.readouterr().err.splitlines()
+    assert [line.split(" no record")[0] for line in said] == [f"litrecipe: warning: {path}:{n}:" for n in (2, 3, 4)]
+    run.start("", 3)
+    assert path.read_text() == '{"step": 1, "eval_loss": 2.0}\n{"step": 3}\n'
