@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from litrecipe.checkpoint import state
@@ -28,9 +29,15 @@ class RunDir:
 
     def check(self, resume: str | None) -> None:
         """Raise InputError for what can be told without reading a checkpoint, before anything slow is done."""
-        found = next(path for path in (self.path, *self.path.parents) if path.exists())
-        if not found.is_dir() or not os.access(found, os.W_OK | os.X_OK):
-            raise InputError(f"out_dir: {self.path}: {found} is no folder that can be written: name another --out_dir")
+        found = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
+        try:
+            with TemporaryFile(dir=found):  # permissions do not tell of /proc and read-only disks
+                pass
+        except OSError as error:
+            raise InputError(
+                f"out_dir: {self.path}: {found} is no folder that can be written: name another --out_dir"
+            ) from error
+        refuse_foreign(self.final)
         if resume is None:
             if self.holds_a_run:
                 raise InputError(
@@ -114,7 +121,6 @@ class RunDir:
         """Let nobody take the model of an earlier end for that of the run that goes on."""
         if not self.final.exists():
             return
-        refuse_foreign(self.final)
         earlier = self.path / "final.earlier"
         refuse_foreign(earlier)
         say(f"{self.final}: the run goes on from there: moved to {earlier.name}")

@@ -88,9 +88,13 @@ def test_a_named_checkpoint_that_is_torn_is_refused(run):
 
 def test_an_out_dir_that_cannot_be_written_is_named_at_once(litrecipe, tiny_model, tmp_path):
     (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match=f"^out_dir: {out}: {tmp_path}/file is no folder"):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "link", tmp_path / "link" / "run"):
+        found = out.parent if out.name == "run" else out
+        with pytest.raises(InputError, match=f"^out_dir: {out}: {found} is no folder"):
             RunDir(out).check(None)
+    RunDir(tmp_path / "new" / "run").check(None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
     flags = ("--data.train", "toy:units?n=9&seed=0", "--data.cache_dir", tmp_path / "cache")
     done = litrecipe("finetune", "--model", tiny_model, "--out_dir", tmp_path / "file", *flags, check=False)
     assert done.returncode == 2
@@ -121,3 +125,17 @@ def test_a_spoilt_record_is_left_out_with_a_warning(run, capfd):
     assert [line.split(" no record")[0] for line in said] == [f"litrecipe: warning: {path}:{n}:" for n in (2, 3, 4)]
     run.start("", 3)
     assert path.read_text() == '{"step": 1, "eval_loss": 2.0}\n{"step": 3}\n'
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="there is no /proc")
+def test_a_folder_where_not_even_root_may_write_is_named():
+    with pytest.raises(InputError, match=r"^out_dir: /proc/run: /proc is no folder"):
+        RunDir("/proc/run").check("auto")
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+def test_a_final_folder_of_somebody_else_is_told_before_training(tmp_path, resume):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match=f"^{tmp_path}/final: exists, and was not written by litrecipe"):
+        RunDir(tmp_path).check(resume)
