@@ -80,10 +80,12 @@ def fit(job: Job) -> int:
             with closing(run.teller), stop.deferred():
                 return run.train()
     except OSError as error:
-        if not is_disk_full(error):
+        ours = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(folder.path)
+        if not is_disk_full(error) and not ours:
             raise
+        what, cure = ("disk full", "make room") if is_disk_full(error) else ("cannot be written", "see to the folder")
         raise InputError(
-            f"out_dir: {job.recipe.out_dir}: disk full ({error}): make room and run again with --checkpoint.resume auto"
+            f"out_dir: {folder.path}: {what} ({error}): {cure} and run again with --checkpoint.resume auto"
         ) from error
 
 

@@ -133,7 +133,10 @@ class RunDir:
         return steps[-1] if steps else None
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Add one line of JSON."""
+        """Add one line of JSON; the folder is made again if somebody took it away."""
+        if not self.path.exists():
+            warn(f"out_dir: {self.path}: is gone, with what was in it: made again")
+            self.path.mkdir(parents=True)
         with (self.path / name).open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record) + "\n")
 

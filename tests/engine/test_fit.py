@@ -227,6 +227,26 @@ def test_the_model_of_an_earlier_end_is_not_that_of_a_lengthened_run(tmp_path, c
     assert (tmp_path / "final.earlier").is_dir()
 
 
+@pytest.mark.parametrize("what", ["moved", "a file instead"])
+def test_a_folder_that_goes_away_during_the_run_is_told(tmp_path, config, capfd, what):
+    job = make_job(tmp_path / "run", config, max_steps=2, global_batch_size=2)
+
+    def take_away(*_):
+        if not (tmp_path / "moved").exists():
+            (tmp_path / "run").rename(tmp_path / "moved")
+            if what == "a file instead":
+                (tmp_path / "run").write_text("")
+
+    job.module.register_forward_hook(take_away)
+    if what == "moved":
+        assert fit(job) == 0
+        assert f"out_dir: {tmp_path}/run: is gone" in capfd.readouterr().err
+        assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json").exists()
+    else:
+        with pytest.raises(InputError, match=f"^out_dir: {tmp_path}/run: cannot be written .*Not a directory"):
+            fit(job)
+
+
 def test_max_time_saves_and_finishes(tmp_path, config):
     job = make_job(tmp_path, config, max_steps=10_000, max_time="2s")
     assert fit(job) == 0

@@ -1,6 +1,7 @@
 """Where a run continues, and what it must not run over."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_a_spoilt_record_is_left_out_with_a_warning(run, capfd):
     assert path.read_text() == '{"step": 1, "eval_loss": 2.0}\n{"step": 3}\n'
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="there is no /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
 def test_a_folder_where_not_even_root_may_write_is_named():
     with pytest.raises(InputError, match=r"^out_dir: /proc/run: /proc is no folder"):
         RunDir("/proc/run").check("auto")
