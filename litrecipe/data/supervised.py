@@ -198,11 +198,12 @@ def encode_all(
 ) -> Iterator[tuple[Conversation, Encoded]]:
     """Conversations with their tokens, a batch at a time; notes in `counts` the rows and the empty ones it leaves out.
 
-    Those that cannot be rendered are raised together at the end, as InputError.
+    Those that cannot be rendered are raised together as InputError, at the end or once there are many: a broken chat
+    template, slow perhaps, would refuse all rows.
     """
     mistakes = Mistakes()
     conversations = iter(conversations)
-    while batch := list(islice(conversations, BATCH)):
+    while batch := list(islice(conversations, BATCH if counts.rows else Mistakes.SHOWN)):
         counts.rows += len(batch)
         spoken = []
         for conversation in batch:
@@ -215,6 +216,8 @@ def encode_all(
                 mistakes.add(f"{conversation.where}: {encoded}")
             else:
                 yield conversation, encoded
+        if mistakes.count >= Mistakes.SHOWN:
+            raise InputError(*mistakes.shown, "… and perhaps more: the rows after these were not looked at")
     mistakes.raise_if_any()
 
 

@@ -20,6 +20,7 @@ from functools import wraps
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -32,12 +33,13 @@ WRITTEN, LEARN, LEARNT = RESERVED[0], RESERVED[1], RESERVED[2]
 """Marks: inside a control token that somebody wrote; before and after what shall be learnt."""
 
 MAX_PRINTED = 10_000_000
-"""Characters a template may print, and the longest string or list it may make by multiplication."""
+"""Characters a template may print, and the longest string or list that its operators may make."""
 MAX_WIDTH = 1000
 """The widest field or indentation it may fill up."""
 WIDE_CONVERSION = re.compile(r"%(\(.*\))?[^%a-zA-Z]*?(\d{4}|\*)", re.DOTALL)
 WIDE_FIELD = re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)")
 """`%9999d` and `{:9999}`, and widths that are given with the values."""
+SEQUENCES = (str, bytes, list, tuple)
 FILLING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"}
 """Methods that make something as long as they are told."""
 
@@ -69,13 +71,25 @@ class _Generation(Extension):
         return f"{LEARN}{caller()}{LEARNT}"
 
 
+class _Generator(CodeGenerator):
+    """Lets the sandbox do what `~` does."""
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write("environment.concatenated((")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses `"x" * 10**9` and its like, which would fill the memory in one go, before anything is printed.
+    """Refuses `"x" * 10**9`, a loop of `x + x` and their like, which would fill the memory before anything is printed.
 
     Jinja folds constants while it compiles: never operators that are intercepted, and no filter that raises.
     """
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    code_generator_class = _Generator
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -104,11 +118,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise SecurityError("a field too wide for a chat template")
         if operator == "**" and abs(left) > 1 and abs(right) > 1000:
             raise SecurityError("a power too large for a chat template")
+        if operator == "+" and isinstance(left, SEQUENCES) and isinstance(right, SEQUENCES):
+            _check_length(len(left) + len(right))
         for sequence, times in ((left, right), (right, left)):
-            is_repetition = isinstance(sequence, (str, bytes, list, tuple)) and isinstance(times, int)
-            if is_repetition and len(sequence) * times > MAX_PRINTED:
-                raise SecurityError("a repetition too long for a chat template")
+            if isinstance(sequence, SEQUENCES) and isinstance(times, int):
+                _check_length(len(sequence) * times)
         return super().call_binop(context, operator, left, right)
+
+    def concatenated(self, parts: tuple[Any, ...]) -> str:
+        """What `~` makes of its operands."""
+        texts = [str(part) for part in parts]
+        _check_length(sum(map(len, texts)))
+        return "".join(texts)
 
 
 class ChatTemplate:
@@ -221,6 +242,11 @@ def _bracketed(text: str) -> Rendered:
             kept.append(piece)
             place += len(piece)
     return Rendered("".join(kept), spans)
+
+
+def _check_length(length: int) -> None:
+    if length > MAX_PRINTED:
+        raise SecurityError("a text or list too long for a chat template")
 
 
 def _narrow(function: Callable[..., Any]) -> Callable[..., Any]:

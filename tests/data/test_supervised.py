@@ -12,9 +12,9 @@ import pytest
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.data.formats import Conversation, RowError
+from litrecipe.data.formats import Conversation, RowError, read_conversations
 from litrecipe.data.samples import SampleSet
-from litrecipe.data.supervised import cache_folder, load_supervised
+from litrecipe.data.supervised import Counts, cache_folder, encode_all, load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 
 
@@ -144,6 +144,18 @@ def test_rows_that_the_template_refuses_are_named(chatml_folder: Path, tmp_path:
         load_supervised(Data(train=source), Tokenizer.load(chatml_folder, str(template)), seed=0)
     assert [mistake.split(": ")[0] for mistake in caught.value.mistakes] == [f"{source}:2", f"{source}:3"]
     assert "I said no" in caught.value.mistakes[0]
+
+
+def test_a_template_that_refuses_all_rows_is_not_tried_on_all(chatml_folder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "d.jsonl", [row("a", "b")] * 5000)
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ raise_exception('no') }}")
+    counts = Counts(source)
+    with pytest.raises(InputError) as wrong:
+        tokenizer = Tokenizer.load(chatml_folder, str(template))
+        list(encode_all(read_conversations(source, Data(train=source)), Data(train=source), tokenizer, counts))
+    assert len(wrong.value.mistakes) == 21
+    assert counts.rows == 20
 
 
 def test_held_out_samples_are_chosen_by_the_seed(tokenizer: Tokenizer, source: str) -> None:

@@ -114,6 +114,9 @@ FILL_THE_MEMORY = [
     "{{ 'x\n\nx'|indent(1000000000) }}",
     "{{ [1]|batch(1000000000, 0)|list }}",
     "{{ lipsum(100000) }}",
+    "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x=[1]) %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
 ]
 
 
@@ -135,9 +138,9 @@ def test_what_templates_do_write_is_not_stopped() -> None:
     source = (
         "{{ '%05d %s %%' % (123456, 'a') }} {{ '%s'|format(99999) }} {{ '{:>5} {}'.format('a', 2024) }} "
         "{{ 'x'.ljust(3) }}|{{ 20240726|tojson }} {{ {'a': 5000}|tojson(indent=1) }} {{ 'a'|center(3) }}|"
-        "{{ 'axb'.split('x', 5000) }}"
+        "{{ 'axb'.split('x', 5000) }} {{ 'a' ~ 1 ~ messages ~ nothing }} {{ [1] + [2] }}"
     )
-    wanted = "123456 a % 99999     a 2024 x  |20240726 {\n \"a\": 5000\n}  a |['a', 'b']"
+    wanted = "123456 a % 99999     a 2024 x  |20240726 {\n \"a\": 5000\n}  a |['a', 'b'] a1[] [1, 2]"
     assert template(source).render([]) == wanted
 
 
