@@ -310,15 +310,15 @@ def test_a_closed_pipe_is_no_failure() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
-def test_signals_during_set_up(number: int, code: int, tmp_path: Path) -> None:
-    pipe = tmp_path / "rows.jsonl"
-    os.mkfifo(pipe)  # reading it waits for ever: set-up that takes its time
+def test_signals_during_set_up(number: int, code: int) -> None:
     program = (
-        "import sys; from litrecipe.config import stop; install = stop.install\n"
+        "import sys, time; from litrecipe.config import stop; install = stop.install\n"
         "def told(): install(); print('ready', flush=True)\n"
-        "stop.install = told; from litrecipe.cli import main; sys.exit(main(sys.argv[1:]))"
+        "stop.install = told; from litrecipe.data import formats\n"
+        "formats.check_rows = lambda data: time.sleep(60)  # set-up that takes its time\n"
+        "from litrecipe.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    line = [sys.executable, "-c", program, "finetune", "--model", "m", "--data.train", str(pipe)]
+    line = [sys.executable, "-c", program, "finetune", "--model", "m", "--data.train", "d.jsonl"]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.5)
