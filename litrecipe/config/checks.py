@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from datetime import date
 from typing import Any, get_args
 
 from litrecipe.config.groups import Data, EvaluateRecipe, FinetuneRecipe, Target
+from litrecipe.config.merge import SCHEMA_VERSION
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
@@ -17,14 +19,16 @@ Mistake = tuple[str, Any, str]
 def check(recipe: Any) -> Iterator[Mistake]:
     """All mistakes in the values of a recipe whose types are right."""
     yield from _missing(recipe)
+    plausible = deepcopy(recipe)  # values that are wrong by themselves go with any others
     for key, (is_right, cure) in RANGES.items():
         value = _get(recipe, key)
         if value is not None and not is_right(value):
             yield key, value, f"give {cure}"
-    yield from _combinations(recipe)
+            _reset(plausible, key)
+    yield from _combinations(plausible)
     if isinstance(recipe, FinetuneRecipe):
         yield from _texts(recipe)
-        yield from _finetune_combinations(recipe)
+        yield from _finetune_combinations(plausible)
 
 
 def _get(recipe: Any, key: str) -> Any:
@@ -32,6 +36,13 @@ def _get(recipe: Any, key: str) -> Any:
     for name in key.split("."):
         recipe = getattr(recipe, name, None)
     return recipe
+
+
+def _reset(recipe: Any, key: str) -> None:
+    """Give a key its default."""
+    *groups, name = key.split(".")
+    owner = _get(recipe, groups[0]) if groups else recipe
+    setattr(owner, name, getattr(type(owner)(), name))
 
 
 Range = tuple[Callable[[Any], bool], str]
@@ -80,7 +91,7 @@ RANGES: dict[str, Range] = {
     "limit": _at_least(1),
     "num_fewshot": _at_least(0),
     "batch_tokens": _at_least(1),
-    "schema_version": _at_least(1),
+    "schema_version": (lambda value: value == SCHEMA_VERSION, f"{SCHEMA_VERSION}, the version this litrecipe knows"),
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 
@@ -110,6 +121,8 @@ def _texts(recipe: FinetuneRecipe) -> Iterator[Mistake]:
             parse_duration(recipe.train.max_time)
         except ValueError as error:
             yield "train.max_time", recipe.train.max_time, str(error)
+    if recipe.checkpoint.resume == "":
+        yield "checkpoint.resume", "''", "give auto, a folder …/checkpoints/step-…, or null"
     if recipe.data.date is not None:
         try:
             date.fromisoformat(recipe.data.date)
@@ -152,6 +165,9 @@ def _without_effect(recipe: FinetuneRecipe) -> Iterator[Mistake]:
     if train.max_steps is not None and warmup > train.max_steps:
         cure = f"train.max_steps {train.max_steps} ends the run before: give fewer, or 0"
         yield "schedule.warmup_steps", warmup, cure
+    decay = recipe.schedule.decay_steps
+    if decay is not None and train.max_steps is not None and decay > train.max_steps:
+        yield "schedule.decay_steps", decay, f"train.max_steps {train.max_steps} ends the run before: give fewer"
     # The default of data.max_length is nobody's wish: then fit counts and tells the samples it leaves out.
     if data.max_length > train.micro_batch_tokens and data.max_length != Data.max_length:
         cure = f"train.micro_batch_tokens {train.micro_batch_tokens} leaves out longer samples: raise it, or lower this"

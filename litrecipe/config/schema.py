@@ -178,13 +178,18 @@ def _item(whole: Any, hint: Any, node: Node) -> Any:
 
 
 def _read_flag(hint: Any, text: str) -> Node:
-    """A flag's text, read as its type wants it: text as it stands, lists also as `a,b`, all else as YAML."""
+    """A flag's text, read as its type wants it: text as it stands, lists also as `a,b`, all else as YAML.
+
+    In a file nothing after a key means null; after a flag it is a variable of the shell that is not set.
+    """
     members = (get_args(hint) if get_origin(hint) in (types.UnionType, Union) else None) or (hint,)
     if str in members:
         return Node(None if text == "null" and types.NoneType in members else text, text=text)
     is_list = any(get_origin(member) in (list, tuple) for member in members)
     if is_list and not text.startswith("[") and text != "null":
         return Node([Node(plain(part.strip()), text=part.strip()) for part in text.split(",") if part.strip()])
+    if not text.strip():
+        raise _Misfit("a value, or null")
     broken = Mistakes()
     node = read_yaml(text, None, broken)
     return Node(text, text=text) if broken else node

@@ -44,6 +44,7 @@ def test_every_range_belongs_to_a_key() -> None:
         ("data.max_length", ["2"], ["1"]),
         ("data.date", ["2024-02-29"], ["2023-02-29", "yesterday"]),
         ("schedule.warmup_steps", ["0"], ["-1"]),
+        ("schema_version", ["1"], ["0", "2", "99"]),
         ("schedule.min_lr_ratio", ["0", "1"], ["1.1"]),
         ("train.max_steps", ["1", "null"], ["0"]),
         ("train.epochs", ["0.1"], ["0"]),
@@ -79,6 +80,12 @@ def test_ranges(key: str, right: list[str], wrong: list[str]) -> None:
         ("data.val=v data.val_fraction=0.1", "data.val_fraction", "remove one of them"),
         ("eval.every=5", "eval.every", "give data.val, data.val_fraction or eval.tasks"),
         ("train.max_steps=9 schedule.warmup_steps=10", "schedule.warmup_steps", "train.max_steps 9"),
+        (
+            "schedule.name=wsd train.max_steps=9 schedule.decay_steps=10",
+            "schedule.decay_steps",
+            "train.max_steps 9",
+        ),
+        ("checkpoint.resume=", "checkpoint.resume: ''", "auto"),
         ("data.max_length=8192", "data.max_length", "train.micro_batch_tokens 4096"),
         ("data.max_length=512 train.micro_batch_tokens=256", "data.max_length", "train.micro_batch_tokens 256"),
         ("adapter.method=lora adapter.targets=[]", "adapter.targets", "q_proj"),
@@ -105,6 +112,7 @@ def test_what_does_not_go_together(flags: str, key: str, cure: str) -> None:
         "eval.every=5 data.val_fraction=0.1",
         "eval.every=5 eval.tasks=[a]",
         "train.max_steps=10 schedule.warmup_steps=10",
+        "schedule.name=wsd train.max_steps=10 schedule.decay_steps=10",
         "train.micro_batch_tokens=256",
         "data.max_length=256 train.micro_batch_tokens=256",
     ],
@@ -142,3 +150,15 @@ def test_durations(text: str, seconds: float) -> None:
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(ValueError, match="give a time"):
         parse_duration(text)
+
+
+def test_a_value_out_of_range_is_not_held_against_others() -> None:
+    assert mistakes(("train.max_steps", "-1"), ("schedule.warmup_steps", "4")) == [
+        "train.max_steps: -1: give 1 or more"
+    ]
+
+
+@pytest.mark.parametrize("key", ["train.max_steps", "optim.lr", "fabric.devices", "data.columns"])
+def test_a_flag_without_a_value_is_not_taken_as_null(key: str) -> None:
+    [mistake] = mistakes((key, ""))
+    assert mistake.startswith(f"{key}: ")
