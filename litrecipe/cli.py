@@ -239,7 +239,7 @@ def run_plain(name: str, verb: PlainVerb, argv: list[str]) -> int:
 
 def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
     """Run a verb that reads a recipe."""
-    from litrecipe.config import groups, schema
+    from litrecipe.config import groups, schema, stop
 
     kind = getattr(groups, verb.kind)
     line = Line(schema.keys(kind), verb.options)
@@ -248,8 +248,6 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         print(_help(name, kind, verb, line.help))
         return 0
     if verb.preemptible:
-        from litrecipe.config import stop
-
         stop.install()
     try:
         recipe = schema.load(kind, line.configs, line.flags)
@@ -261,7 +259,11 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         from litrecipe.data.formats import check_rows
 
         check_rows(recipe.data)
-    return call(verb.code, recipe, **line.options)
+    try:
+        return call(verb.code, recipe, **line.options)
+    finally:
+        if verb.preemptible:
+            stop.let_go()
 
 
 def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:

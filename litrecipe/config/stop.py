@@ -43,6 +43,17 @@ def install() -> None:
     os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+def let_go() -> None:
+    """On the way out, when the exit code is settled: no signal but Ctrl-C changes it any more.
+
+    Fabric ends the processes that it started by SIGTERM, even those about to leave, and takes a code of theirs other
+    than 0 for a failure of the run.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _leave_to_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -91,7 +91,7 @@ def fit(job: Job) -> int:
 
 def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
     """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
-    found: T | None = None
+    found: Any = None
     mistakes: list[str] = []
     if fabric.global_rank == 0:
         try:
@@ -101,7 +101,7 @@ def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
     found, mistakes = fabric.broadcast((found, mistakes))
     if mistakes:
         raise InputError(*mistakes)
-    return found
+    return cast(T, found)
 
 
 class Run:

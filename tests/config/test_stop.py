@@ -49,6 +49,16 @@ finally:
     print("never", flush=True)
 """
 
+LET_GO = """
+import atexit, os, signal, sys
+from litrecipe.config import stop
+os.dup2(1, 2)
+stop.install()
+atexit.register(signal.raise_signal, signal.SIG{})
+stop.let_go()
+sys.exit({})
+"""
+
 
 def run(program: str) -> tuple[int, str]:
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
@@ -77,3 +87,10 @@ def test_a_second_ctrl_c_ends_the_program_where_it_stands() -> None:
 def test_with_nothing_to_save_a_signal_ends_the_program(name, code) -> None:
     program = f"import signal; from litrecipe.config import stop; stop.install(); signal.raise_signal(signal.{name})"
     assert run(program) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "settled", "code"), [("TERM", 0, 0), ("TERM", 85, 85), ("USR1", 0, 0), ("INT", 0, -2)]
+)
+def test_a_signal_on_the_way_out_changes_no_exit_code_but_for_ctrl_c(name, settled, code) -> None:
+    assert run(LET_GO.format(name, settled)) == (code, "")
