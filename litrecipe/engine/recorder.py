@@ -75,7 +75,7 @@ def diff(a: Path, b: Path, tolerance: float = 0.0) -> list[str]:
         for field, reason in REASONS.items():
             x, y = first[step][field], second[step][field]
             if not _same(field, x, y, tolerance):
-                return [f"step {step}: {field} differs: {_show(x)} and {_show(y)}", reason]
+                return [f"step {step}: {field} differs: {_compare(x, y)}", reason]
     only = sorted(first.keys() ^ second.keys())
     if only:
         holder = a if only[0] in first else b
@@ -88,6 +88,14 @@ def _same(field: str, x: Any, y: Any, tolerance: float) -> bool:
         left, right = float.fromhex(x), float.fromhex(y)
         return abs(left - right) <= tolerance * max(abs(left), abs(right))
     return bool(x == y)
+
+
+def _compare(x: Any, y: Any) -> str:
+    """Two values that differ; lists from where they part."""
+    if not isinstance(x, list):
+        return f"{_show(x)} and {_show(y)}"
+    place = next((i for i, (left, right) in enumerate(zip(x, y, strict=False)) if left != right), min(len(x), len(y)))
+    return f"{len(x)} and {len(y)}, from number {place + 1} on {_show(x[place:])} and {_show(y[place:])}"
 
 
 def _show(value: Any) -> str:

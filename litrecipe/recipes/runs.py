@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -38,6 +39,8 @@ def ls(folder: str = "runs") -> int:
 
 def diff(a: str, b: str, tolerance: float = 0.0) -> int:
     """Say at which step two runs part and why; exit 0 when they agree, 1 when they do not."""
+    if not 0 <= tolerance < math.inf:
+        raise InputError(f"--tolerance: {tolerance}: give a number of 0 or more")
     lines = diff_runs(Path(a), Path(b), tolerance)
     print("\n".join(lines) if lines else "the two runs agree in every step")
     return 1 if lines else 0

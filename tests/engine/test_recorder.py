@@ -42,6 +42,21 @@ def test_names_the_first_cause(tmp_path, change, field):
     assert lines[0].startswith(f"step 2: {field} differs")
 
 
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("abcdef", "8 and 6, from number 7 on [g, h] and []"),
+        ("abcdefgx", "8 and 8, from number 8 on [h] and [x]"),
+        ("xbcdefgh", "8 and 8, from number 1 on [a, b, c, d, …] and [x, b, c, d, …]"),
+    ],
+)
+def test_lists_are_shown_from_where_they_part(tmp_path, theirs, said):
+    ours = [flight_record(1, [sample(name, 1) for name in "abcdefgh"], "r", 1, 1)]
+    other = [flight_record(1, [sample(name, 1) for name in theirs], "r", 1, 1)]
+    lines = diff(write(tmp_path / "a", ours), write(tmp_path / "b", other))
+    assert lines[0] == f"step 1: samples differs: {said}"
+
+
 def test_equal_runs_and_tolerance(tmp_path):
     a, b = write(tmp_path / "a", records()), write(tmp_path / "b", records(loss=0.5 * (1 + 1e-6)))
     assert diff(a, a) == []

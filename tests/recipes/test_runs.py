@@ -77,3 +77,9 @@ def test_ls_tells_step_and_final_of_each(
 def test_a_folder_without_runs_is_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no runs below"):
         runs.ls(str(tmp_path))
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])
+def test_a_tolerance_that_is_none(tmp_path: Path, tolerance: float) -> None:
+    with pytest.raises(InputError, match=r"--tolerance: .*: give a number of 0 or more"):
+        runs.diff(str(tmp_path), str(tmp_path), tolerance)
