@@ -7,6 +7,7 @@ from itertools import islice
 from rich.console import Console
 
 from litrecipe.checkpoint.source import open_model
+from litrecipe.config.errors import InputError
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.data.formats import check_rows, read_conversations
 from litrecipe.data.readers import Mistakes, check_source
@@ -17,7 +18,8 @@ from litrecipe.data.tokenizer import Tokenizer
 
 def check(recipe: FinetuneRecipe) -> int:
     """Print duplicates, leakage, template trouble, lengths and what is cut or dropped. 0 unless rows cannot be read."""
-    check_rows(recipe.data)
+    if not check_rows(recipe.data):
+        raise _no_rows(recipe)
     console = Console()
     for table in check_tables(recipe.data, _tokenizer(recipe), recipe.train.seed):
         console.print(table)
@@ -36,8 +38,14 @@ def preview(recipe: FinetuneRecipe, n: int) -> int:
         if sample := make_sample(conversation.where, encoded, recipe.data, counts):
             console.print(render_sample(sample, tokenizer), soft_wrap=True)
     mistakes.raise_if_any()
+    if not counts.rows:
+        raise _no_rows(recipe)
     console.print(str(counts), highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _no_rows(recipe: FinetuneRecipe) -> InputError:
+    return InputError(f"data.train: {recipe.data.train}: has no rows: give data to learn from")
 
 
 def _tokenizer(recipe: FinetuneRecipe) -> Tokenizer:

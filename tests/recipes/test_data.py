@@ -92,3 +92,10 @@ def test_preview_shows_the_first_rows_with_their_mask(
 def test_preview_of_a_generated_source(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert preview(FinetuneRecipe(model=model, data=Data(train="toy:units?n=9")), 3) == 0
     assert capsys.readouterr().out.count("⟦") == 3
+
+
+def test_data_without_rows_is_refused(model: Model, tmp_path: Path) -> None:
+    recipe = FinetuneRecipe(model=model, data=Data(train=write(tmp_path / "d.jsonl")))
+    for look in (check, lambda recipe: preview(recipe, 3)):
+        with pytest.raises(InputError, match=r"data\.train: .*d\.jsonl: has no rows"):
+            look(recipe)
