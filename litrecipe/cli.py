@@ -310,7 +310,7 @@ class Line:
             if not name:
                 self.mistakes.append(f"{word}: names no key: write `--KEY VALUE`")
                 continue
-            has_value = bool(equals) or (bool(rest) and not rest[-1].startswith("--"))
+            has_value = bool(equals) or (bool(rest) and not rest[-1].startswith("--") and rest[-1] != "-h")
             if not has_value and not self._is_switch(name):
                 self.mistakes.append(f"--{name}: has no value: write `--{name} VALUE` (or `--{name}=--VALUE`)")
                 continue

@@ -127,7 +127,7 @@ def _check_data(recipe: Any) -> None:
     if tasks:
         from litrecipe.evaluation.run import plan
 
-        plan(tasks)
+        plan(tasks, key="eval.tasks" if isinstance(recipe, FinetuneRecipe) else "tasks")
 
 
 def _model_at_hand(recipe: Any, path: Path) -> Path | None:

@@ -129,6 +129,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("runs diff a b --tolerance x", "runs diff: argument --tolerance: invalid float value: 'x': see `litrecipe"),
         ("recipes show no/such", "no/such: no such file, and no recipe of the hub"),
         ("finetune --model", "--model: has no value"),
+        ("finetune --config=", "--config: '': give a recipe file"),
         ("data preview --model m --data.train d --n many", "--n: many: give a whole number above 0"),
         ("finetune --model m --data.train d --dry_run=maybe", "--dry_run: maybe: give true or false"),
         ("finetune --model m --data.train d -- x", "--: names no key"),
@@ -160,6 +161,11 @@ def test_flags_beat_files_wherever_they_stand(
     assert code == "recipes.finetune:main" and options == {"dry_run": False}
     assert (recipe.train.seed, recipe.optim.lr, recipe.model.source) == (3, 1e-5, "other")
     assert (recipe.train.max_steps, recipe.fabric.compile, recipe.data.train) == (None, True, "d")
+
+
+def test_help_is_no_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", "--dry_run", "-h"]) == 0
+    assert "--config RECIPE" in capsys.readouterr().out
 
 
 def test_switches_need_no_value(recipe_given: list[object]) -> None:

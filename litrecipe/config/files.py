@@ -33,11 +33,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def nearest(path: Path) -> Path | None:
-    """What a mistyped path may have meant: the likeliest name in the deepest of its folders that exists."""
+    """What a mistyped path may have meant: the likeliest other name in the deepest of its folders that exists."""
     folder, wanted = path.parent, path.name
     while not folder.is_dir() and folder != folder.parent:
         folder, wanted = folder.parent, folder.name
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir() if entry.name != wanted] if folder.is_dir() else []
     close = difflib.get_close_matches(wanted, names, n=1)
     return folder / close[0] if close else None
 

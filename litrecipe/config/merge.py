@@ -253,6 +253,9 @@ def hub_names() -> list[str]:
 
 def find(name: str, beside: Path | None, mistakes: Mistakes, key: str = "--config: ") -> Path | None:
     """The recipe file `name` stands for: a file (relative to `beside`), a hub name, or the unique end of one."""
+    if not name:
+        mistakes.without(f"{key}'': give a recipe file, or a name of `litrecipe recipes ls`")
+        return None
     path = Path(name) if beside is None else beside / name
     if path.is_file():
         return path

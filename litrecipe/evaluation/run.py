@@ -46,11 +46,11 @@ class Plan:
     """Whether lm-eval's own tasks are wanted (reading them takes seconds)."""
 
 
-def plan(tasks: Sequence[str]) -> Plan:
+def plan(tasks: Sequence[str], key: str = "tasks") -> Plan:
     """Look the tasks up: built-ins, lm-eval names and patterns, folders of lm-eval YAML, or `folder:task`.
 
     Raises InputError with all that cannot be found and the nearest names. Tasks of a folder see the files of that
-    folder, and lm-eval's own tasks only when a name of theirs is asked for too.
+    folder, and lm-eval's own tasks only when a name of theirs is asked for too. `key` is the recipe's for them.
     """
     mistakes: list[str] = []
     builtin: list[Task] = []
@@ -78,7 +78,7 @@ def plan(tasks: Sequence[str]) -> Plan:
         local, names = [], []
     found = _look_up(mistakes, local, names)
     if mistakes:
-        raise InputError(*mistakes)
+        raise InputError(*(f"{key}{mistake.removeprefix('tasks')}" for mistake in mistakes))
     return Plan(builtin, found, tuple(dict.fromkeys(folder for folder, _ in local)), own=bool(names))
 
 
@@ -168,6 +168,9 @@ def _run_lm_eval(
         ) from error
 
 
+ALL_TASKS = "`litrecipe evaluate --help` tells what can be given, `lm-eval ls tasks` all names"
+
+
 @lru_cache(maxsize=4)
 def _manager(folders: tuple[str, ...], own: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
@@ -179,7 +182,8 @@ def _matches(mistakes: list[str], spec: str, name: str, manager: TaskManager) ->
     """The task, group or tag of this name; of a pattern, the tasks it matches."""
     found = [name] if name in manager.all_tasks else fnmatch.filter(manager.all_subtasks, name)
     if not found:
-        mistakes.append(f"tasks: {spec}: no such task{_hint(name, [*manager.all_tasks, *BUILTINS])}")
+        hint = _hint(name, [*manager.all_tasks, *BUILTINS]) or f": {ALL_TASKS}"
+        mistakes.append(f"tasks: {spec}: no such task{hint}")
     return found
 
 

@@ -54,6 +54,8 @@ def test_mistyped_paths_get_a_suggestion(tiny_model: Path, tmp_path: Path) -> No
     wrong = tiny_model.parent / "modle"
     assert mistakes(wrong) == f"model.source: {wrong}: no such file or folder: did you mean {tiny_model}?"
     assert "give a Hugging Face folder, a hub id" in mistakes(tmp_path / "x" / "y" / "z")
+    (tmp_path / "link").symlink_to("gone")
+    assert "did you mean" not in mistakes(tmp_path / "link")
     assert "model.source: missing" in mistakes("")
 
 

@@ -93,6 +93,8 @@ def test_all_unknown_tasks_are_told_with_the_nearest_names(task_folder) -> None:
     assert "did you mean units" in caught.value.mistakes[3]
     with pytest.raises(InputError, match="tiny_chioce: no such task: did you mean `tiny_choice`"):
         plan([f"{task_folder}:tiny_chioce"])
+    with pytest.raises(InputError, match=r"^eval\.tasks: .*:a: no such task: `litrecipe evaluate --help` tells"):
+        plan([f"{task_folder}:a"], key="eval.tasks")
     with pytest.raises(InputError, match="nothing to measure"):
         plan([])
 
