@@ -152,7 +152,7 @@ def _open(source: str, *, is_base: bool = False) -> ModelFiles:
         return _open_gguf(path, source)
     if path.suffix == ".json" and path.is_file():
         return _hf_files(source, path, weights=None)
-    if path.is_file():
+    if path.exists():
         raise InputError(
             f"model.source: {source}: neither a folder nor a .gguf file nor a config.json: give one of them"
         )

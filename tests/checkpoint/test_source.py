@@ -56,6 +56,7 @@ def test_mistyped_paths_get_a_suggestion(tiny_model: Path, tmp_path: Path) -> No
     assert "give a Hugging Face folder, a hub id" in mistakes(tmp_path / "x" / "y" / "z")
     (tmp_path / "link").symlink_to("gone")
     assert "did you mean" not in mistakes(tmp_path / "link")
+    assert "neither a folder nor a .gguf file" in mistakes("/dev/null")
     assert "model.source: missing" in mistakes("")
 
 
