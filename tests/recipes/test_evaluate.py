@@ -100,7 +100,7 @@ def test_the_run_of_a_qlora_is_measured_on_a_quantised_base(tiny_model, spec, tm
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_at_once(tiny_model, number, code) -> None:
     """There is nothing to save: 85 says, as in training, that the same command is to be run again."""
-    words = ["evaluate", "--model", str(tiny_model), "--tasks", "exact_match:toy:units?n=5000", "--batch_tokens", "600"]
+    words = ["evaluate", "--model", str(tiny_model), "--tasks", "exact_match:toy:units?n=2700", "--batch_tokens", "600"]
     command = [sys.executable, "-m", "litrecipe", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(8)
