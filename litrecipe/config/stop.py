@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from litrecipe.config.progress import is_first_process
+
 PREEMPTED = 85
 INTERRUPTED = 130
+AFTER_THIS_STEP = b"\nlitrecipe: stopping after this step; Ctrl-C again ends at once, without saving\n"
 AT_ONCE = b"\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
 
 _received: int | None = None
@@ -69,6 +72,8 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
     _received = number
     if not _deferred:
         raise Stopped(number)
+    if number == signal.SIGINT and is_first_process():
+        os.write(2, AFTER_THIS_STEP)
 
 
 def requested() -> int | None:

@@ -7,6 +7,8 @@ each row forward and backward, clip, step. Everything else here surrounds that: 
 from __future__ import annotations
 
 import math
+import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -118,7 +120,7 @@ class Run:
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
-        self.step, self.tokens, self.skipped = 0, 0, 0
+        self.step, self.total_steps, self.tokens, self.skipped = 0, 0, 0, 0
         self.lr = 0.0
         self.saved_at: int | None = None
         self.evaluated_at: int | None = None
@@ -126,6 +128,7 @@ class Run:
         seed_rng(self.train_config.seed, self.fabric.global_rank)
         if resume is not None:
             self.load(resume)
+        started_for = self.total_steps
         self.total_steps = job.source.total_steps(self.train_config)
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.step)
@@ -136,6 +139,10 @@ class Run:
         self.teller = Teller(self.fabric, self.recipe, self.dir, self.total_steps, self.step)
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.step} of {self.total_steps}")
+            if started_for != self.total_steps:
+                self.teller.warn(f"the run was to have {started_for} steps, now {self.total_steps}: look at train.*")
+        else:
+            self.teller.say(f"{self.total_steps} steps; the run is in {self.dir.path}")
         if self.step > self.total_steps:
             self.teller.warn(f"step {self.step} is beyond {self.total_steps}, where train ends: nothing is left to do")
 
@@ -295,7 +302,10 @@ class Run:
     def save_and_stop(self, signal_number: int) -> None:
         """Save, say so and leave with the exit code that the signal stands for."""
         self.save()
-        self.teller.say(f"stopped by signal {signal_number}; step {self.step} of {self.total_steps} is saved")
+        self.teller.say(
+            f"stopped by {signal.Signals(signal_number).name}: step {self.step} of {self.total_steps} is saved in "
+            f"{self.dir.path}; the same command with --checkpoint.resume auto goes on"
+        )
         if ranks.started_by_fabric():
             raise SystemExit(0)  # the process that started this one answers for all
         raise stop.Stopped(signal_number)
@@ -313,6 +323,7 @@ class Run:
             return
         state = {
             "step": self.step,
+            "total_steps": self.total_steps,
             "tokens": self.tokens,
             "skipped": self.skipped,
             "source": self.job.source.state_dict(),
@@ -346,7 +357,8 @@ class Run:
                 piece.copy_(weights.like(name, parameter.data))
         kinds = (self.optimizer_kind, saved.state["optimizer"])
         load_optimizer_state(self.raw_optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
-        self.step, self.tokens, self.skipped = (saved.state[key] for key in ("step", "tokens", "skipped"))
+        numbers = (saved.state[key] for key in ("step", "total_steps", "tokens", "skipped"))
+        self.step, self.total_steps, self.tokens, self.skipped = numbers
         if self.dir.owns(folder):
             self.saved_at = self.step
         if saved.state["world_size"] == self.fabric.world_size:
@@ -358,7 +370,7 @@ class Run:
         """What differs between this job and the checkpoint's: settings by name, then the trained weights' shapes."""
         where, cure = f"checkpoint.resume: {folder}", "resume with the same, or start a new out_dir"
         mistakes = [
-            f"{where}: made with another {name} ({was.get(name)}, now {value}): {cure}"
+            f"{where}: made with other {name} ({brief(was.get(name))}, now {brief(value)}): {cure}"
             for name, value in self.job.identity.items()
             if was.get(name) != value
         ]
@@ -374,6 +386,11 @@ class Run:
         """Fused and plain kernels differ in the last bit, so the kind is part of the state."""
         fused = bool(self.raw_optimizer.param_groups[0].get("fused"))
         return self.recipe.optim.name + (" (fused)" if fused else "")
+
+
+def brief(value: str | None) -> str:
+    """A setting as it is, the beginning of a hash."""
+    return "absent" if value is None else value[:12] + "…" if re.fullmatch("[0-9a-f]{32,}", value) else value
 
 
 def step_loss(loss: Loss, counts: dict[str, float]) -> torch.Tensor:

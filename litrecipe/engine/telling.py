@@ -114,8 +114,9 @@ class Teller:
         done = step - self.first_step
         left = (now - self.started) / done * (self.total - step)
         self.line.show(
-            f"step {step}/{self.total} · loss {result.loss:.4f} · lr {lr:.2e} · grad norm {result.grad_norm:.3f} · "
-            f"{rate:.0f} tokens/s · {memory / 1e9:.2f} GB · {progress.duration(left)} left",
+            # What matters most stands first: a narrow terminal cuts the end off.
+            f"step {step}/{self.total} · loss {result.loss:.4f} · {progress.duration(left)} left · "
+            f"{rate:.0f} tokens/s · {memory / 1e9:.2f} GB · lr {lr:.2e} · grad norm {result.grad_norm:.3f}",
             last=step == self.total,
         )
 

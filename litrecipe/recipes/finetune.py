@@ -25,7 +25,7 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     if not dry_run:
         RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
     if recipe.eval.tasks:
-        plan(recipe.eval.tasks)  # tells mistyped tasks now, not at the first evaluation
+        plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
     tokenizer = Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
     if dry_run:

@@ -44,6 +44,8 @@ def test_an_exception_in_what_is_tracked_takes_the_line_away(lines: list[progres
     assert lines[0]._live is None
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(4, "4 s"), (99, "99 s"), (100, "2 min"), (3580, "1 h 0 min"), (7380, "2 h 3 min")])
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(4, "4 s"), (99, "99 s"), (100, "2 min"), (3580, "1 h 0 min"), (7380, "2 h 3 min")]
+)
 def test_durations(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words

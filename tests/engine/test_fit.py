@@ -259,7 +259,7 @@ def test_max_time_saves_and_finishes(tmp_path, config):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("another base", r"made with another base weights \(None, now 0123\)"),
+        ("another base", r"made with other base weights \(absent, now 0123\)"),
         ("another optimizer", r"optim\.name: sgd"),
         ("other weights", r"trains other weights \(model\..*: \[320, 48\], now absent"),
         ("another rank", r"trains other weights \(model\..*lora_A.*: \[4, 96\], now \[1, 96\]"),

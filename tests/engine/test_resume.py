@@ -245,7 +245,7 @@ def recipe(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("group", "settings", "said"),
     [
-        ("adapter", Adapter(method="lora", r=4, alpha=8), r"another adapter\.alpha \(32\.0, now 8"),
+        ("adapter", Adapter(method="lora", r=4, alpha=8), r"other adapter\.alpha \(32\.0, now 8"),
         ("adapter", Adapter(method="lora", r=4, rslora=True), r"another adapter\.rslora \(False, now True"),
         ("adapter", Adapter(method="lora", r=1), r"another adapter\.r \(4, now 1"),
         ("quantize", Quantize(method="nf4"), r"another quantize\.method \(none, now nf4"),
