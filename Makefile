@@ -15,8 +15,9 @@ model: setup  ## fetch the real model (SmolLM2-135M-Instruct, 92 MB) into .model
 quickstart: setup model  ## evaluate, fine-tune and evaluate again on two CPU cores
 	@scripts/quickstart.sh
 
+# Most tests start processes, which take their time to import: workers side by side, with a thread each.
 test: setup model  ## all tests
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: setup  ## ruff: format and rules
 	$(BIN)/ruff format --check .

@@ -246,9 +246,9 @@ def recipe(tiny_model, tmp_path):
     ("group", "settings", "said"),
     [
         ("adapter", Adapter(method="lora", r=4, alpha=8), r"other adapter\.alpha \(32\.0, now 8"),
-        ("adapter", Adapter(method="lora", r=4, rslora=True), r"another adapter\.rslora \(False, now True"),
-        ("adapter", Adapter(method="lora", r=1), r"another adapter\.r \(4, now 1"),
-        ("quantize", Quantize(method="nf4"), r"another quantize\.method \(none, now nf4"),
+        ("adapter", Adapter(method="lora", r=4, rslora=True), r"other adapter\.rslora \(False, now True"),
+        ("adapter", Adapter(method="lora", r=1), r"other adapter\.r \(4, now 1"),
+        ("quantize", Quantize(method="nf4"), r"other quantize\.method \(none, now nf4"),
         ("fabric", Fabric(accelerator="cpu", precision="bf16-true"), r"precision \(32-true, now bf16-true"),
     ],
 )
