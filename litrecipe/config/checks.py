@@ -156,18 +156,12 @@ def _finetune_combinations(recipe: FinetuneRecipe) -> Iterator[Mistake]:
 
 def _without_effect(recipe: FinetuneRecipe) -> Iterator[Mistake]:
     """Keys that others overrule."""
-    data, train, warmup = recipe.data, recipe.train, recipe.schedule.warmup_steps
+    data, train = recipe.data, recipe.train
     if data.val and data.val_fraction:
         yield "data.val_fraction", data.val_fraction, f"data.val {data.val} is measured instead: remove one of them"
     if recipe.eval.every and not (data.val or data.val_fraction or recipe.eval.tasks):
         cure = "there is nothing to measure: give data.val, data.val_fraction or eval.tasks, or remove it"
         yield "eval.every", recipe.eval.every, cure
-    if train.max_steps is not None and warmup > train.max_steps:
-        cure = f"train.max_steps {train.max_steps} ends the run before: give fewer, or 0"
-        yield "schedule.warmup_steps", warmup, cure
-    decay = recipe.schedule.decay_steps
-    if decay is not None and train.max_steps is not None and decay > train.max_steps:
-        yield "schedule.decay_steps", decay, f"train.max_steps {train.max_steps} ends the run before: give fewer"
     # The default of data.max_length is nobody's wish: then fit counts and tells the samples it leaves out.
     if data.max_length > train.micro_batch_tokens and data.max_length != Data.max_length:
         cure = f"train.micro_batch_tokens {train.micro_batch_tokens} leaves out longer samples: raise it, or lower this"

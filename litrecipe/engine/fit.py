@@ -143,6 +143,10 @@ class Run:
                 self.teller.warn(f"the run was to have {started_for} steps, now {self.total_steps}: look at train.*")
         else:
             self.teller.say(f"{self.total_steps} steps; the run is in {self.dir.path}")
+        for key in ("warmup_steps", "decay_steps"):  # no mistake: a recipe is often tried for a few steps
+            steps = getattr(self.recipe.schedule, key) or 0
+            if steps > self.total_steps:
+                self.teller.warn(f"schedule.{key} {steps}: the run ends after {self.total_steps} steps")
         if self.step > self.total_steps:
             self.teller.warn(f"step {self.step} is beyond {self.total_steps}, where train ends: nothing is left to do")
 

@@ -247,6 +247,13 @@ def test_a_folder_that_goes_away_during_the_run_is_told(tmp_path, config, capfd,
             fit(job)
 
 
+def test_a_run_too_short_for_its_schedule_is_warned_of_and_done(tmp_path, config, capsys):
+    job = make_job(tmp_path, config, max_steps=2)
+    job.recipe.schedule.warmup_steps = 3
+    assert fit(job) == 0
+    assert "schedule.warmup_steps 3: the run ends after 2 steps" in capsys.readouterr().err
+
+
 def test_max_time_saves_and_finishes(tmp_path, config):
     job = make_job(tmp_path, config, max_steps=10_000, max_time="2s")
     assert fit(job) == 0
