@@ -67,8 +67,9 @@ class Counts:
     def __str__(self) -> str:
         share = 100 * self.learnt / max(1, self.tokens)
         said = [
-            f"{self.source}: {self.samples} samples of {self.rows} rows, {self.tokens} tokens, {self.learnt} of them "
-            f"({share:.0f} %) learnt"
+            f"{self.source}: {self.samples} samples"
+            + (f" of {self.rows} rows" if self.rows != self.samples else "")
+            + f", {self.tokens} tokens, {self.learnt} of them ({share:.0f} %) learnt"
         ]
         said += [f"truncated to data.max_length: {self.truncated}"] if self.truncated.count else []
         said += [f"dropped as empty: {self.empty}"] if self.empty.count else []
@@ -91,12 +92,13 @@ class DataReport:
     held_out: int = 0
 
     def __str__(self) -> str:
-        said = [str(self.train)]
+        """A line for each source."""
+        said = [f"train {self.train}"]
         if self.held_out:
-            said.append(f"{self.held_out} samples of it held out")
+            said[0] += f"; {self.held_out} samples of it held out"
         if self.val is not None:
-            said.append(str(self.val))
-        return ". ".join(said) + "."
+            said.append(f"val   {self.val}")
+        return "\n".join(said)
 
 
 @dataclass(frozen=True)

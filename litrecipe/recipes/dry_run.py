@@ -52,7 +52,7 @@ def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int
         f"step, {steps * load.tokens:.0f} in all; learning rate {recipe.optim.lr:g} at its peak, {final:g} in the "
         "last step"
     )
-    console.print(f"[bold]data[/bold] {data.report}", highlight=False)
+    console.print(f"[bold]data[/bold]\n{data.report}", highlight=False)
     console.print("[bold]one sample[/bold] (what is learnt is coloured)")
     console.print(render_sample(data.train[source.index_at(0)], tokenizer))
     return 0

@@ -52,7 +52,7 @@ def gigabytes(shown: str, line: str) -> float:
 
 def test_every_section_is_shown_and_nothing_is_written(shown, tmp_path: Path) -> None:
     text = shown(train__epochs=2)
-    for start in ("recipe", "memory of one rank (1 in all)", "steps 6 of 8 samples", "data ", "one sample"):
+    for start in ("recipe", "memory of one rank (1 in all)", "steps 6 of 8 samples", "data\n", "one sample"):
         assert re.search(rf"^\s*{re.escape(start)}", text, re.MULTILINE), start
     assert "global_batch_size: 8" in text
     assert "⟦" in text.partition("one sample")[2]
