@@ -40,7 +40,7 @@ def preview(recipe: FinetuneRecipe, n: int) -> int:
     mistakes.raise_if_any()
     if not counts.rows:
         raise _no_rows(recipe)
-    console.print(str(counts), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"shown: {counts}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

@@ -86,7 +86,7 @@ def test_preview_shows_the_first_rows_with_their_mask(
     told = capsys.readouterr().out
     assert f"{train}:1\nuser: Why?<end>\nassistant: ⟦So. 🤗<end>\n⟧\n" in told
     assert f"{train}:2\nuser: <end><end>\nassistant: ⟦[red]End<end>\n⟧\n" in told
-    assert "Who?" not in told and "2 samples of 2 rows" in told
+    assert "Who?" not in told and f"shown: {train}: 2 samples, " in told
 
 
 def test_preview_of_a_generated_source(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
