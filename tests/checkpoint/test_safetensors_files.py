@@ -83,17 +83,21 @@ def test_a_flipped_bit_of_the_header_is_found_or_changes_no_value(
         assert torch.equal(found[name].flatten(), TENSORS[name].flatten())
 
 
+def assert_read_until_flipped(path: Path, content: bytearray) -> None:
+    path.write_bytes(content)
+    assert read(path).keys() == TENSORS.keys()
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path}: its sha256 is not"):
+        read(path)
+
+
 def test_flipped_weights_are_found_by_the_manifest(file: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "model.safetensors"
     whole = bytearray(file.read_bytes())
     entry = {"bytes": len(whole), "sha256": hashlib.sha256(whole).hexdigest()}
     (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": {damaged.name: entry}}))
-    damaged.write_bytes(whole)
-    assert read(damaged).keys() == TENSORS.keys()
-    whole[-3] ^= 1
-    damaged.write_bytes(whole)
-    with pytest.raises(InputError, match=f"{damaged}: its sha256 is not"):
-        read(damaged)
+    assert_read_until_flipped(damaged, whole)
 
 
 def test_flipped_weights_are_found_by_the_name_in_a_hub_cache(file: Path, tmp_path: Path) -> None:
@@ -117,12 +121,7 @@ def test_flipped_weights_are_found_by_what_a_download_into_a_folder_recorded(fil
     record = tmp_path / ".cache" / "huggingface" / "download" / "model.safetensors.metadata"
     record.parent.mkdir(parents=True)
     record.write_text(f"{'c' * 40}\n{hashlib.sha256(whole).hexdigest()}\n1700000000.0\n")
-    damaged.write_bytes(whole)
-    assert read(damaged).keys() == TENSORS.keys()
-    whole[-3] ^= 1
-    damaged.write_bytes(whole)
-    with pytest.raises(InputError, match=f"{damaged}: its sha256 is not"):
-        read(damaged)
+    assert_read_until_flipped(damaged, whole)
     record.write_text(f"{'c' * 40}\n{'d' * 40}\n1700000000.0\n")  # a small file's git hash says nothing
     assert read(damaged).keys() == TENSORS.keys()
 
