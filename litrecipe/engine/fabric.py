@@ -24,6 +24,7 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     _refuse_plain_sbatch()
+    _refuse_lonely_node(config)
     world = world_size(config)
     strategy: Any = "auto"
     if config.strategy == "fsdp":
@@ -93,6 +94,18 @@ def _refuse_plain_sbatch() -> None:
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
     if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
         raise InputError(f"SLURM_NTASKS: {tasks}: litrecipe was started without srun: start it as `srun litrecipe …`")
+
+
+def _refuse_lonely_node(config: FabricConfig) -> None:
+    """A node that nobody told where the others are would wait for them for ever."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+    told = SLURMEnvironment.detect() or TorchElasticEnvironment.detect() or "MASTER_ADDR" in os.environ
+    if config.num_nodes > 1 and not told:
+        raise InputError(
+            f"fabric.num_nodes: {config.num_nodes}: nothing says where the other nodes are: start with srun or "
+            "torchrun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each"
+        )
 
 
 def _end_children(fabric: Fabric) -> None:

@@ -7,7 +7,6 @@ each row forward and backward, clip, step. Everything else here surrounds that: 
 from __future__ import annotations
 
 import math
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -20,22 +19,22 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from litrecipe.checkpoint import state as training_state
 from litrecipe.checkpoint.manifest import is_disk_full
-from litrecipe.config import progress, schema, stop
+from litrecipe.config import schema, stop
 from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
 from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
-from litrecipe.engine.optim import load_optimizer_state, make_optimizer, optimizer_state, trained_parameters
+from litrecipe.engine.checkpoints import Checkpoints, Counters
+from litrecipe.engine.optim import make_optimizer, trained_parameters
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.engine.telling import Teller
 from litrecipe.model.row import Row, Sample, make_row
-from litrecipe.objectives.loss import Loss, Objective
+from litrecipe.objectives.loss import Loss, Objective, add_up, detached, metric_sums, quotients, step_loss
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -120,35 +119,44 @@ class Run:
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
-        self.step, self.total_steps, self.tokens, self.skipped = 0, 0, 0, 0
         self.lr = 0.0
-        self.saved_at: int | None = None
-        self.evaluated_at: int | None = None
         self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
+        self.checkpoints = Checkpoints(
+            fabric=self.fabric,
+            run_dir=self.dir,
+            parameters=self.parameters,
+            optimizer=self.raw_optimizer,
+            optimizer_name=job.recipe.optim.name,
+            source=job.source,
+            identity=job.identity,
+            keep=job.recipe.checkpoint.keep,
+            writer=self.writer,
+        )
         seed_rng(self.train_config.seed, self.fabric.global_rank)
-        if resume is not None:
-            self.load(resume)
-        started_for = self.total_steps
-        self.total_steps = job.source.total_steps(self.train_config)
+        self.at = Counters() if resume is None else self.checkpoints.load(resume)
+        started_for = self.at.total_steps
+        self.at.total_steps = job.source.total_steps(self.train_config)
         if self.fabric.global_rank == 0:
-            self.dir.start(schema.dump(job.recipe), self.step)
-            if self.step < self.total_steps:
+            self.dir.start(schema.dump(job.recipe), self.at.step)
+            if self.at.step < self.at.total_steps:
                 self.dir.put_final_aside()
         self.fabric.barrier()
         self.evaluated_at = self.dir.last_evaluation()
-        self.teller = Teller(self.fabric, self.recipe, self.dir, self.total_steps, self.step)
+        self.teller = Teller(self.fabric, self.recipe, self.dir, self.at.total_steps, self.at.step)
         if resume is not None:
-            self.teller.say(f"resumed {resume} at step {self.step} of {self.total_steps}")
-            if started_for != self.total_steps:
-                self.teller.warn(f"the run was to have {started_for} steps, now {self.total_steps}: look at train.*")
+            self.teller.say(f"resumed {resume} at step {self.at.step} of {self.at.total_steps}")
+            if started_for != self.at.total_steps:
+                self.teller.warn(f"the run was to have {started_for} steps, now {self.at.total_steps}: look at train.*")
         else:
-            self.teller.say(f"{self.total_steps} steps; the run is in {self.dir.path}")
+            self.teller.say(f"{self.at.total_steps} steps; the run is in {self.dir.path}")
         for key in ("warmup_steps", "decay_steps"):  # no mistake: a recipe is often tried for a few steps
             steps = getattr(self.recipe.schedule, key) or 0
-            if steps > self.total_steps:
-                self.teller.warn(f"schedule.{key} {steps}: the run ends after {self.total_steps} steps")
-        if self.step > self.total_steps:
-            self.teller.warn(f"step {self.step} is beyond {self.total_steps}, where train ends: nothing is left to do")
+            if steps > self.at.total_steps:
+                self.teller.warn(f"schedule.{key} {steps}: the run ends after {self.at.total_steps} steps")
+        if self.at.step > self.at.total_steps:
+            self.teller.warn(
+                f"step {self.at.step} is beyond {self.at.total_steps}, where train ends: nothing is left to do"
+            )
 
     def train(self) -> int:
         """All steps that are left; then the final model."""
@@ -159,43 +167,36 @@ class Run:
                 signal_number = self.evaluate()
             if signal_number is not None:
                 self.save_and_stop(signal_number)
-            if self.step >= self.total_steps or self.out_of_time(started):
+            if self.at.step >= self.at.total_steps or self.out_of_time(started):
                 break
             samples = self.job.source.next_step()
             if not samples:
                 break
             rng = hash_rng()
             result = self.train_step(samples)
-            self.step += 1
-            self.tokens += sum(s.length for s in samples if s.length <= self.train_config.micro_batch_tokens)
-            flight = flight_record(self.step, samples, rng, result.loss, result.grad_norm)
-            self.teller.tell(self.step, self.tokens, self.lr, result, flight)
-            if self.recipe.checkpoint.every and self.step % self.recipe.checkpoint.every == 0:
-                self.save()
-        self.save()
-        if self.evaluated_at != self.step:
+            self.at.step += 1
+            self.at.tokens += sum(s.length for s in samples if s.length <= self.train_config.micro_batch_tokens)
+            flight = flight_record(self.at.step, samples, rng, result.loss, result.grad_norm)
+            self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight)
+            if self.recipe.checkpoint.every and self.at.step % self.recipe.checkpoint.every == 0:
+                self.checkpoints.save(self.at)
+        self.checkpoints.save(self.at)
+        if self.evaluated_at != self.at.step:
             signal_number = self.evaluate()
             if signal_number is not None:
                 self.save_and_stop(signal_number)
         self.job.save_final(self.dir.final)
         self.fabric.barrier()
-        self.teller.say(f"done: {self.step} steps, {self.tokens} tokens; the model is in {self.dir.final}")
+        self.teller.say(f"done: {self.at.step} steps, {self.at.tokens} tokens; the model is in {self.dir.final}")
         return 0
 
     def train_step(self, samples: list[Sample]) -> StepResult:
         """One optimizer step on the whole of `samples`, whose cut into rows and ranks changes nothing."""
         rows = self.rows_of_this_rank(samples)
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
-        losses: list[Loss] = []
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
         sharded = self.recipe.fabric.strategy == "fsdp"
-        for index, row in enumerate(rows):
-            last = index + 1 == len(rows)
-            with self.fabric.no_backward_sync(self.module, enabled=not last and not sharded):
-                loss = self.job.objective(self.module(row), row)
-                # Gradients are averaged over the ranks, the loss is a sum over them.
-                self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
-            losses.append(detached(loss))
+        losses = [self.learn(row, counts, exchange=sharded or row is rows[-1]) for row in rows]
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
@@ -205,22 +206,33 @@ class Run:
         self.stop_if_not_finite("gradient norm", float(norm), samples)
         if self.train_config.grad_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.train_config.grad_clip, norm)
-        self.lr = self.recipe.optim.lr * lr_factor(self.recipe.schedule, self.step, self.total_steps)
+        self.lr = self.recipe.optim.lr * lr_factor(self.recipe.schedule, self.at.step, self.at.total_steps)
         for group in self.raw_optimizer.param_groups:
             group["lr"] = self.lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepResult(total, float(norm), quotients(ranks.sums(self.fabric, metric_sums(losses))))
 
+    def learn(self, row: Row, counts: dict[str, float], exchange: bool) -> Loss:
+        """Forward and backward of one row; the ranks `exchange` their gradients now, or with a later row.
+
+        The loss comes back without its graph: the next row's activations would have to go around what is left of it.
+        """
+        with self.fabric.no_backward_sync(self.module, enabled=not exchange):
+            loss = self.job.objective(self.module(row), row)
+            # Gradients are averaged over the ranks, the loss is a sum over them.
+            self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
+        return detached(loss)
+
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
         world = self.fabric.world_size
         packing = pack([s.length for s in samples], self.train_config.micro_batch_tokens, multiple_of=world)
         for index in packing.oversized:
-            self.skipped += 1
+            self.at.skipped += 1
             self.teller.warn(
                 f"{samples[index].id}: {samples[index].length} tokens do not fit train.micro_batch_tokens "
-                f"{self.train_config.micro_batch_tokens}: skipped ({self.skipped} so far)"
+                f"{self.train_config.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
             )
         mine = packing.rows[self.fabric.global_rank :: world] or [[]]
         return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
@@ -235,15 +247,15 @@ class Run:
         of_ranks = self.writer.gather([name for row in bad or [] for name in row.sample_ids])
         names = ", ".join([name for of_rank in of_ranks for name in of_rank] or [sample.id for sample in samples])
         raise InputError(
-            f"data.train: {what} is {value} at step {self.step + 1}, before the optimizer step, on the samples "
+            f"data.train: {what} is {value} at step {self.at.step + 1}, before the optimizer step, on the samples "
             f"{names}: look at them, lower optim.lr, or use fabric.precision 32-true; the last checkpoint is good"
         )
 
     def evaluation_due(self) -> bool:
         """Whether this step ends with an evaluation that has not been done (a resumed run may owe one)."""
         every = self.recipe.eval.every
-        due = bool(every) and 0 < self.step < self.total_steps and self.step % every == 0
-        return due and self.evaluated_at != self.step
+        due = bool(every) and 0 < self.at.step < self.at.total_steps and self.at.step % every == 0
+        return due and self.evaluated_at != self.at.step
 
     @torch.no_grad()
     def evaluate(self) -> int | None:
@@ -279,8 +291,8 @@ class Run:
             self.raw.train()
             restore_rng(rng)
         if metrics:
-            self.teller.tell_evaluation(self.step, metrics)
-        self.evaluated_at = self.step
+            self.teller.tell_evaluation(self.at.step, metrics)
+        self.evaluated_at = self.at.step
         return None
 
     def validation_rows(self) -> Iterator[Row]:
@@ -305,10 +317,10 @@ class Run:
 
     def save_and_stop(self, signal_number: int) -> None:
         """Save, say so and leave with the exit code that the signal stands for."""
-        self.save()
+        self.checkpoints.save(self.at)
         self.teller.say(
-            f"stopped by {signal.Signals(signal_number).name}: step {self.step} of {self.total_steps} is saved in "
-            f"{self.dir.path}; the same command with --checkpoint.resume auto goes on"
+            f"stopped by {signal.Signals(signal_number).name}: step {self.at.step} of {self.at.total_steps} is saved "
+            f"in {self.dir.path}; the same command with --checkpoint.resume auto goes on"
         )
         if ranks.started_by_fabric():
             raise SystemExit(0)  # the process that started this one answers for all
@@ -320,114 +332,3 @@ class Run:
             return False
         late = time.monotonic() - started > parse_duration(self.train_config.max_time)
         return bool(ranks.sums(self.fabric, {"late": float(late and self.fabric.global_rank == 0)})["late"])
-
-    def save(self) -> None:
-        """Write a complete checkpoint unless this step has one, then delete the oldest beyond `checkpoint.keep`."""
-        if self.saved_at == self.step:
-            return
-        state = {
-            "step": self.step,
-            "total_steps": self.total_steps,
-            "tokens": self.tokens,
-            "skipped": self.skipped,
-            "source": self.job.source.state_dict(),
-            "optimizer": self.optimizer_kind,
-            "identity": self.job.identity,
-            "world_size": self.fabric.world_size,
-            "rank": {"rng": capture_rng()},
-        }
-        weights = {name: parameter.data for name, parameter in self.parameters.items()}
-        optimizer = optimizer_state(self.raw_optimizer, self.parameters)
-        target = training_state.step_folder(self.dir.checkpoints, self.step)
-        training_state.save(target, weights, optimizer, state, self.writer)
-        if self.fabric.global_rank == 0:
-            training_state.prune(target, self.recipe.checkpoint.keep)
-        self.saved_at = self.step
-
-    def load(self, folder: Path) -> None:
-        """Continue from a checkpoint, bit for bit when nothing else changed."""
-        saved = training_state.Saved(folder, verified=True)
-        weights = saved.tensors("weights")
-        mistakes = self.mismatches(folder, saved.state["identity"], weights.shapes)
-        try:
-            self.job.source.load_state_dict(saved.state["source"])
-        except InputError as error:
-            mistakes += error.mistakes
-        if mistakes:
-            raise InputError(*mistakes)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                piece, _ = training_state.local_piece(parameter.data)
-                piece.copy_(weights.like(name, parameter.data))
-        kinds = (self.optimizer_kind, saved.state["optimizer"])
-        load_optimizer_state(self.raw_optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
-        numbers = (saved.state[key] for key in ("step", "total_steps", "tokens", "skipped"))
-        self.step, self.total_steps, self.tokens, self.skipped = numbers
-        if self.dir.owns(folder):
-            self.saved_at = self.step
-        if saved.state["world_size"] == self.fabric.world_size:
-            restore_rng(saved.state["ranks"][self.fabric.global_rank]["rng"])
-        else:
-            progress.warn(f"resuming on {self.fabric.world_size} ranks what {saved.state['world_size']} wrote")
-
-    def mismatches(self, folder: Path, was: dict[str, str], shapes: dict[str, torch.Size]) -> list[str]:
-        """What differs between this job and the checkpoint's: settings by name, then the trained weights' shapes."""
-        where, cure = f"checkpoint.resume: {folder}", "resume with the same, or start a new out_dir"
-        mistakes = [
-            f"{where}: made with other {name} ({brief(was.get(name))}, now {brief(value)}): {cure}"
-            for name, value in self.job.identity.items()
-            if was.get(name) != value
-        ]
-        ours = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
-        theirs = {name: list(shape) for name, shape in shapes.items()}
-        if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
-            first = f"{odd[0]}: {theirs.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"
-            mistakes.append(f"{where}: trains other weights ({first}; {len(odd)} in all): {cure}")
-        return mistakes
-
-    @property
-    def optimizer_kind(self) -> str:
-        """Fused and plain kernels differ in the last bit, so the kind is part of the state."""
-        fused = bool(self.raw_optimizer.param_groups[0].get("fused"))
-        return self.recipe.optim.name + (" (fused)" if fused else "")
-
-
-def brief(value: str | None) -> str:
-    """A setting as it is, the beginning of a hash."""
-    return "absent" if value is None else value[:12] + "…" if re.fullmatch("[0-9a-f]{32,}", value) else value
-
-
-def step_loss(loss: Loss, counts: dict[str, float]) -> torch.Tensor:
-    """A row's share of the step's loss: Σ weight · sum / count."""
-    return torch.stack([term.weight * term.sum / max(counts[term.name], 1e-12) for term in loss.terms]).sum()
-
-
-def detached(loss: Loss) -> Loss:
-    """The same numbers without the graph behind them."""
-    terms = tuple(type(term)(term.name, term.sum.detach(), term.weight) for term in loss.terms)
-    return Loss(terms, loss.metrics)
-
-
-def metric_sums(losses: list[Loss]) -> dict[str, float]:
-    """Every metric's sum and count over some rows, as `name:sum` and `name:count`."""
-    parts = [
-        {f"{name}:sum": float(total), f"{name}:count": float(count)}
-        for loss in losses
-        for name, (total, count) in loss.metrics.items()
-    ]
-    return add_up(parts)
-
-
-def quotients(totals: dict[str, float]) -> dict[str, float]:
-    """name:sum / name:count for every name."""
-    names = [key.removesuffix(":sum") for key in totals if key.endswith(":sum")]
-    return {name: totals[f"{name}:sum"] / max(totals[f"{name}:count"], 1e-12) for name in names}
-
-
-def add_up(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Key-wise sum."""
-    total: dict[str, float] = {}
-    for part in parts:
-        for name, value in part.items():
-            total[name] = total.get(name, 0.0) + value
-    return total

@@ -26,6 +26,9 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd"
 """Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
+CPU_HOLES = 0.2
+"""Share of the activations by which a process grows beyond its tensors on a CPU: freed pieces of the heap that are too
+small for what comes next (glibc, SmolLM2-135M: 128 to 205 MiB beside 690 to 780 MiB of activations)."""
 LAYERS = "model.layers."
 
 
@@ -41,6 +44,8 @@ class MemoryTable:
     activations: int
     scratch: int
     """Blocks of logits, the head's gradient before it is added, the gradients of one block's activations."""
+    holes: int
+    """What the C library's heap holds in between, on a CPU."""
     held: int
     """Gradients of a step's earlier rows, which lie beside the activations of the next."""
     parameters: int
@@ -53,7 +58,7 @@ class MemoryTable:
         In a step of one row gradients grow while activations are freed, so it holds the larger of the two, not both.
         """
         backward = max(self.held + self.activations, self.gradients)
-        return self.weights + self.optimizer + self.exchange + self.scratch + backward
+        return self.weights + self.optimizer + self.exchange + self.scratch + self.holes + backward
 
 
 def estimate(
@@ -85,13 +90,15 @@ def estimate(
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     head = model.lm_head.weight
     head_gradient = head.numel() * head.element_size() if head.requires_grad else 0
+    activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
-        activations=saved_bytes(model, recipe, row),
+        activations=activations,
         scratch=2 * block + head_gradient + 6 * len(row.tokens) * widest * 4,
+        holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
         parameters=parameters,
         trained=trained,

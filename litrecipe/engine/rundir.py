@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from litrecipe.checkpoint import state
 from litrecipe.checkpoint.manifest import mistakes_of, refuse_foreign, write_text
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import try_writing
 from litrecipe.config.progress import say, warn
 
 
@@ -31,12 +31,9 @@ class RunDir:
         """Raise InputError for what can be told without reading a checkpoint, before anything slow is done."""
         found = next(path for path in (self.path, *self.path.parents) if os.path.lexists(path))
         try:
-            with TemporaryFile(dir=found):  # permissions do not tell of /proc and read-only disks
-                pass
+            try_writing(found)
         except OSError as error:
-            raise InputError(
-                f"out_dir: {self.path}: {found} is no folder that can be written: name another --out_dir"
-            ) from error
+            raise InputError(f"out_dir: {self.path}: {found}: {error.strerror}: name another --out_dir") from error
         refuse_foreign(self.final)
         if resume is None:
             if self.holds_a_run:

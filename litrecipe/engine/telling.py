@@ -42,6 +42,21 @@ def check_loggers(log: Log) -> None:
         raise InputError(*mistakes)
 
 
+def check_login(log: Log) -> None:
+    """Ask W&B whether it knows this user, before a model is loaded for a run that it would refuse."""
+    if "wandb" not in log.loggers or os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    import wandb
+
+    why = "it knows no API key"
+    try:
+        if wandb.login(prompt=False):
+            return
+    except wandb.Error as error:
+        why = str(error)
+    raise InputError(f"log.loggers: wandb: {why}: `wandb login`, or set WANDB_MODE=offline and sync later")
+
+
 def make_loggers(log: Log, out_dir: str, purge_step: int | None = None) -> list[Any]:
     """The loggers a recipe names; TensorBoard writes into the run directory."""
     check_loggers(log)

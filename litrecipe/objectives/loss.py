@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from litrecipe.model.head import Predictions
@@ -47,3 +48,39 @@ class Objective(Protocol):
     def __call__(self, predictions: Predictions, row: Row) -> Loss:
         """The row's terms and metrics."""
         ...
+
+
+def step_loss(loss: Loss, counts: dict[str, float]) -> Tensor:
+    """A row's share of the step's loss: Σ weight · sum / count."""
+    return torch.stack([term.weight * term.sum / max(counts[term.name], 1e-12) for term in loss.terms]).sum()
+
+
+def detached(loss: Loss) -> Loss:
+    """The same numbers without the graph behind them."""
+    terms = tuple(Term(term.name, term.sum.detach(), term.weight) for term in loss.terms)
+    return Loss(terms, loss.metrics)
+
+
+def metric_sums(losses: list[Loss]) -> dict[str, float]:
+    """Every metric's sum and count over some rows, as `name:sum` and `name:count`."""
+    parts = [
+        {f"{name}:sum": float(total), f"{name}:count": float(count)}
+        for loss in losses
+        for name, (total, count) in loss.metrics.items()
+    ]
+    return add_up(parts)
+
+
+def quotients(totals: dict[str, float]) -> dict[str, float]:
+    """name:sum / name:count for every name."""
+    names = [key.removesuffix(":sum") for key in totals if key.endswith(":sum")]
+    return {name: totals[f"{name}:sum"] / max(totals[f"{name}:count"], 1e-12) for name in names}
+
+
+def add_up(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Key-wise sum."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -101,6 +101,7 @@ def parameter_and_memory_table(recipe: FinetuneRecipe, table: MemoryTable, load:
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
         "activations": f"largest row: {len(load.row.tokens)} tokens, {len(load.row.target)} of them predicted",
         "scratch": "logits of one block, gradients on their way",
+        "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
     for name, note in notes.items():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from rich.console import Console
 
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import try_writing
 from litrecipe.config.groups import EvaluateRecipe
 from litrecipe.config.progress import say
 from litrecipe.evaluation.run import evaluate, plan, table, write
@@ -63,8 +63,7 @@ def _check_writable(out: Path) -> None:
     """Make the folder of the results and write something there, as the results will be."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=out.parent) as file:
-            file.write(bytes(4096))
+        try_writing(out.parent)
         if out.exists() and not os.access(out, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:

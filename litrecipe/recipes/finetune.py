@@ -13,7 +13,7 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.engine.rundir import RunDir
-from litrecipe.engine.telling import check_loggers
+from litrecipe.engine.telling import check_loggers, check_login
 from litrecipe.evaluation.run import evaluate, metrics, plan
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.recipes.model import load_to_train, save_trained
@@ -23,6 +23,7 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
     check_loggers(recipe.log)
     if not dry_run:
+        check_login(recipe.log)
         RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation

@@ -44,3 +44,10 @@ def test_what_is_not_there_is_wrong_input(gpus) -> None:
     gpus(2)
     with pytest.raises(InputError, match=r"fabric\.devices: 3: torch finds 2 on this machine"):
         devices_of(Fabric(devices=3))
+
+
+def test_a_node_that_knows_no_other_does_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=r"^fabric\.num_nodes: 2: nothing says where .* MASTER_ADDR"):
+        make_fabric(Fabric(accelerator="cpu", num_nodes=2))

@@ -53,7 +53,7 @@ def test_full_fine_tuning_takes_16_bytes_a_weight_and_its_activations(table) -> 
 def test_from_the_second_row_on_gradients_lie_beside_the_activations(table) -> None:
     one, several = table(), table(rows=3)
     both = several.activations + several.gradients
-    assert several.peak == several.weights + several.optimizer + several.scratch + both
+    assert several.peak == several.weights + several.optimizer + several.scratch + several.holes + both
     assert one.peak == several.peak - min(several.activations, several.gradients)
 
 
@@ -88,3 +88,9 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(table) -> None:
 def test_a_gpu_takes_larger_blocks_of_logits(table) -> None:
     cpu, gpu = (table(tokens=401, vocabulary=50_000, device=device) for device in ("cpu", "cuda"))
     assert gpu.scratch - cpu.scratch == 2 * 4 * 400 * (50_000 - 2**20 // 400)
+
+
+def test_only_a_cpus_heap_has_holes(table) -> None:
+    cpu, gpu = (table(device=device) for device in ("cpu", "cuda"))
+    assert cpu.activations == gpu.activations
+    assert (cpu.holes, gpu.holes) == (cpu.activations // 5, 0)

@@ -12,7 +12,7 @@ from litrecipe.engine import telling
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import StepResult
 from litrecipe.engine.rundir import RunDir, read_records
-from litrecipe.engine.telling import Teller, check_loggers, make_loggers
+from litrecipe.engine.telling import Teller, check_loggers, check_login, make_loggers
 from litrecipe.recipes import finetune
 
 
@@ -126,6 +126,20 @@ def test_speed_is_told_without_the_time_of_evaluations(recipe, tmp_path):
     rates = [r["tokens_per_second"] for r in read_records(folder.path / "metrics.jsonl") if "loss" in r]
     assert len(rates) == 2
     assert all(1000 < rate <= 2000 for rate in rates), rates
+
+
+@pytest.mark.slow
+def test_wandb_without_a_login_is_told_before_anything_slow(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(InputError, match=r"log\.loggers: wandb: it knows no API key: `wandb login`"):
+        check_login(Log(loggers=["wandb"]))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_login(Log(loggers=["wandb"]))
+    check_login(Log(loggers=["tensorboard"]))
 
 
 def test_a_logger_that_is_not_installed_is_named(monkeypatch):
