@@ -216,8 +216,12 @@ def _no_verb(argv: list[str]) -> int:
 
 def call(code: str, *arguments: Any, **options: Any) -> int:
     """Import `module:function` and call it."""
-    module, _, function = code.partition(":")
-    return int(getattr(import_module(f"litrecipe.{module}"), function)(*arguments, **options))
+    from litrecipe.config.progress import patience
+
+    name, _, function = code.partition(":")
+    with patience("loading libraries"):
+        module = import_module(f"litrecipe.{name}")
+    return int(getattr(module, function)(*arguments, **options))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from threading import Timer
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -108,3 +110,19 @@ def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[
             yield item
     finally:
         line.clear()
+
+
+@contextmanager
+def patience(label: str) -> Iterator[None]:
+    """Show `label` on a terminal while the body takes longer than two seconds; for what cannot be counted."""
+    if not (sys.stderr.isatty() and is_first_process()):
+        yield
+        return
+    timer = Timer(PATIENCE, print, [f"{label} …"], {"end": "\r", "file": sys.stderr, "flush": True})
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        print("\x1b[2K", end="", file=sys.stderr, flush=True)  # takes the line away

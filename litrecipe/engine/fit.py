@@ -23,6 +23,7 @@ from litrecipe.checkpoint.manifest import is_disk_full
 from litrecipe.config import schema, stop
 from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
+from litrecipe.config.progress import track
 from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
@@ -298,8 +299,9 @@ class Run:
     def validation_rows(self) -> Iterator[Row]:
         """The held-out samples of this rank, packed."""
         assert self.job.val is not None
-        world = self.fabric.world_size
-        for row in self.validation_packing.rows[self.fabric.global_rank :: world] or [[]]:
+        mine = self.validation_packing.rows[self.fabric.global_rank :: self.fabric.world_size] or [[]]
+        self.teller.line.clear()
+        for row in track(mine, "evaluating: row"):
             yield make_row([self.job.val[i] for i in row]).to(self.fabric.device)
 
     @cached_property

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import sys
+
 import pytest
 
 from litrecipe.config import progress
@@ -49,3 +53,22 @@ def test_an_exception_in_what_is_tracked_takes_the_line_away(lines: list[progres
 )
 def test_durations(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_what_takes_long_is_named_on_a_terminal_and_taken_away(seconds: float) -> None:
+    code = (
+        "import time; from litrecipe.config import progress; progress.PATIENCE = 0.1\n"
+        f"with progress.patience('waiting'): time.sleep({seconds})\n"
+        "print('done')"
+    )
+    said = bytearray()
+
+    def read(terminal: int) -> bytes:
+        data = os.read(terminal, 1024)
+        said.extend(data)
+        return data
+
+    assert pty.spawn([sys.executable, "-c", code], read) == 0
+    assert (b"waiting" in said) == (seconds > 0)
+    assert said.decode().splitlines()[-1].endswith("\x1b[2Kdone")
