@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from litrecipe.checkpoint import state
-from litrecipe.checkpoint.manifest import mistakes_of, refuse_foreign, write_text
+from litrecipe.checkpoint.manifest import is_disk_full, mistakes_of, refuse_foreign, write_text
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import try_writing
 from litrecipe.config.progress import say, warn
@@ -33,7 +33,10 @@ class RunDir:
         try:
             try_writing(found)
         except OSError as error:
-            raise InputError(f"out_dir: {self.path}: {found}: {error.strerror}: name another --out_dir") from error
+            why = (
+                "disk full: make room" if is_disk_full(error) else f"{found}: {error.strerror}: name another --out_dir"
+            )
+            raise InputError(f"out_dir: {self.path}: {why}") from error
         refuse_foreign(self.final)
         if resume is None:
             if self.holds_a_run:
