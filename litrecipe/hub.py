@@ -22,14 +22,15 @@ from litrecipe.config.merge import (
 
 def ls() -> int:
     """A table of all recipes: name (always whole), what it does, on what hardware."""
-    from rich.console import Console
     from rich.table import Column, Table
+
+    from litrecipe.config import progress
 
     table = Table(Column("recipe", no_wrap=True, min_width=max(map(len, hub_names()))), "what it does", box=None)
     for name in hub_names():
         told, hardware = headline(hub_folder() / f"{name}.yaml")
         table.add_row(name, f"{told.removesuffix('.')}. For {hardware}.")
-    console = Console()
+    console = progress.console()
     if not console.is_terminal:  # a program reads this: do not fold lines
         console.width = 200
     console.print(table, highlight=False)

@@ -11,6 +11,7 @@ from threading import Timer
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.live import Live
 
 T = TypeVar("T")
@@ -18,6 +19,8 @@ PATIENCE = 2.0
 """Seconds of silence before progress is shown."""
 PLAIN_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
+WIDE = 200
+"""Columns where there is no terminal."""
 
 
 def is_first_process() -> bool:
@@ -34,6 +37,14 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """One line of warning."""
     say(f"litrecipe: warning: {message}")
+
+
+def console() -> Console:
+    """Standard output; in a pipe or a log file wide enough that no table is folded, unless $COLUMNS says otherwise."""
+    from rich.console import Console
+
+    folds = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if folds else WIDE)
 
 
 def duration(seconds: float) -> str:

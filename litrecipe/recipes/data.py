@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from itertools import islice
 
-from rich.console import Console
-
 from litrecipe.checkpoint.source import open_model
+from litrecipe.config import progress
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.data.formats import check_rows, read_conversations
@@ -20,7 +19,7 @@ def check(recipe: FinetuneRecipe) -> int:
     """Print duplicates, leakage, template trouble, lengths and what is cut or dropped. 0 unless rows cannot be read."""
     if not check_rows(recipe.data):
         raise _no_rows(recipe)
-    console = Console()
+    console = progress.console()
     for table in check_tables(recipe.data, _tokenizer(recipe), recipe.train.seed):
         console.print(table)
     return 0
@@ -29,7 +28,7 @@ def check(recipe: FinetuneRecipe) -> int:
 def preview(recipe: FinetuneRecipe, n: int) -> int:
     """Print the first `n` rows as they will be learnt: learnt tokens are green and between ⟦ ⟧."""
     check_source("data.train", recipe.data.train)
-    console = Console()
+    console = progress.console()
     tokenizer = _tokenizer(recipe)
     counts = Counts(recipe.data.train)
     mistakes = Mistakes()

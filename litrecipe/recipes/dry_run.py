@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.config import schema
+from litrecipe.config import progress, schema
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.report import render_sample
@@ -28,7 +27,7 @@ STEPS_LOOKED_AT = 200
 
 def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int:
     """Print it all; nothing is trained and the run directory is not touched."""
-    console = Console()
+    console = progress.console()
     world = world_size(recipe.fabric)
     console.print("[bold]recipe[/bold]")
     console.print(schema.dump(recipe), highlight=False, markup=False)

@@ -6,8 +6,7 @@ import errno
 import os
 from pathlib import Path
 
-from rich.console import Console
-
+from litrecipe.config import progress
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import try_writing
 from litrecipe.config.groups import EvaluateRecipe
@@ -31,7 +30,7 @@ def main(recipe: EvaluateRecipe) -> int:
         log_samples=recipe.log_samples,
     )
     results["config"] |= {"model": session.source, "quantize": session.quantize.method}
-    Console().print(table(results))
+    progress.console().print(table(results))
     if recipe.out is not None:
         try:
             written = write(results, Path(recipe.out))

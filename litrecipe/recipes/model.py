@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from litrecipe.checkpoint import state
 from litrecipe.checkpoint.hf import save_model
@@ -14,7 +13,7 @@ from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, new_folder, refuse_foreign
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, save_adapter
 from litrecipe.checkpoint.source import ModelFiles, open_model
-from litrecipe.config import schema
+from litrecipe.config import progress, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, FinetuneRecipe
 from litrecipe.config.progress import say, warn
@@ -97,7 +96,7 @@ def merge(run: str, out: str) -> int:
 def info(src: str) -> int:
     """Print architecture, parameters by part, KV cache and memory of the weights; reads no weights."""
     files = open_model(src)
-    console = Console()
+    console = progress.console()
     console.print(files.describe(), soft_wrap=True, highlight=False)
     for table in (architecture_table(files.architecture), parameter_table(files), memory_table(files.architecture)):
         console.print(table)

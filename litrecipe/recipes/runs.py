@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from litrecipe.checkpoint import state
+from litrecipe.config import progress
 from litrecipe.config.errors import InputError
 from litrecipe.engine.recorder import diff as diff_runs
 from litrecipe.engine.rundir import read_records
@@ -33,7 +33,7 @@ def ls(folder: str = "runs") -> int:
             checkpoints[0].name if checkpoints else "-",
             "yes" if (run / "final").exists() else "no",
         )
-    Console().print(table)
+    progress.console().print(table)
     return 0
 
 
