@@ -172,7 +172,7 @@ def parse_row(row: dict[str, Any], where: str, data: Data) -> Conversation:
     extra = {name: value for name, value in row.items() if name not in mapped.values()}
     if "tools" in fields:
         extra["tools"] = _tools(fields["tools"])
-    _check_messages(messages, starts_anyhow=layout == "text")
+    check_messages(messages, starts_anyhow=layout == "text")
     return Conversation(messages, where, layout, extra)
 
 
@@ -189,7 +189,8 @@ def recognise(row: dict[str, Any], columns: dict[str, str]) -> Layout:
     )
 
 
-def _from_messages(fields: dict[str, Any]) -> list[Message]:
+def from_messages(fields: dict[str, Any]) -> list[Message]:
+    """Messages of the column `messages`; raises RowError."""
     given = _list_of_objects(fields, "messages")
     messages = [{key: value for key, value in message.items() if value is not None} for message in given]
     for number, message in enumerate(messages, start=1):
@@ -202,23 +203,24 @@ def _from_messages(fields: dict[str, Any]) -> list[Message]:
 def _from_prompt_completion(fields: dict[str, Any]) -> list[Message]:
     prompt, completion = fields.get("prompt"), fields.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):  # both as messages
-        return _from_messages({"messages": prompt + completion})
+        return from_messages({"messages": prompt + completion})
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return _system(fields) + messages
+    return system_message(fields) + messages
 
 
 def _from_alpaca(fields: dict[str, Any]) -> list[Message]:
     instruction, given = fields.get("instruction"), fields.get("input")
     asked = f"{instruction}\n{given}" if isinstance(instruction, str) and given else instruction
     messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": fields.get("output")}]
-    return _system(fields) + messages
+    return system_message(fields) + messages
 
 
-def _from_sharegpt(fields: dict[str, Any]) -> list[Message]:
+def from_sharegpt(fields: dict[str, Any]) -> list[Message]:
+    """Messages of the column `conversations`, after one of `system`; raises RowError."""
     turns = _list_of_objects(fields, "conversations")
     if turns and "role" in turns[0]:  # the messages format under this name
-        return _from_messages({"messages": turns})
-    messages = _system(fields)
+        return from_messages({"messages": turns})
+    messages = system_message(fields)
     for number, turn in enumerate(turns, start=1):
         if "from" not in turn or "value" not in turn:
             raise RowError(f"turn {number} has {', '.join(turn) or 'nothing'}: a ShareGPT turn needs from and value")
@@ -233,15 +235,16 @@ def _from_text(fields: dict[str, Any]) -> list[Message]:
 
 
 _READERS: dict[Layout, Callable[[dict[str, Any]], list[Message]]] = {
-    "messages": _from_messages,
+    "messages": from_messages,
     "prompt_completion": _from_prompt_completion,
     "alpaca": _from_alpaca,
-    "sharegpt": _from_sharegpt,
+    "sharegpt": from_sharegpt,
     "text": _from_text,
 }
 
 
-def _system(fields: dict[str, Any]) -> list[Message]:
+def system_message(fields: dict[str, Any]) -> list[Message]:
+    """The column `system` as a message, if there is one."""
     return [{"role": "system", "content": fields["system"]}] if fields.get("system") else []
 
 
@@ -263,7 +266,7 @@ def _list_of_objects(fields: dict[str, Any], name: str) -> list[Message]:
     return items
 
 
-def _check_messages(messages: list[Message], *, starts_anyhow: bool) -> None:
+def check_messages(messages: list[Message], *, starts_anyhow: bool = False) -> None:
     """Raise RowError unless the roles alternate, end with the assistant, and everything said is usable text."""
     if not messages:
         raise RowError("no messages: drop the row")
