@@ -80,15 +80,17 @@ class Conversation:
     @property
     def empty_turn(self) -> Message | None:
         """The first turn without a word, if any. Public data sets have some; nothing can be learnt from such a row."""
-        for message in self.messages:
-            if message["role"] != "tool" and not message.get("tool_calls") and not message["content"].strip():
-                return message
-        return None
+        return next(filter(is_empty, self.messages), None)
 
     @property
     def tools(self) -> list[dict[str, Any]] | None:
         """Descriptions of the tools the conversation may call."""
         return self.extra.get("tools")
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a turn says and does nothing."""
+    return message["role"] != "tool" and not message.get("tool_calls") and not message["content"].strip()
 
 
 class RowError(InputError):

@@ -1,9 +1,9 @@
 """Tokenised samples on disk, read through memory maps.
 
-Shapes: N samples, S segments, T tokens of all of them.
+Shapes: N samples, S segments, T tokens of all of them, E values of an extra of all of them.
 
-A folder holds flat arrays (`tokens`, `weights`, `segment_starts`, `segment_parents`, `sample_starts`), the samples'
-names and, written last, `complete.json` with the sha256 of every other file.
+A folder holds flat arrays (`tokens`, `weights`, `segment_starts`, `segment_parents`, `sample_starts`, and two for each
+extra), the samples' names and, written last, `complete.json` with the sha256 of every other file.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ ARRAYS: dict[str, np.dtype[Any]] = {
 }
 
 
+FLOAT, PLACE = np.dtype(np.float32), np.dtype(np.int64)
+
+
 class SampleSet:
     """Samples of a folder, or some of them. Reading one touches only its own part of the files."""
 
@@ -42,6 +45,14 @@ class SampleSet:
         if verify:
             _verify(self.folder, marker)
         self._arrays = {name: _map(self.folder / f"{name}.bin", np.dtype(marker["dtypes"][name])) for name in ARRAYS}
+        self._extras = {
+            name: (
+                _map(self.folder / f"extra-{name}.bin", FLOAT),
+                _map(self.folder / f"extra-{name}-starts.bin", PLACE),
+            )
+            for name in marker.get("extras", [])
+        }
+        """name → (E,) values and (N + 1,) where each sample's begin."""
         self.about: dict[str, Any] = marker["about"]
         """What its writer kept with it."""
         self._whole_fingerprint: str = marker["fingerprint"]
@@ -91,7 +102,8 @@ class SampleSet:
                     int(self._arrays["segment_parents"][segment]),
                 )
             )
-        return Sample(self._ids[place], tuple(segments))
+        extra = {name: values[starts[place] : starts[place + 1]] for name, (values, starts) in self._extras.items()}
+        return Sample(self._ids[place], tuple(segments), extra)
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -114,6 +126,7 @@ class SampleSet:
 def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], dict[str, Any]]) -> None:
     ids: list[str] = []
     segment_starts, segment_parents, sample_starts = [0], [], [0]
+    extras: dict[str, list[np.ndarray]] = {}
     weight_dtype = ARRAYS["weights"]
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "weights.bin").open("wb") as weights:
         for sample in samples:
@@ -126,15 +139,20 @@ def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], di
                 segment_parents.append(segment.parent)
             sample_starts.append(len(segment_parents))
             ids.append(sample.id)
+            for name, extra in sample.extra.items():
+                extras.setdefault(name, []).append(np.asarray(extra, dtype=FLOAT))
     small = {"segment_starts": segment_starts, "segment_parents": segment_parents, "sample_starts": sample_starts}
     for name, values in small.items():
         np.array(values, dtype=ARRAYS[name]).tofile(folder / f"{name}.bin")
+    for name, pieces in extras.items():
+        np.concatenate(pieces).tofile(folder / f"extra-{name}.bin")
+        np.cumsum(np.array([0, *map(len, pieces)], dtype=PLACE)).tofile(folder / f"extra-{name}-starts.bin")
     (folder / IDS).write_text(json.dumps(ids), encoding="utf-8")
     files = _hash_files(folder)
     dtypes = {name: str(dtype) for name, dtype in ARRAYS.items()} | {"weights": str(weight_dtype)}
     content = {name: digest for name, digest in files.items() if name != IDS}
     fingerprint = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": files}
+    marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": files, "extras": list(extras)}
     (folder / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
 
 

@@ -1,6 +1,6 @@
 """The flight recorder: what went into every step and what came out, exactly.
 
-One line of `flight.jsonl` a step: the sample ids, a hash of their tokens and weights, a hash of the random number
+One line of `flight.jsonl` a step: the sample ids, a hash of what is in them, a hash of the random number
 generator before the step, loss and gradient norm as hexadecimal floats (bit for bit). Two runs that agree here did the
 same thing; where they first differ says why.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from litrecipe.config.errors import InputError
@@ -29,13 +30,15 @@ REASONS = {
 
 
 def hash_samples(samples: Sequence[Sample]) -> str:
-    """Of tokens, weights and shape of the trees."""
+    """Of tokens, weights, shape of the trees and extras."""
     digest = hashlib.blake2b(digest_size=8)
     for sample in samples:
         for segment in sample.segments:
             digest.update(segment.parent.to_bytes(4, "little", signed=True))
             digest.update(segment.tokens.astype("int64").tobytes())
             digest.update(segment.weights.astype("float32").tobytes())
+        for name in sorted(sample.extra):
+            digest.update(name.encode() + np.asarray(sample.extra[name], dtype="float32").tobytes())
     return digest.hexdigest()
 
 

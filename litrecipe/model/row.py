@@ -10,8 +10,8 @@ a parent predicts the first token of each of its branches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +39,9 @@ class Sample:
     id: str
     """Names the sample in the flight recorder and in error messages, e.g. `train.jsonl:17`."""
     segments: tuple[Segment, ...]
+    extra: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What an objective wants to know besides, by name, such as the `scores` of the answers: 1-d float32. All samples
+    of a source have the same names."""
 
     @property
     def length(self) -> int:
@@ -77,6 +80,8 @@ class Row:
     """One a sample, in order."""
     sample_of_span: tuple[int, ...]
     """(S,) index in `sample_ids`."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """name → (E,) float32, the samples' values end to end; empty in an empty row."""
 
     def to(self, device: torch.device | str) -> Row:
         """The same row with its tensors on `device`."""
@@ -84,14 +89,15 @@ class Row:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("tokens", "positions", "predict_from", "target", "weight", "segment")
         }
-        return Row(**moved, spans=self.spans, sample_ids=self.sample_ids, sample_of_span=self.sample_of_span)
+        extra = {name: values.to(device, non_blocking=True) for name, values in self.extra.items()}
+        return replace(self, **moved, extra=extra)
 
 
 def make_row(samples: Sequence[Sample]) -> Row:
     """Lay samples one after the other into a row.
 
     No samples give the empty row (one token 0, no predictions) with which ranks that ran out keep step with the
-    others. Raises ValueError when a root segment's first token carries a weight.
+    others. Raises ValueError when a root segment's first token carries a weight, and when samples have other extras.
     """
     tokens: list[np.ndarray] = []
     positions: list[np.ndarray] = []
@@ -126,6 +132,8 @@ def make_row(samples: Sequence[Sample]) -> Row:
             spans.append(Span(cursor, cursor + n, parent))
             sample_of_span.append(sample_index)
             cursor += n
+        if sample.extra.keys() != samples[0].extra.keys():
+            raise ValueError(f"sample {sample.id}: has extras {list(sample.extra)}, not {list(samples[0].extra)}")
     if not samples:
         tokens, positions, spans, sample_of_span = [np.zeros(1)], [np.zeros(1)], [Span(0, 1, -1)], [-1]
 
@@ -143,4 +151,8 @@ def make_row(samples: Sequence[Sample]) -> Row:
         segment=flat(segment_of, torch.int64),
         sample_ids=tuple(sample.id for sample in samples),
         sample_of_span=tuple(sample_of_span),
+        extra={
+            name: flat([np.asarray(sample.extra[name]) for sample in samples], torch.float32)
+            for name in (samples[0].extra if samples else ())
+        },
     )

@@ -51,6 +51,18 @@ def test_weights_between_0_and_1_are_kept(tmp_path: Path) -> None:
         same(read[index], sample)
 
 
+def test_extras_are_kept_sample_by_sample(tmp_path: Path) -> None:
+    extras = [np.array(values, dtype=np.float32) for values in ([1.5], [], [2, -3])]
+    scored = [Sample(s.id, s.segments, {"scores": extra}) for s, extra in zip(SAMPLES, extras, strict=True)]
+    read = SampleSet.write(tmp_path / "set", scored)
+    for index, extra in enumerate(extras):
+        same(read[index], scored[index])
+        np.testing.assert_array_equal(read[index].extra["scores"], extra)
+    assert read.subset([2])[0].extra["scores"].tolist() == [2, -3]
+    assert read.fingerprint != SampleSet.write(tmp_path / "plain", SAMPLES).fingerprint
+    assert not SampleSet(tmp_path / "plain")[0].extra
+
+
 def test_a_subset_is_its_samples(tmp_path: Path) -> None:
     whole = SampleSet.write(tmp_path / "set", SAMPLES)
     part = whole.subset([2, 1])

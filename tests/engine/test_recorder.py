@@ -79,3 +79,12 @@ def test_hash_sees_weights_and_trees():
     loose = Sample("x", (Segment(np.array([1]), np.zeros(1)), Segment(np.array([2]), np.ones(1))))
     hashes = {hash_samples([s]) for s in (sample("x", 1, 2), sample("x", 1, 2, weight=0.5), branch, loose)}
     assert len(hashes) == 4
+
+
+def test_hash_sees_extras():
+    def sample(**extra):
+        segment = Segment(np.array([1, 2]), np.array([0, 1], dtype=np.float32))
+        return Sample("a", (segment,), {name: np.array(values, dtype=np.float32) for name, values in extra.items()})
+
+    hashes = {hash_samples([s]) for s in (sample(), sample(scores=[1]), sample(scores=[2]), sample(label=[1]))}
+    assert len(hashes) == 4

@@ -1,0 +1,165 @@
+"""Preferences → samples: the prompt once, and each answer as a branch of it.
+
+Shapes: n answers of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from litrecipe.config.errors import InputError
+from litrecipe.data.formats import RowError, is_empty
+from litrecipe.data.preferences import Preference
+from litrecipe.data.readers import Mistakes
+from litrecipe.data.supervised import BATCH, Trouble
+from litrecipe.data.tokenizer import Encoded, Tokenizer
+from litrecipe.model.row import Sample, Segment
+
+
+@dataclass
+class ComparisonCounts:
+    """What became of the rows of one source."""
+
+    source: str
+    rows: int = 0
+    samples: int = 0
+    prompt_tokens: int = 0
+    chosen_tokens: int = 0
+    """Of the best answers, or of all that have a label."""
+    rejected_tokens: int = 0
+    """Of all other answers."""
+    truncated: Trouble = field(default_factory=Trouble)
+    """An answer was cut to `data.max_length`; prompts are never cut."""
+    no_room: Trouble = field(default_factory=Trouble)
+    """Dropped: the prompt alone fills `data.max_length`."""
+    empty: Trouble = field(default_factory=Trouble)
+    """Dropped: a turn without a word, or too few answers that have one."""
+    identical: Trouble = field(default_factory=Trouble)
+    """Dropped: the answers are the same, perhaps only after cutting."""
+    mismatched: Trouble = field(default_factory=Trouble)
+    """Dropped: the answers belong to different prompts."""
+
+    def __str__(self) -> str:
+        said = [
+            f"{self.source}: {self.samples} samples"
+            + (f" of {self.rows} rows" if self.rows != self.samples else "")
+            + f", {self.prompt_tokens} tokens of prompts, {self.chosen_tokens} chosen, {self.rejected_tokens} rejected"
+        ]
+        befell = {
+            "truncated to data.max_length": self.truncated,
+            "dropped, the prompt fills data.max_length": self.no_room,
+            "dropped as empty": self.empty,
+            "dropped with the same answer twice": self.identical,
+            "dropped with answers to different prompts": self.mismatched,
+        }
+        return "; ".join(said + [f"{what}: {trouble}" for what, trouble in befell.items() if trouble.count])
+
+
+@dataclass(frozen=True)
+class EncodedPreference:
+    """A preference in tokens."""
+
+    preference: Preference
+    prompt: Sequence[int]
+    """Ids of the prompt with the opening of the assistant's turn."""
+    answers: list[Encoded]
+    """Ids of the prompt with each answer, and what of them the assistant says."""
+
+
+def encode_preferences(
+    preferences: Iterable[Preference], tokenizer: Tokenizer, counts: ComparisonCounts
+) -> Iterator[EncodedPreference]:
+    """Preferences in tokens, a batch at a time; notes in `counts` the rows and those without a word it leaves out.
+
+    Prompt and answer are tokenised together, never an answer alone. Those that cannot be rendered are raised together
+    as InputError, at the end or once there are many.
+    """
+    mistakes = Mistakes()
+    preferences = iter(preferences)
+    while batch := list(islice(preferences, BATCH if counts.rows else Mistakes.SHOWN)):
+        counts.rows += len(batch)
+        conversations = [one.conversation(place) for one in batch for place in range(len(one.answers))]
+        encoded = iter(tokenizer.encode_batch(conversations))
+        for preference in batch:
+            answers = list(islice(encoded, len(preference.answers)))
+            refused = next((answer for answer in answers if isinstance(answer, RowError)), None)
+            if refused is not None:
+                mistakes.add(f"{preference.where}: {refused}")
+            elif any(map(is_empty, preference.prompt)):
+                counts.empty.add(preference.where)
+            else:
+                whole = [answer for answer in answers if not isinstance(answer, RowError)]
+                yield EncodedPreference(preference, _prompt_ids(preference, tokenizer, whole[0]), whole)
+        if mistakes.count >= Mistakes.SHOWN:
+            raise InputError(*mistakes.shown, "… and perhaps more: the rows after these were not looked at")
+    mistakes.raise_if_any()
+
+
+def make_comparison(encoded: EncodedPreference, max_length: int, counts: ComparisonCounts) -> Sample | None:
+    """The prompt as a root and the answers, best first, as its branches; None when there is nothing to compare.
+
+    The prompt ends where prompt and answers first differ. Cutting keeps the start and never moves the prompt. Extras:
+    `scores` (n,), NaN where the row tells none, or the `label` (1,) of a single answer.
+    """
+    where = encoded.preference.where
+    start = common_prefix([encoded.prompt, *(ids for ids, _ in encoded.answers)])
+    if start >= max_length:
+        counts.no_room.add(where)
+        return None
+    branches: dict[int, Segment] = {}
+    for place, (ids, mask) in enumerate(encoded.answers):
+        ids, learnt = ids[start:max_length], np.flatnonzero(mask[start:max_length])
+        if start and len(learnt) and not is_empty(encoded.preference.answers[place]):
+            stop = learnt[-1] + 1  # what the template prints after the answer has nothing to say
+            branches[place] = Segment(ids[:stop], mask[start : start + stop].astype(np.float32), parent=0)
+    needed = min(2, len(encoded.answers))
+    if len(branches) < needed:
+        counts.empty.add(where)
+        return None
+    branches = _distinct(branches)
+    if len(branches) < needed:
+        counts.identical.add(where)
+        return None
+    if any(len(ids) > max_length for ids, _ in encoded.answers):
+        counts.truncated.add(where)
+    best, *others = branches.values()
+    counts.samples += 1
+    counts.prompt_tokens += start
+    counts.chosen_tokens += int(best.weights.sum())
+    counts.rejected_tokens += sum(int(segment.weights.sum()) for segment in others)
+    prompt = np.array(encoded.prompt[:start], dtype=np.int32)
+    root = Segment(prompt, np.zeros(start, dtype=np.float32))
+    return Sample(where, (root, best, *others), _extra(encoded.preference, list(branches)))
+
+
+def common_prefix(sequences: Sequence[Sequence[int] | np.ndarray]) -> int:
+    """How many ids all sequences begin with."""
+    shortest = min(map(len, sequences))
+    heads = np.array([np.asarray(ids[:shortest]) for ids in sequences])
+    return int(np.append((heads != heads[0]).any(0), True).argmax())
+
+
+def _prompt_ids(preference: Preference, tokenizer: Tokenizer, answer: Encoded) -> Sequence[int]:
+    if tokenizer.has_template:
+        return tokenizer.encode_prompt(preference.prompt)
+    ids, mask = answer  # plain text: what is not the answer
+    return ids[: int(mask.argmax())].tolist()
+
+
+def _distinct(branches: dict[int, Segment]) -> dict[int, Segment]:
+    """Without answers that a better one equals."""
+    first: dict[bytes, int] = {}
+    for place, segment in branches.items():
+        first.setdefault(segment.tokens.tobytes(), place)
+    return {place: branches[place] for place in first.values()}
+
+
+def _extra(preference: Preference, kept: list[int]) -> dict[str, np.ndarray]:
+    if preference.label is not None:
+        return {"label": np.array([preference.label], dtype=np.float32)}
+    scores = preference.scores or [np.nan] * len(preference.answers)
+    return {"scores": np.array([scores[place] for place in kept], dtype=np.float32)}
