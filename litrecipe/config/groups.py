@@ -12,6 +12,24 @@ from typing import Literal
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
+DpoLoss = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "exo",
+    "nca",
+    "sppo",
+    "bco",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sigmoid_norm",
+    "simpo",
+    "cpo",
+    "orpo",
+]
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -82,6 +100,32 @@ class Data:
     """ISO date that `strftime_now` of a chat template sees, so that renders do not change from day to day."""
     cache_dir: str | None = None
     """Where tokenised data is kept (default: the user's cache folder)."""
+
+
+@dataclass
+class Dpo:
+    """Direct preference optimisation and its kin."""
+
+    loss: DpoLoss = "sigmoid"
+    """`sigmoid` (DPO), `robust`, `hinge`, `ipo`, `exo`, `nca`, `sppo`, `bco`, `apo_zero`, `apo_down`, `discopop`,
+    `sigmoid_norm` (per token; try a beta of 5), and without a reference `simpo`, `cpo`, `orpo`."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Several losses with their weights instead of `loss`: `{sigmoid: 0.8, bco: 0.2}`."""
+    beta: float = 0.1
+    """How much a log-ratio counts; higher keeps the policy closer to the reference."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be labelled the wrong way round (cDPO; `robust` and `exo` need it above 0)."""
+    nll_coef: float | None = None
+    """Weight of the mean negative log-likelihood of the chosen tokens (Llama 3: 0.2; default 1 for `cpo` and `orpo`,
+    else 0)."""
+    gamma: float = 0.5
+    """`simpo`: the margin that chosen must have over rejected."""
+    length_normalize: bool = True
+    """`ipo`: log-probabilities per token, as its authors ran it, rather than sums."""
+    divergence: Divergence = "reverse_kl"
+    """What holds the policy to the reference (f-DPO): `reverse_kl`, `forward_kl`, `js` or `alpha`."""
+    divergence_alpha: float = 0.5
+    """`alpha`: between reverse KL (0) and forward KL (1)."""
 
 
 @dataclass

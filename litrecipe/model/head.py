@@ -28,6 +28,8 @@ class Predictions(NamedTuple):
     """(P,) float32 log-probabilities, in nats."""
     correct: Tensor
     """(P,) bool: whether the target was the likeliest token, the first of equally likely ones."""
+    ref_logps: Tensor | None = None
+    """(P,) float32 log-probabilities under a reference, without gradient; None where the model has none."""
 
 
 def predict(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0) -> Predictions:

@@ -11,13 +11,13 @@ sort over the pairs they are given, which must therefore be those of a whole ste
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+from litrecipe.config.groups import Divergence
+
 LARGEST_EXPONENT = 80.0
 """exp of more overflows fp32."""
 

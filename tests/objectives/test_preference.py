@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
-from litrecipe.model.architecture import read_architecture
-from litrecipe.model.decoder import Decoder
-from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.objectives import preference
-from litrecipe.objectives.answers import pairs_of, sum_by_segment, tokens_by_segment
 
 A, B = torch.tensor([2.0], dtype=torch.float64), torch.tensor([-1.0], dtype=torch.float64)
 
@@ -145,15 +138,18 @@ def test_gradients(name):
     assert torch.autograd.gradcheck(PAIRWISE[name], (a, b))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(-30, 30), st.floats(-30, 30)), min_size=1, max_size=6), st.randoms())
 def test_the_order_of_the_pairs_and_the_cut_of_the_step_change_nothing(pairs, random):
+    """To rounding: torch's vectorised exp and its scalar one for the rest of a tensor differ in the last bit."""
     order = list(range(len(pairs)))
     random.shuffle(order)
     a, b = (torch.tensor(side).double() for side in zip(*pairs, strict=True))
     for loss in PAIRWISE.values():
         whole = loss(a, b)
-        assert torch.equal(loss(a[order], b[order]), whole[order])
-        assert torch.equal(torch.cat([loss(x, y) for x, y in zip(a.split(1), b.split(1), strict=True)]), whole)
+        torch.testing.assert_close(loss(a[order], b[order]), whole[order], rtol=1e-12, atol=1e-14)
+        cut = torch.cat([loss(x, y) for x, y in zip(a.split(1), b.split(1), strict=True)])
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-14)
     total = preference.aot_unpaired(a, b, 0.1).sum()
     assert float(preference.aot_unpaired(a[order], b.flip(0), 0.1).sum()) == pytest.approx(float(total))
 
@@ -164,50 +160,6 @@ def test_far_apart_pairs_stay_finite_in_fp32(name):
     loss = PAIRWISE[name](a, b)
     loss.sum().backward()
     assert loss.isfinite().all() and a.grad.isfinite().all() and b.grad.isfinite().all()
-
-
-@pytest.fixture(scope="module")
-def reference(shared):
-    """Numbers that TRL 0.11.4 and 1.16.0 made from tiny weights, and what our decoder makes of the same weights."""
-    folder = shared / "checks" / "trl_reference"
-    numbers = json.loads((folder / "reference.json").read_text())
-    numbers["dpo"] |= {f"{name} 1.16": v for name, v in json.loads((folder / "modern.json").read_text())["dpo"].items()}
-    return Reference(folder, numbers)
-
-
-class Reference:
-    """Policy and reference on the four pairs, in float64, prompts computed once."""
-
-    def __init__(self, folder, numbers):
-        self.numbers = numbers
-        self.architecture = read_architecture(json.loads((folder / "config.json").read_text()))
-        self.policy, ref = (self.load(folder / f"{name}.safetensors") for name in ("policy", "ref"))
-        self.row = make_row([pair_sample(str(n), **pair) for n, pair in enumerate(numbers["inputs"]["pairs"])])
-        with torch.no_grad():
-            self.ref = self.answers(ref)
-
-    def load(self, path):
-        model = Decoder(self.architecture).double()
-        model.load_state_dict(load_file(path))
-        return model
-
-    def answers(self, model):
-        """Sums of log-probabilities of the chosen and the rejected answers (4,), and their tokens."""
-        pairs = pairs_of(self.row)
-        sums = sum_by_segment(model(self.row).logps, self.row)[pairs]
-        tokens = tokens_by_segment(self.row)[pairs]
-        return sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1]
-
-    def gradient_norm(self, loss):
-        self.policy.zero_grad()
-        loss.backward()
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]))
-
-
-def pair_sample(name, prompt, chosen, rejected):
-    segments = [Segment(np.array(prompt), np.zeros(len(prompt), np.float32))]
-    segments += [Segment(np.array(ids), np.ones(len(ids), np.float32), parent=0) for ids in (chosen, rejected)]
-    return Sample(name, tuple(segments))
 
 
 def per_token(loss, *settings):

@@ -1,0 +1,152 @@
+"""DPO and its kin as an objective: pairs of a row in, terms and the field's metrics out.
+
+Shapes: P predictions of a row, S segments of it, N pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from litrecipe.config.groups import Dpo
+from litrecipe.model.head import Predictions
+from litrecipe.model.row import Row
+from litrecipe.objectives import preference
+from litrecipe.objectives.answers import pairs_of, sum_by_segment, tokens_by_segment
+from litrecipe.objectives.loss import Loss, Term
+
+REFERENCE_FREE = ("simpo", "cpo", "orpo")
+PER_TOKEN = ("simpo", "orpo")
+REF_LOGPS = "ref_logps"
+"""Name of the extra that holds a sample's log-probabilities under the reference, one a prediction."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What is known of N pairs; log-probabilities are sums over the tokens of an answer."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    """0 without a reference."""
+    ref_rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+    @property
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """log π - log π_ref of chosen and rejected."""
+        return self.chosen - self.ref_chosen, self.rejected - self.ref_rejected
+
+    @property
+    def ratios_per_token(self) -> tuple[Tensor, Tensor]:
+        """The same, divided by the answers' tokens."""
+        a, b = self.ratios
+        return a / self.chosen_tokens, b / self.rejected_tokens
+
+
+class DPO:
+    """Mean over the step's pairs of one loss, or of several with weights, plus the chosen answers' NLL if asked for.
+
+    The NLL is the mean over the chosen tokens of the step, so a long answer does not outweigh the pairs (RPO,
+    2404.19733; Llama 3, 2407.21783, section 4.1.4).
+    """
+
+    def __init__(self, config: Dpo) -> None:
+        self.config = config
+        self.losses = {name: _loss(name, config) for name in config.mix or [config.loss]}
+        default = float(any(name in ("cpo", "orpo") for name in self.losses))
+        self.nll_coef = default if config.nll_coef is None else config.nll_coef
+        self.weights = dict(config.mix) or {config.loss: 1.0}
+        self.needs_reference = any(name not in REFERENCE_FREE for name in self.losses)
+        self.per_token = all(name in PER_TOKEN for name in self.losses)
+        """Whether rewards are log-probabilities per token, as the losses see them."""
+
+    def counts(self, row: Row) -> dict[str, float]:
+        """Pairs for each loss, chosen tokens for the NLL."""
+        pairs = pairs_of(row)
+        counts = dict.fromkeys(self.losses, float(len(pairs)))
+        if self.nll_coef:
+            counts["nll"] = float(tokens_by_segment(row)[pairs[:, 0]].sum())
+        return counts
+
+    def __call__(self, predictions: Predictions, row: Row) -> Loss:
+        """Terms; and `rewards/…` (β times the log-ratio), `logps/…` of the pairs."""
+        pairs = self.pairs(predictions, row)
+        terms = [Term(name, loss(pairs).sum(), self.weights[name]) for name, loss in self.losses.items()]
+        if self.nll_coef:
+            terms.append(Term("nll", -pairs.chosen.sum(), self.nll_coef))
+        return Loss(tuple(terms), self._metrics(pairs))
+
+    def pairs(self, predictions: Predictions, row: Row) -> Pairs:
+        """Sums by answer. The reference's log-probabilities come with the predictions or lie in the row."""
+        where = pairs_of(row)
+        policy = sum_by_segment(predictions.logps, row)[where]
+        known = predictions.ref_logps if predictions.ref_logps is not None else row.extra.get(REF_LOGPS)
+        if known is None:
+            if self.needs_reference and len(where):
+                raise ValueError("the loss needs a reference: neither predictions nor row hold its log-probabilities")
+            known = torch.zeros_like(predictions.logps)
+        reference = sum_by_segment(known, row)[where]
+        tokens = tokens_by_segment(row)[where]
+        return Pairs(*policy.unbind(1), *reference.unbind(1), *tokens.unbind(1))
+
+    def _metrics(self, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor | float]]:
+        count = float(len(pairs.chosen))
+        ratios = pairs.ratios_per_token if self.per_token else pairs.ratios
+        chosen, rejected = (self.config.beta * ratio.detach() for ratio in ratios)
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": pairs.chosen.detach(),
+            "logps/rejected": pairs.rejected.detach(),
+        }
+        return {name: (value.sum(), count) for name, value in values.items()}
+
+
+def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
+    """The loss of a name with its settings: Pairs → (N,)."""
+    beta, smoothing = config.beta, config.label_smoothing
+    through = partial(preference.through, divergence=config.divergence, alpha=config.divergence_alpha)
+
+    def of_ratios(loss: Callable[..., Tensor], *settings: float) -> Callable[[Pairs], Tensor]:
+        return lambda pairs: loss(*map(through, pairs.ratios), beta, *settings)
+
+    def sigmoid_per_token(pairs: Pairs) -> Tensor:
+        return preference.sigmoid(*pairs.ratios_per_token, beta, smoothing)
+
+    def ipo(pairs: Pairs) -> Tensor:
+        return preference.ipo(*(pairs.ratios_per_token if config.length_normalize else pairs.ratios), beta)
+
+    def simpo(pairs: Pairs) -> Tensor:
+        return preference.simpo(*pairs.ratios_per_token, beta, config.gamma, smoothing)
+
+    def cpo(pairs: Pairs) -> Tensor:
+        return preference.sigmoid(pairs.chosen, pairs.rejected, beta, smoothing)
+
+    def orpo(pairs: Pairs) -> Tensor:
+        return beta * preference.orpo(*pairs.ratios_per_token)
+
+    return {
+        "sigmoid": of_ratios(preference.sigmoid, smoothing),
+        "robust": of_ratios(preference.robust, smoothing),
+        "hinge": of_ratios(preference.hinge),
+        "ipo": ipo,
+        "exo": of_ratios(preference.exo, smoothing),
+        "nca": of_ratios(preference.nca),
+        "sppo": of_ratios(preference.sppo),
+        "bco": of_ratios(preference.bco),
+        "apo_zero": of_ratios(preference.apo_zero),
+        "apo_down": of_ratios(preference.apo_down),
+        "discopop": of_ratios(preference.discopop),
+        "sigmoid_norm": sigmoid_per_token,
+        "simpo": simpo,
+        "cpo": cpo,
+        "orpo": orpo,
+    }[name]
