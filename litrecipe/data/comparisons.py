@@ -12,21 +12,19 @@ from itertools import islice
 import numpy as np
 
 from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Data
 from litrecipe.data.formats import RowError, is_empty
-from litrecipe.data.preferences import Preference
+from litrecipe.data.preferences import Mismatch, Preference, read_preferences
+from litrecipe.data.prepared import Counts, Kind, Prepared, Trouble, batches, prepare
 from litrecipe.data.readers import Mistakes
-from litrecipe.data.supervised import BATCH, Trouble
 from litrecipe.data.tokenizer import Encoded, Tokenizer
 from litrecipe.model.row import Sample, Segment
 
 
 @dataclass
-class ComparisonCounts:
-    """What became of the rows of one source."""
+class ComparisonCounts(Counts):
+    """What became of the preferences of one source."""
 
-    source: str
-    rows: int = 0
-    samples: int = 0
     prompt_tokens: int = 0
     chosen_tokens: int = 0
     """Of the best answers, or of all that have a label."""
@@ -45,9 +43,8 @@ class ComparisonCounts:
 
     def __str__(self) -> str:
         said = [
-            f"{self.source}: {self.samples} samples"
-            + (f" of {self.rows} rows" if self.rows != self.samples else "")
-            + f", {self.prompt_tokens} tokens of prompts, {self.chosen_tokens} chosen, {self.rejected_tokens} rejected"
+            f"{self.source}: {self.samples_of_rows}, {self.prompt_tokens} tokens of prompts, {self.chosen_tokens} "
+            f"chosen, {self.rejected_tokens} rejected"
         ]
         befell = {
             "truncated to data.max_length": self.truncated,
@@ -70,33 +67,49 @@ class EncodedPreference:
     """Ids of the prompt with each answer, and what of them the assistant says."""
 
 
-def encode_preferences(
-    preferences: Iterable[Preference], tokenizer: Tokenizer, counts: ComparisonCounts
-) -> Iterator[EncodedPreference]:
-    """Preferences in tokens, a batch at a time; notes in `counts` the rows and those without a word it leaves out.
+def load_comparisons(data: Data, tokenizer: Tokenizer, *, seed: int, max_positions: int | None = None) -> Prepared:
+    """Samples for preference learning; see `prepare`."""
+    return prepare(COMPARISONS, data, tokenizer, seed=seed, max_positions=max_positions)
 
-    Prompt and answer are tokenised together, never an answer alone. Those that cannot be rendered are raised together
-    as InputError, at the end or once there are many.
+
+def _samples(
+    preferences: Iterator[Preference | Mismatch], data: Data, tokenizer: Tokenizer, counts: ComparisonCounts
+) -> Iterator[Sample]:
+    names: set[str] = set()
+    for encoded in encode_preferences(preferences, tokenizer, counts):
+        if sample := make_comparison(encoded, data.max_length, counts):
+            names |= sample.extra.keys()
+            if len(names) > 1:
+                raise InputError(f"{sample.id}: single answers with a label and pairs in one source: give two sources")
+            yield sample
+
+
+def encode_preferences(
+    preferences: Iterable[Preference | Mismatch], tokenizer: Tokenizer, counts: ComparisonCounts
+) -> Iterator[EncodedPreference]:
+    """Preferences in tokens; notes in `counts` those that it leaves out, whose answers belong to different prompts.
+
+    Prompt and answer are tokenised together, never an answer alone. Raises InputError with those that cannot be
+    rendered, see `batches`.
     """
     mistakes = Mistakes()
-    preferences = iter(preferences)
-    while batch := list(islice(preferences, BATCH if counts.rows else Mistakes.SHOWN)):
-        counts.rows += len(batch)
-        conversations = [one.conversation(place) for one in batch for place in range(len(one.answers))]
-        encoded = iter(tokenizer.encode_batch(conversations))
-        for preference in batch:
-            answers = list(islice(encoded, len(preference.answers)))
-            refused = next((answer for answer in answers if isinstance(answer, RowError)), None)
-            if refused is not None:
-                mistakes.add(f"{preference.where}: {refused}")
-            elif any(map(is_empty, preference.prompt)):
-                counts.empty.add(preference.where)
+    for batch in batches(preferences, counts, mistakes):
+        usable = []
+        for one in batch:
+            if isinstance(one, Mismatch):
+                counts.mismatched.add(one.where)
             else:
-                whole = [answer for answer in answers if not isinstance(answer, RowError)]
+                usable.append(one)
+        conversations = [one.conversation(place) for one in usable for place in range(len(one.answers))]
+        encoded = iter(tokenizer.encode_batch(conversations))
+        for preference in usable:
+            answers = list(islice(encoded, len(preference.answers)))
+            whole = [answer for answer in answers if not isinstance(answer, RowError)]
+            if len(whole) < len(answers):
+                refusal = next(answer for answer in answers if isinstance(answer, RowError))
+                mistakes.add(f"{preference.where}: {refusal}")
+            else:
                 yield EncodedPreference(preference, _prompt_ids(preference, tokenizer, whole[0]), whole)
-        if mistakes.count >= Mistakes.SHOWN:
-            raise InputError(*mistakes.shown, "… and perhaps more: the rows after these were not looked at")
-    mistakes.raise_if_any()
 
 
 def make_comparison(encoded: EncodedPreference, max_length: int, counts: ComparisonCounts) -> Sample | None:
@@ -117,7 +130,7 @@ def make_comparison(encoded: EncodedPreference, max_length: int, counts: Compari
             stop = learnt[-1] + 1  # what the template prints after the answer has nothing to say
             branches[place] = Segment(ids[:stop], mask[start : start + stop].astype(np.float32), parent=0)
     needed = min(2, len(encoded.answers))
-    if len(branches) < needed:
+    if len(branches) < needed or any(map(is_empty, encoded.preference.prompt)):
         counts.empty.add(where)
         return None
     branches = _distinct(branches)
@@ -163,3 +176,6 @@ def _extra(preference: Preference, kept: list[int]) -> dict[str, np.ndarray]:
         return {"label": np.array([preference.label], dtype=np.float32)}
     scores = preference.scores or [np.nan] * len(preference.answers)
     return {"scores": np.array([scores[place] for place in kept], dtype=np.float32)}
+
+
+COMPARISONS = Kind("comparisons", 1, read_preferences, _samples, ComparisonCounts)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from litrecipe import __version__
 from litrecipe.config.errors import InputError
@@ -115,7 +115,15 @@ def parse_rows(rows: Iterable[Located], data: Data, mistakes: Mistakes) -> Itera
             mistakes.add(f"{where}: {error}")
 
 
-def check_rows(data: Data) -> int:
+class Reader(Protocol):
+    """The rows of a source, parsed, in order; wrong ones are noted in `mistakes`, or raised together at the end."""
+
+    __name__: str
+
+    def __call__(self, source: str, data: Data, mistakes: Mistakes | None = None) -> Iterator[Any]: ...
+
+
+def check_rows(data: Data, read: Reader = read_conversations) -> int:
     """Check every row of `data.train` and `data.val`; returns how many there are.
 
     Raises InputError with all mistakes of both. Needs no torch, so that a bad file is found in the first second.
@@ -123,7 +131,7 @@ def check_rows(data: Data) -> int:
     sources = {key: source for key, source in (("data.train", data.train), ("data.val", data.val)) if source}
     check_sources(sources)
     mistakes = Mistakes()
-    count = sum(count_rows(source, data, mistakes) for source in sources.values())
+    count = sum(count_rows(source, data, mistakes, read) for source in sources.values())
     mistakes.raise_if_any()
     return count
 
@@ -143,14 +151,14 @@ def check_columns(data: Data) -> None:
         raise InputError(*mistakes)
 
 
-def count_rows(source: str, data: Data, mistakes: Mistakes) -> int:
-    """How many conversations a source has. A source without mistakes is read once and its count remembered."""
-    key = key_of(CHECK_VERSION, __version__, source_hash(source), data.format, data.columns)
+def count_rows(source: str, data: Data, mistakes: Mistakes, read: Reader = read_conversations) -> int:
+    """How many rows a source has. A source without mistakes is read once and its count remembered."""
+    key = key_of(CHECK_VERSION, __version__, read.__name__, source_hash(source), data.format, data.columns)
     remembered = cache_folder(data) / "checked" / key
     if remembered.is_file():
         return int(remembered.read_text())
     before = mistakes.count
-    count = sum(1 for _ in track(read_conversations(source, data, mistakes), f"checking {source}"))
+    count = sum(1 for _ in track(read(source, data, mistakes), f"checking {source}"))
     if mistakes.count == before:
         with alone(remembered):
             part = remembered.with_suffix(".part")

@@ -7,10 +7,11 @@ of the assistant.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from litrecipe.config.groups import Data
 from litrecipe.data.formats import (
     Conversation,
     Layout,
@@ -21,6 +22,7 @@ from litrecipe.data.formats import (
     from_sharegpt,
     system_message,
 )
+from litrecipe.data.readers import Mistakes, read_rows
 
 QUESTIONS = ("prompt", "question", "instruction")
 """Columns that hold what is answered, likeliest first; `conversations` may too."""
@@ -60,10 +62,31 @@ class MismatchError(RowError):
     """The answers of a row belong to different prompts."""
 
 
+@dataclass(frozen=True)
+class Mismatch:
+    """Stands for a row whose answers belong to different prompts. Public sets have some; they are dropped, counted."""
+
+    where: str
+
+
 class _Answer(NamedTuple):
     value: Any
     """Text, a message, or messages."""
     score: float | None = None
+
+
+def read_preferences(source: str, data: Data, mistakes: Mistakes | None = None) -> Iterator[Preference | Mismatch]:
+    """The preferences of a source in order; wrong rows are noted in `mistakes`, or raised together at the end."""
+    gathered = Mistakes() if mistakes is None else mistakes
+    for row, where in read_rows(source, gathered):
+        try:
+            yield parse_preference(row, where, data.columns)
+        except MismatchError:
+            yield Mismatch(where)
+        except RowError as error:
+            gathered.add(f"{where}: {error}")
+    if mistakes is None:
+        gathered.raise_if_any()
 
 
 def parse_preference(row: dict[str, Any], where: str, columns: dict[str, str] | None = None) -> Preference:

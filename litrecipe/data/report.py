@@ -13,8 +13,9 @@ from rich.text import Text
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track
 from litrecipe.data.formats import Conversation, count_rows, read_conversations
+from litrecipe.data.prepared import Trouble, hold_out
 from litrecipe.data.readers import Mistakes
-from litrecipe.data.supervised import Counts, Trouble, encode_all, hold_out, make_sample
+from litrecipe.data.supervised import SupervisedCounts, encode_all, make_sample
 from litrecipe.data.tokenizer import Encoded, Tokenizer
 from litrecipe.model.row import Sample
 
@@ -76,7 +77,7 @@ class Keys:
 class SourceCheck:
     """What was found in one source."""
 
-    counts: Counts
+    counts: SupervisedCounts
     lengths: list[int] = field(default_factory=list)
     """Tokens of each conversation before anything is cut off."""
     keys: Keys = field(default_factory=Keys)
@@ -99,7 +100,7 @@ class SourceCheck:
 
 def look_at(source: str, data: Data, tokenizer: Tokenizer) -> SourceCheck:
     """Read, render and tokenise a source and look at all of it. Raises InputError with all wrong rows."""
-    found = SourceCheck(Counts(source))
+    found = SourceCheck(SupervisedCounts(source))
     mistakes = Mistakes()
     total = count_rows(source, data, mistakes)
     mistakes.raise_if_any()

@@ -11,7 +11,7 @@ from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.data.formats import check_rows, read_conversations
 from litrecipe.data.readers import Mistakes, check_source
 from litrecipe.data.report import check_tables, render_sample
-from litrecipe.data.supervised import Counts, encode_all, make_sample
+from litrecipe.data.supervised import SupervisedCounts, encode_all, make_sample
 from litrecipe.data.tokenizer import Tokenizer
 
 
@@ -30,7 +30,7 @@ def preview(recipe: FinetuneRecipe, n: int) -> int:
     check_source("data.train", recipe.data.train)
     console = progress.console()
     tokenizer = _tokenizer(recipe)
-    counts = Counts(recipe.data.train)
+    counts = SupervisedCounts(recipe.data.train)
     mistakes = Mistakes()
     conversations = islice(read_conversations(recipe.data.train, recipe.data, mistakes), n)
     for conversation, encoded in encode_all(conversations, recipe.data, tokenizer, counts):

@@ -10,10 +10,23 @@ import tokenizers
 
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config.errors import InputError
-from litrecipe.data.comparisons import ComparisonCounts, common_prefix, encode_preferences, make_comparison
+from litrecipe.config.groups import Data
+from litrecipe.data.comparisons import (
+    ComparisonCounts,
+    common_prefix,
+    encode_preferences,
+    load_comparisons,
+    make_comparison,
+)
 from litrecipe.data.preferences import parse_preference
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.row import make_row
+
+USER, OTHER = ({"role": "user", "content": text} for text in ("What is 7?", "What is 8?"))
+
+
+def said(text):
+    return [{"role": "assistant", "content": text}]
 
 
 def samples_of(rows, tokenizer, max_length=1000):
@@ -138,6 +151,48 @@ def test_a_template_that_refuses_is_told_row_by_row(chatml_folder, tmp_path):
     with pytest.raises(InputError, match=r"f:1: .*never") as caught:
         samples_of([pair(), pair()], Tokenizer.load(chatml_folder, str(template)))
     assert len(caught.value.mistakes) == 2
+
+
+def test_only_the_rows_that_a_template_refuses_are_named(chatml_folder, tmp_path):
+    template = tmp_path / "polite.jinja"
+    template.write_text(
+        "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('rude') }}{% endif %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    rows = [pair(), pair(chosen="bad"), pair(), pair(rejected="bad"), pair()]
+    with pytest.raises(InputError) as caught:
+        samples_of(rows, Tokenizer.load(chatml_folder, str(template)))
+    assert [mistake.split(": ")[0] for mistake in caught.value.mistakes] == ["f:2", "f:4"]
+
+
+def test_a_source_is_read_and_kept(tokenizer, tmp_path):
+    rows = [pair(), pair(chosen="", rejected="x"), {"chosen": [USER, *said("a")], "rejected": [OTHER, *said("b")]}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, again = (load_comparisons(Data(train=str(path)), tokenizer, seed=0) for _ in range(2))
+    assert len(first.train) == len(again.train) == 1
+    assert first.train[0].id == f"{path}:1"
+    assert [segment.parent for segment in again.train[0].segments] == [-1, 0, 0]
+    assert np.isnan(again.train[0].extra["scores"]).all()
+    assert str(first.report) == str(again.report)
+    told = "1 samples of 3 rows", "dropped as empty: 1 (pairs.jsonl:2)", "different prompts: 1 (pairs.jsonl:3)"
+    assert all(words in str(first.report) for words in told)
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([pair(), {"prompt": "Q"}], r"pairs\.jsonl:2: columns prompt: known are chosen"),
+        ([pair(), {"prompt": "Q", "completion": "a", "label": True}], r"pairs\.jsonl:2: single answers with a label"),
+        ([pair(chosen="Same", rejected="Same")], r"data\.train: nothing in it can be learnt .* same answer twice: 1"),
+    ],
+)
+def test_sources_that_cannot_be_trained_on(tokenizer, tmp_path, rows, why):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=why):
+        load_comparisons(Data(train=str(path)), tokenizer, seed=0)
 
 
 @pytest.mark.parametrize("name", ["chatml", "tagged", "llama2"])

@@ -12,9 +12,10 @@ import pytest
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
+from litrecipe.data.cache import cache_folder
 from litrecipe.data.formats import Conversation, RowError, read_conversations
 from litrecipe.data.samples import SampleSet
-from litrecipe.data.supervised import Counts, cache_folder, encode_all, load_supervised
+from litrecipe.data.supervised import SupervisedCounts, encode_all, load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 
 
@@ -150,7 +151,7 @@ def test_a_template_that_refuses_all_rows_is_not_tried_on_all(chatml_folder: Pat
     source = write(tmp_path / "d.jsonl", [row("a", "b")] * 5000)
     template = tmp_path / "t.jinja"
     template.write_text("{{ raise_exception('no') }}")
-    counts = Counts(source)
+    counts = SupervisedCounts(source)
     with pytest.raises(InputError) as wrong:
         tokenizer = Tokenizer.load(chatml_folder, str(template))
         list(encode_all(read_conversations(source, Data(train=source)), Data(train=source), tokenizer, counts))
