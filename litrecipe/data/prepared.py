@@ -162,24 +162,22 @@ def _load_source(kind: Kind[C], key: str, source: str, data: Data, tokenizer: To
         [data.format, data.columns, data.max_length, data.mask],
     )
     folder = cache_folder(data) / kind.name / cache_key
-    with alone(folder):
-        samples = _open(folder)
-        if samples is None:
-            samples = _tokenise_into(kind, folder, source, data, tokenizer)
+    samples = kept(folder, lambda: _tokenise_into(kind, folder, source, data, tokenizer))
     counts = kind.counts.from_json(samples.about)
     if not len(samples):
         raise InputError(f"{key}: nothing in it can be learnt ({counts}): look at it with `litrecipe data preview`")
     return samples, counts
 
 
-def _open(folder: Path) -> SampleSet | None:
-    if not is_complete(folder):
-        return None
-    try:
-        return SampleSet(folder)
-    except InputError as error:
-        warn(f"tokenised data is damaged and made anew ({error})")
-        return None
+def kept(folder: Path, make: Callable[[], SampleSet]) -> SampleSet:
+    """The samples of a folder of the cache, made now where they are missing or damaged; one process makes them."""
+    with alone(folder):
+        if is_complete(folder):
+            try:
+                return SampleSet(folder)
+            except InputError as error:
+                warn(f"tokenised data is damaged and made anew ({error})")
+        return make()
 
 
 def _tokenise_into(kind: Kind[C], folder: Path, source: str, data: Data, tokenizer: Tokenizer) -> SampleSet:

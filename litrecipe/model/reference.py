@@ -1,0 +1,58 @@
+"""A policy beside the frozen reference that it is held to.
+
+Shapes: P predictions of a row.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from litrecipe.model.adapters import adapter_off
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.head import Predictions
+from litrecipe.model.row import Row
+
+
+class PolicyAndReference(nn.Module):
+    """The policy's predictions, with the reference's log-probabilities (P,) of the same targets beside them.
+
+    Without a `reference` it is the policy's own base. That is right where the adapter started from nothing; one that
+    was trained before needs a frozen twin, or the policy would be held to a model it never was.
+    """
+
+    def __init__(self, policy: Decoder, reference: Decoder | None = None) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reference = reference
+
+    def forward(self, row: Row) -> Predictions:
+        """Log-probabilities (P,) of the row's targets."""
+        return self.policy(row)._replace(ref_logps=self.ref_logps(row))
+
+    @torch.no_grad()
+    def ref_logps(self, row: Row) -> torch.Tensor:
+        """The reference's log-probabilities (P,)."""
+        if self.reference is not None:
+            return self.reference(row).logps
+        with adapter_off(self.policy):
+            return self.policy(row).logps
+
+    def train(self, mode: bool = True) -> PolicyAndReference:
+        """The reference never has dropout."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+
+def frozen_twin(model: Decoder) -> Decoder:
+    """The model as it is now, frozen: with copies of what learns, sharing what does not.
+
+    Of a model with an adapter this is a second adapter on the same base; of one that trains whole, a second model.
+    """
+    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+    twin = copy.deepcopy(model, dict(shared))
+    return twin.requires_grad_(False).eval()
