@@ -21,6 +21,8 @@ DpoLoss = Literal[
     "nca",
     "sppo",
     "bco",
+    "aot",
+    "aot_unpaired",
     "apo_zero",
     "apo_down",
     "discopop",
@@ -107,8 +109,9 @@ class Dpo:
     """Direct preference optimisation and its kin."""
 
     loss: DpoLoss = "sigmoid"
-    """`sigmoid` (DPO), `robust`, `hinge`, `ipo`, `exo`, `nca`, `sppo`, `bco`, `apo_zero`, `apo_down`, `discopop`,
-    `sigmoid_norm` (per token; try a beta of 5), and without a reference `simpo`, `cpo`, `orpo`."""
+    """`sigmoid` (DPO), `robust`, `hinge`, `ipo`, `exo`, `nca`, `sppo`, `bco`, `aot`, `aot_unpaired`, `apo_zero`,
+    `apo_down`, `discopop`, `sigmoid_norm` (per token; try a beta of 5), and without a reference `simpo`, `cpo`,
+    `orpo`."""
     mix: dict[str, float] = field(default_factory=dict)
     """Several losses with their weights instead of `loss`: `{sigmoid: 0.8, bco: 0.2}`."""
     beta: float = 0.1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,6 +33,7 @@ from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.schedule import lr_factor
+from litrecipe.engine.statistics import with_statistics
 from litrecipe.engine.telling import Teller
 from litrecipe.model.row import Row, Sample, make_row
 from litrecipe.objectives.loss import Loss, Objective, add_up, detached, metric_sums, quotients, step_loss
@@ -193,7 +194,7 @@ class Run:
 
     def train_step(self, samples: list[Sample]) -> StepResult:
         """One optimizer step on the whole of `samples`, whose cut into rows and ranks changes nothing."""
-        rows = self.rows_of_this_rank(samples)
+        rows = list(self.with_statistics(self.rows_of_this_rank(samples)))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
         sharded = self.recipe.fabric.strategy == "fsdp"
@@ -224,6 +225,11 @@ class Run:
             # Gradients are averaged over the ranks, the loss is a sum over them.
             self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
         return detached(loss)
+
+    def with_statistics(self, rows: Iterable[Row]) -> Iterable[Row]:
+        """The rows of a step with what the objective must know of all of it."""
+        gather = self.writer.gather
+        return with_statistics(rows, self.module, self.job.objective, self.fabric.global_rank, gather)
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
@@ -271,10 +277,7 @@ class Run:
         try:
             if self.job.val is not None:
                 losses, counts = [], []
-                for row in self.validation_rows():
-                    signal_number = ranks.stop_requested(self.fabric)
-                    if signal_number is not None:
-                        return signal_number
+                for row in self.stoppable(self.with_statistics(self.stoppable(self.validation_rows()))):
                     losses.append(detached(self.job.objective(self.module(row), row)))
                     counts.append(self.job.objective.counts(row))
                 total_counts = ranks.sums(self.fabric, add_up(counts))
@@ -295,6 +298,14 @@ class Run:
             self.teller.tell_evaluation(self.at.step, metrics)
         self.evaluated_at = self.at.step
         return None
+
+    def stoppable(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The rows, until any rank is asked to stop; raises `Stopped` on all of them then."""
+        for row in rows:
+            signal_number = ranks.stop_requested(self.fabric)
+            if signal_number is not None:
+                raise stop.Stopped(signal_number)
+            yield row
 
     def validation_rows(self) -> Iterator[Row]:
         """The held-out samples of this rank, packed."""

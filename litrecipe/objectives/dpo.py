@@ -21,6 +21,7 @@ from litrecipe.objectives.loss import Loss, Term
 
 REFERENCE_FREE = ("simpo", "cpo", "orpo")
 PER_TOKEN = ("simpo", "orpo")
+PARTNERS = ("partner", "chosen_partner", "rejected_partner")
 REF_LOGPS = "ref_logps"
 """Name of the extra that holds a sample's log-probabilities under the reference, one a prediction."""
 
@@ -36,6 +37,8 @@ class Pairs:
     ref_rejected: Tensor
     chosen_tokens: Tensor
     rejected_tokens: Tensor
+    partners: dict[str, Tensor]
+    """`aot`, `aot_unpaired`: what each pair's margin and log-ratios are held against."""
 
     @property
     def ratios(self) -> tuple[Tensor, Tensor]:
@@ -93,7 +96,15 @@ class DPO:
             known = torch.zeros_like(predictions.logps)
         reference = sum_by_segment(known, row)[where]
         tokens = tokens_by_segment(row)[where]
-        return Pairs(*policy.unbind(1), *reference.unbind(1), *tokens.unbind(1))
+        return Pairs(
+            chosen=policy[:, 0],
+            rejected=policy[:, 1],
+            ref_chosen=reference[:, 0],
+            ref_rejected=reference[:, 1],
+            chosen_tokens=tokens[:, 0],
+            rejected_tokens=tokens[:, 1],
+            partners={name: values for name, values in row.extra.items() if name in PARTNERS},
+        )
 
     def _metrics(self, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor | float]]:
         count = float(len(pairs.chosen))
@@ -130,6 +141,16 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
     def cpo(pairs: Pairs) -> Tensor:
         return preference.sigmoid(pairs.chosen, pairs.rejected, beta, smoothing)
 
+    def aot(pairs: Pairs) -> Tensor:
+        return preference.nls(beta * (pairs.chosen - pairs.rejected - pairs.partners["partner"]), smoothing)
+
+    def aot_unpaired(pairs: Pairs) -> Tensor:
+        a, b = pairs.ratios
+        # Every term stands once for its chosen and once for its rejected answer: both learn, one is counted.
+        of_rejected = preference.nls(beta * (pairs.partners["rejected_partner"] - b), smoothing)
+        of_chosen = preference.nls(beta * (a - pairs.partners["chosen_partner"]), smoothing)
+        return of_chosen + of_rejected - of_rejected.detach()
+
     def orpo(pairs: Pairs) -> Tensor:
         return beta * preference.orpo(*pairs.ratios_per_token)
 
@@ -142,6 +163,8 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
         "nca": of_ratios(preference.nca),
         "sppo": of_ratios(preference.sppo),
         "bco": of_ratios(preference.bco),
+        "aot": aot,
+        "aot_unpaired": aot_unpaired,
         "apo_zero": of_ratios(preference.apo_zero),
         "apo_down": of_ratios(preference.apo_down),
         "discopop": of_ratios(preference.discopop),
@@ -150,3 +173,37 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
         "cpo": cpo,
         "orpo": orpo,
     }[name]
+
+
+class DistributionalDPO(DPO):
+    """With `aot` or `aot_unpaired` (2406.05882), which hold sorted values of the whole step against each other.
+
+    The statistics of the step tell each pair whom it is held against, its partners; then its share of the loss and of
+    the gradient is its own, whatever row it is in.
+    """
+
+    def statistics(self, predictions: Predictions, row: Row) -> dict[str, Tensor]:
+        """All that is sorted (n,): margins of policy and reference, log-ratios of chosen and rejected."""
+        pairs = self.pairs(predictions, row)
+        chosen, rejected = pairs.ratios
+        margins = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
+        return {"policy": margins[0], "reference": margins[1], "chosen": chosen, "rejected": rejected}
+
+    def from_step(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each pair's partners (n,): the value of the other side that has the same place in its order."""
+        return {
+            "partner": partners(statistics["policy"], statistics["reference"]),
+            "chosen_partner": partners(statistics["chosen"], statistics["rejected"]),
+            "rejected_partner": partners(statistics["rejected"], statistics["chosen"]),
+        }
+
+
+def partners(values: Tensor, others: Tensor) -> Tensor:
+    """For each of `values` (n,) the one of `others` (n,) that has the same place in ascending order."""
+    return torch.empty_like(others).scatter_(0, values.argsort(stable=True), others.sort().values)
+
+
+def make_dpo(config: Dpo) -> DPO:
+    """The objective of a recipe's `dpo` group."""
+    distributional = {"aot", "aot_unpaired"} & set(config.mix or [config.loss])
+    return DistributionalDPO(config) if distributional else DPO(config)

@@ -8,7 +8,7 @@ samples are cut into rows, micro-batches or ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,23 @@ class Objective(Protocol):
 
     def __call__(self, predictions: Predictions, row: Row) -> Loss:
         """The row's terms and metrics."""
+        ...
+
+
+@runtime_checkable
+class StepGlobal(Objective, Protocol):
+    """An objective whose terms depend on the whole step: on a sort over its pairs, or a mean over its samples.
+
+    The step's rows are run once without gradient to gather `statistics`; what `from_step` makes of them reaches each
+    row as extras.
+    """
+
+    def statistics(self, predictions: Predictions, row: Row) -> dict[str, Tensor]:
+        """name → (n,) values of the row's n pairs or samples."""
+        ...
+
+    def from_step(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """name of an extra → one value for each of the step's (n,) pairs or samples, from their statistics."""
         ...
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from litrecipe.config.groups import Dpo
+from litrecipe.engine.statistics import with_statistics
 from litrecipe.model.head import Predictions
-from litrecipe.model.row import Sample, make_row
-from litrecipe.objectives.dpo import DPO, REF_LOGPS
+from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.objectives import preference
+from litrecipe.objectives.dpo import DPO, REF_LOGPS, make_dpo
 from litrecipe.objectives.loss import add_up, metric_sums, quotients, step_loss
 
 SETTINGS = {
@@ -22,6 +24,8 @@ SETTINGS = {
     "exo_pair_ls1e-3": Dpo(loss="exo", label_smoothing=1e-3),
     "nca_pair": Dpo(loss="nca"),
     "sppo_hard": Dpo(loss="sppo"),
+    "aot": Dpo(loss="aot"),
+    "aot_pair": Dpo(loss="aot_unpaired"),
     "apo_zero": Dpo(loss="apo_zero"),
     "apo_down": Dpo(loss="apo_down"),
     "js_divergence": Dpo(divergence="js"),
@@ -43,9 +47,10 @@ FREE = {
 
 def step(reference, config, cut):
     """Loss, gradient norm and metrics of one step on the four pairs, cut into rows of so many."""
-    objective = DPO(config)
+    objective = make_dpo(config)
     samples = reference.samples if objective.needs_reference else reference.plain_samples
     rows = [make_row(samples[start : start + cut]) for start in range(0, len(samples), cut)]
+    rows = list(with_statistics(rows, reference.policy, objective, 0, lambda value: [value]))
     counts = add_up([objective.counts(row) for row in rows])
     losses = [objective(reference.policy(row), row) for row in rows]
     total = torch.stack([step_loss(loss, counts) for loss in losses]).sum()
@@ -120,3 +125,66 @@ def test_reference_log_probabilities_may_come_either_way(reference):
     inside = DPO(Dpo())(predictions, row)
     beside = DPO(Dpo())(Predictions(*predictions[:2], row.extra[REF_LOGPS]), make_row(reference.plain_samples))
     assert torch.equal(inside.terms[0].sum, beside.terms[0].sum)
+
+
+class Given(torch.nn.Module):
+    """Log-probabilities that are given, of pairs of one-token answers."""
+
+    def __init__(self, chosen, rejected):
+        super().__init__()
+        self.logps = torch.nn.Parameter(torch.stack([torch.tensor(chosen), torch.tensor(rejected)], 1).double())
+
+    def forward(self, row):
+        places = [int(name) for name in row.sample_ids]
+        return Predictions(self.logps[places].flatten(), torch.ones(2 * len(places), dtype=torch.bool))
+
+
+CHOSEN, REJECTED = [-20.0, -35.0, -12.0, -28.0], [-25.0, -30.0, -22.0, -24.0]
+REF_CHOSEN, REF_REJECTED = [-24.0, -30.0, -13.0, -33.0], [-21.0, -33.0, -20.0, -29.0]
+
+
+def one_token_pairs():
+    prompt = Segment(np.array([1]), np.zeros(1, np.float32))
+    answers = [Segment(np.array([token]), np.ones(1, np.float32), parent=0) for token in (2, 3)]
+    references = zip(REF_CHOSEN, REF_REJECTED, strict=True)
+    return [
+        Sample(str(n), (prompt, *answers), {REF_LOGPS: np.array(pair, dtype=np.float32)})
+        for n, pair in enumerate(references)
+    ]
+
+
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3]], [[2], [0, 3], [1]], [[3, 2], [], [1, 0]]])
+@pytest.mark.parametrize(("name", "expected"), [("aot", 0.66032186), ("aot_unpaired", 0.65907394)])
+def test_sorting_losses_do_not_see_how_the_step_is_cut(name, expected, rows):
+    """On pairs whose order matters: TRL's losses, and the gradient of the sorted loss over all pairs at once."""
+    objective, model, samples = make_dpo(Dpo(loss=name)), Given(CHOSEN, REJECTED), one_token_pairs()
+    cut = [make_row([samples[place] for place in row]) for row in rows]
+    known = with_statistics(cut, model, objective, 0, lambda value: [value])
+    total = sum(objective(model(row), row).terms[0].sum for row in known) / 4
+    assert total.item() == pytest.approx(expected, rel=1e-7)
+    total.backward()
+
+    at_once = Given(CHOSEN, REJECTED)
+    pc, pr = at_once.logps.unbind(1)
+    rc, rr = (torch.tensor(values).double() for values in (REF_CHOSEN, REF_REJECTED))
+    both = (pc - pr, rc - rr) if name == "aot" else (pc - rc, pr - rr)
+    getattr(preference, name)(*both, 0.1).mean().backward()
+    torch.testing.assert_close(model.logps.grad, at_once.logps.grad, rtol=1e-12, atol=0)
+
+
+def test_ranks_share_their_statistics():
+    """Two ranks with two pairs each get the partners that one rank with all four gets."""
+    objective, model, samples = make_dpo(Dpo(loss="aot")), Given(CHOSEN, REJECTED), one_token_pairs()
+    shares = [[make_row(samples[:1]), make_row(samples[1:2])], [make_row(samples[2:3]), make_row(samples[3:])]]
+    told: list = []
+
+    def tell(value):
+        told.append(value)
+        return [value]
+
+    for share in shares:
+        with_statistics(share, model, objective, 0, tell)
+    both = [row for rank in (0, 1) for row in with_statistics(shares[rank], model, objective, rank, lambda _: told)]
+    (alone,) = with_statistics([make_row(samples)], model, objective, 0, lambda value: [value])
+    for name in ("partner", "chosen_partner", "rejected_partner"):
+        assert torch.cat([row.extra[name] for row in both]).tolist() == alone.extra[name].tolist()
