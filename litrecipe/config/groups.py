@@ -125,6 +125,8 @@ class Dpo:
     """`simpo`: the margin that chosen must have over rejected."""
     length_normalize: bool = True
     """`ipo`: log-probabilities per token, as its authors ran it, rather than sums."""
+    ld_alpha: float = 1.0
+    """How much tokens beyond the shorter answer's length count (LD-DPO): 1 wholly, 0 not at all."""
     divergence: Divergence = "reverse_kl"
     """What holds the policy to the reference (f-DPO): `reverse_kl`, `forward_kl`, `js` or `alpha`."""
     divergence_alpha: float = 0.5

@@ -39,3 +39,11 @@ def pairs_of(row: Row) -> Tensor:
         if len(found) != 2:
             raise ValueError(f"sample {name}: {len(found)} answers, a pair has two")
     return torch.tensor(answers, dtype=torch.int64, device=row.segment.device).reshape(-1, 2)
+
+
+def beyond_the_shorter(row: Row, pairs: Tensor) -> Tensor:
+    """Which predictions (P,) lie beyond the length of the shorter answer of their pair; `pairs` is `pairs_of(row)`."""
+    tokens = tokens_by_segment(row)
+    limits = tokens.index_put((pairs,), tokens[pairs].amin(1, keepdim=True).expand_as(pairs))
+    begin = tokens.cumsum(0) - tokens
+    return torch.arange(len(row.segment), device=row.segment.device) - begin[row.segment] >= limits[row.segment]

@@ -16,7 +16,7 @@ from litrecipe.config.groups import Dpo
 from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row
 from litrecipe.objectives import preference
-from litrecipe.objectives.answers import pairs_of, sum_by_segment, tokens_by_segment
+from litrecipe.objectives.answers import beyond_the_shorter, pairs_of, sum_by_segment, tokens_by_segment
 from litrecipe.objectives.loss import Loss, Term
 
 REFERENCE_FREE = ("simpo", "cpo", "orpo")
@@ -88,13 +88,14 @@ class DPO:
     def pairs(self, predictions: Predictions, row: Row) -> Pairs:
         """Sums by answer. The reference's log-probabilities come with the predictions or lie in the row."""
         where = pairs_of(row)
-        policy = sum_by_segment(predictions.logps, row)[where]
         known = predictions.ref_logps if predictions.ref_logps is not None else row.extra.get(REF_LOGPS)
         if known is None:
             if self.needs_reference and len(where):
                 raise ValueError("the loss needs a reference: neither predictions nor row hold its log-probabilities")
             known = torch.zeros_like(predictions.logps)
-        reference = sum_by_segment(known, row)[where]
+        policy, reference = (
+            sum_by_segment(self._weighed(logps, row, where), row)[where] for logps in (predictions.logps, known)
+        )
         tokens = tokens_by_segment(row)[where]
         return Pairs(
             chosen=policy[:, 0],
@@ -105,6 +106,12 @@ class DPO:
             rejected_tokens=tokens[:, 1],
             partners={name: values for name, values in row.extra.items() if name in PARTNERS},
         )
+
+    def _weighed(self, logps: Tensor, row: Row, where: Tensor) -> Tensor:
+        """Log-probabilities (P,) of which those beyond the shorter answer count less (LD-DPO, 2409.06411)."""
+        if self.config.ld_alpha == 1.0:
+            return logps
+        return torch.where(beyond_the_shorter(row, where), self.config.ld_alpha * logps, logps)
 
     def _metrics(self, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor | float]]:
         count = float(len(pairs.chosen))

@@ -35,6 +35,7 @@ SETTINGS = {
     "discopop 1.16": Dpo(loss="discopop"),
     "sigmoid_norm 1.16": Dpo(loss="sigmoid_norm"),
     "forward_kl 1.16": Dpo(divergence="forward_kl"),
+    "ld_alpha0.5 1.16": Dpo(ld_alpha=0.5),
     "mpo_sigmoid_bco_sft 1.16": Dpo(mix={"sigmoid": 0.8, "bco": 0.2}, nll_coef=1.0),
 }
 FREE = {
@@ -64,9 +65,10 @@ def test_beside_trl(reference, name, cut):
     loss, norm, metrics = step(reference, SETTINGS[name], cut)
     assert loss == pytest.approx(expected["loss"], rel=1e-5)
     assert norm == pytest.approx(expected["grad_norm"], rel=1e-4)
+    rounding = 4e-7 if name.endswith("1.16") else 0.0  # sums near 30 in fp32, times β
     if name != "ipo":  # TRL 0.11 tells its rewards per token, 1.16 as sums
         for metric, value in metrics.items():
-            assert value == pytest.approx(expected["metrics"][metric], rel=1e-5), metric
+            assert value == pytest.approx(expected["metrics"][metric], rel=1e-5, abs=rounding), metric
 
 
 @pytest.mark.parametrize("cut", [2, 4])
