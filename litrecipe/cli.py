@@ -254,7 +254,7 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
     if verb.preemptible:
         stop.install()
     try:
-        recipe = schema.load(kind, line.configs, line.flags)
+        recipe = schema.load(kind, line.configs, line.flags, whole=not line.mistakes)
     except InputError as error:
         raise InputError(*line.mistakes, *error.mistakes) from None
     if line.mistakes:
@@ -315,12 +315,24 @@ class Line:
                 self.mistakes.append(f"{word}: names no key: write `--KEY VALUE`")
                 continue
             has_value = bool(equals) or (bool(rest) and not rest[-1].startswith("--") and rest[-1] != "-h")
+            if near := self._misspelt(name):
+                self.mistakes.append(f"--{name}: no such flag: did you mean `--{near}`?")
+                if has_value and not equals:
+                    rest.pop()
+                continue
             if not has_value and not self._is_switch(name):
                 self.mistakes.append(f"--{name}: has no value: write `--{name} VALUE` (or `--{name}=--VALUE`)")
                 continue
             if not equals:
                 value = rest.pop() if has_value else "true"
             self._take(name, value)
+
+    def _misspelt(self, name: str) -> str | None:
+        """The flag that a word is likely to stand for, if it is neither a flag nor a key."""
+        flags = ["config", "model", "help", *self.kinds]
+        if name in self.keys or name.replace("-", "_") in flags or any(key.startswith(f"{name}.") for key in self.keys):
+            return None
+        return next(iter(get_close_matches(name.replace("-", "_"), flags, n=1, cutoff=0.75)), None)
 
     def _is_switch(self, name: str) -> bool:
         return bool in (self.keys.get(name), self.kinds.get(name.replace("-", "_")))

@@ -23,7 +23,7 @@ if [ ! -x "$VENV/bin/python" ]; then
 fi
 
 install() {
-    if ! "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --root-user-action ignore \
+    if ! "$VENV/bin/python" -m pip install -qq --disable-pip-version-check --root-user-action ignore \
         --constraint constraints.txt "$@"; then
         echo "setup: pip could not install: $*" >&2
         echo "setup: the lines above are pip's own; without a network, point PIP_FIND_LINKS at a folder of wheels" >&2

@@ -184,7 +184,34 @@ def test_a_negative_number_is_a_value(capsys: pytest.CaptureFixture[str]) -> Non
 def test_mistakes_of_line_and_recipe_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text("train:\n  max_stps: 3\n")
     told = errors(capsys, "finetune", "stray", "--config", str(tmp_path / "r.yaml"), "--optim.lr", "0", "--model", "m")
-    assert [line.split(": ")[0] for line in told] == ["stray", f"{tmp_path}/r.yaml:2", "data.train", "optim.lr"]
+    # What is missing is not told: it may be what the wrong words were to be.
+    assert [line.split(": ")[0] for line in told] == ["stray", f"{tmp_path}/r.yaml:2", "optim.lr"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["finetune", "--dryrun"], "--dryrun: no such flag: did you mean `--dry_run`?"),
+        (["finetune", "--confg", "my.yaml"], "--confg: no such flag: did you mean `--config`?"),
+        (["finetune", "--confg=my.yaml"], "--confg: no such flag: did you mean `--config`?"),
+        (["evaluate", "--modle", "m"], "--modle: no such flag: did you mean `--model`?"),
+        (["data", "preview", "--mn", "3"], None),
+    ],
+)
+def test_a_misspelt_flag_is_one_mistake(capsys: pytest.CaptureFixture[str], argv: list[str], told: str | None) -> None:
+    found = errors(capsys, *argv)
+    assert found == [told] if told else len(found) > 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "recipe", "key"),
+    [("evaluate", "finetune/smollm2-135m/lora", "adapter"), ("finetune", "evaluate/smollm2-135m/quickstart", "tasks")],
+)
+def test_a_recipe_of_another_verb_is_told_as_one(
+    capsys: pytest.CaptureFixture[str], verb: str, recipe: str, key: str
+) -> None:
+    (told,) = errors(capsys, verb, "--config", recipe)
+    assert f": {key}: is of a recipe for `litrecipe {recipe.split('/')[0]}`" in told
 
 
 def test_plain_verbs_get_their_arguments_by_name(recipe_given: list[object]) -> None:

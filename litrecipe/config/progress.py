@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Timer
 from typing import TYPE_CHECKING, TypeVar
 
@@ -104,25 +104,6 @@ class Line:
         return time.monotonic() - self._start
 
 
-def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Yield the items; after two seconds say how far it is and how long it will take."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    line = Line()
-    try:
-        for done, item in enumerate(items):
-            if done and line.seconds > PATIENCE:
-                rate = done / line.seconds
-                if total:
-                    left = duration((total - done) / rate)
-                    line.show(f"{label} {done}/{total} ({100 * done // total} %) · {left} left")
-                else:
-                    line.show(f"{label} {done} · {rate:.0f}/s")
-            yield item
-    finally:
-        line.clear()
-
-
 @contextmanager
 def patience(label: str) -> Iterator[None]:
     """Show `label` on a terminal while the body takes longer than two seconds; for what cannot be counted."""
@@ -137,3 +118,27 @@ def patience(label: str) -> Iterator[None]:
         timer.cancel()
         timer.join()
         print("\x1b[2K", end="", file=sys.stderr, flush=True)  # takes the line away
+
+
+def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Yield the items; after two seconds say how far it is and how long it will take."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    line = Line()
+    first = ExitStack()
+    first.enter_context(patience(f"{label} 1/{total}" if total else label))
+    try:
+        for done, item in enumerate(items):
+            if done:
+                first.close()
+            if done and line.seconds > PATIENCE:
+                rate = done / line.seconds
+                if total:
+                    left = duration((total - done) / rate)
+                    line.show(f"{label} {done}/{total} ({100 * done // total} %) · {left} left")
+                else:
+                    line.show(f"{label} {done} · {rate:.0f}/s")
+            yield item
+    finally:
+        first.close()
+        line.clear()

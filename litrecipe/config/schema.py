@@ -13,6 +13,7 @@ import yaml
 
 from litrecipe.config.checks import check, parse_duration
 from litrecipe.config.errors import InputError
+from litrecipe.config.groups import RECIPES
 from litrecipe.config.merge import Mistakes, Node, merge, plain, read_yaml, show
 
 __all__ = ["dump", "keys", "load", "parse_duration"]
@@ -20,23 +21,41 @@ __all__ = ["dump", "keys", "load", "parse_duration"]
 Recipe = TypeVar("Recipe")
 
 
-def load(kind: type[Recipe], configs: Sequence[str | Path] = (), flags: Iterable[tuple[str, str]] = ()) -> Recipe:
+def load(
+    kind: type[Recipe],
+    configs: Sequence[str | Path] = (),
+    flags: Iterable[tuple[str, str]] = (),
+    *,
+    whole: bool = True,
+) -> Recipe:
     """Read a recipe: files (or hub names), later ones on top, and flags (`train.max_steps`, `3`) over all.
 
-    Raises InputError with every mistake that can be found.
+    Raises InputError with every mistake that can be found; without what is missing where this is not the `whole` line.
     """
     mistakes = Mistakes()
     tree = merge(configs, flags, mistakes)
+    refuse_other_verb(kind, tree)
     walk = Walk(kind)
     recipe = walk.group(kind, tree, "")
     mistakes += walk.mistakes
     if not mistakes.unread:  # of a recipe that could not be read whole, nobody knows what is missing
         for key, value, cure in check(recipe):
-            if key not in walk.wrong:
+            if key not in walk.wrong and (whole or value != "missing"):
                 mistakes.append(f"{walk.where.get(key, '')}{key}: {value}: {cure}")
     if mistakes:
         raise InputError(*mistakes)
     return recipe
+
+
+def refuse_other_verb(kind: type, tree: Node) -> None:
+    """Raise InputError when a file has keys that are wrong here and all right for another verb."""
+    unknown = [name for name, node in tree.value.items() if name not in get_type_hints(kind)]
+    if not unknown or not all(tree.value[name].where for name in unknown):
+        return
+    verbs = [verb for verb, other in RECIPES.items() if tree.value.keys() <= get_type_hints(other).keys()]
+    if verbs:
+        where = tree.value[unknown[0]].where
+        raise InputError(f"{where}{unknown[0]}: is of a recipe for `litrecipe {verbs[0]}`: run that, or give another")
 
 
 class _Dumper(yaml.SafeDumper):
@@ -121,7 +140,7 @@ class Walk:
             return f"did you mean {' or '.join(f'`{key}`' for key in near)}?"
         group = name.partition(".")[0]
         of_group = [key for key in self.keys if key.startswith(f"{group}.")]
-        return f"there are {', '.join(of_group or self.groups)}"
+        return f"there are {', '.join(of_group or [*self.groups, *(key for key in self.keys if '.' not in key)])}"
 
 
 def _leaves(key: str, node: Node) -> Iterator[tuple[str, Node]]:

@@ -69,6 +69,8 @@ class RunDir:
             found = state.newest_complete(self.checkpoints, warn)
             if found is None and state.all_checkpoints(self.checkpoints):
                 warn(f"{self.checkpoints}: no complete checkpoint: starting from the first step")
+            elif found is None:
+                say(f"{self.path}: no checkpoint to resume: starting from the first step")
             return found
         folder = Path(resume)
         if mistakes := mistakes_of(folder, state.CURE):
@@ -104,7 +106,7 @@ class RunDir:
     @property
     def holds_a_run(self) -> bool:
         """Whether something was trained here."""
-        return self.checkpoints.exists() or self.final.exists()
+        return bool(state.all_checkpoints(self.checkpoints)) or self.final.exists()
 
     def owns(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run's."""

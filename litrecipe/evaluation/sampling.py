@@ -42,7 +42,7 @@ def complete(
     _check_room(model, prompts, settings.max_new_tokens)
     answers = [Completion("", [])] * len(prompts)
     batches = _batches([len(prompt) for prompt in prompts], settings.max_new_tokens, batch_tokens)
-    for batch in track(batches, progress) if progress else batches:
+    for batch in track(batches, f"{progress}: batch") if progress else batches:
         texts = _complete_batch(model, tokenizer, {index: prompts[index] for index in batch}, settings, on_text)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = Completion(text.text, text.tokens)

@@ -61,7 +61,7 @@ def loglikelihoods(
     costs = [_cost(sample.length, trie.keys) for sample, trie in zip(samples, tries, strict=True)]
     rows = pack(costs, max([batch_tokens, *costs])).rows
     results: dict[int, tuple[float, bool]] = {}
-    for members in track(rows, progress) if progress else rows:
+    for members in track(rows, f"{progress}: row") if progress else rows:
         stop.poll()
         scores = _score([samples[index] for index in members], model)
         for index in members:

@@ -36,14 +36,15 @@ def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
     load = heaviest(recipe, source, steps, world)
-    table = estimate(
-        replace(recipe, adapter=adapter_of(recipe, files) or recipe.adapter),
-        files.architecture,
-        load.row,
-        rows=load.rows,
-        world_size=world,
-        device=accelerator_of(recipe.fabric),
-    )
+    with progress.patience("working out the memory"):
+        table = estimate(
+            replace(recipe, adapter=adapter_of(recipe, files) or recipe.adapter),
+            files.architecture,
+            load.row,
+            rows=load.rows,
+            world_size=world,
+            device=accelerator_of(recipe.fabric),
+        )
     console.print(parameter_and_memory_table(recipe, table, load, world))
     final = recipe.optim.lr * lr_factor(recipe.schedule, steps - 1, steps)
     console.print(

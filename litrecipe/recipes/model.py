@@ -24,7 +24,7 @@ from litrecipe.recipes.model_tables import architecture_table, memory_table, par
 
 def import_model(src: str, out: str) -> int:
     """Write any model as a Hugging Face folder, in the precision it is stored in (GGUF: fp32)."""
-    refuse_foreign(Path(out))
+    _take_place(out)
     files = open_model(src)
     _keep_apart(out, files)
     if files.adapter:
@@ -39,7 +39,7 @@ def export(run: str, out: str) -> int:
 
     Raises InputError when the final model is not as it was written.
     """
-    refuse_foreign(Path(out))
+    _take_place(out)
     folder = Path(run)
     final = folder / "final"
     checkpoint = state.newest_complete(folder / "checkpoints", warn)
@@ -71,7 +71,7 @@ def merge(run: str, out: str) -> int:
     Computed in fp32 and stored in the precision of the base. An adapter that was trained on a quantised base is merged
     into what that base's weights were after quantisation.
     """
-    refuse_foreign(Path(out))
+    _take_place(out)
     files = open_model(run)
     if files.adapter is None:
         raise InputError(
@@ -143,6 +143,13 @@ def _restore(recipe: FinetuneRecipe, files: ModelFiles, checkpoint: Path) -> Dec
         for name in saved.names():
             parameters[name].copy_(saved.read(name))
     return model
+
+
+def _take_place(out: str) -> None:
+    """Refuse to write over what is not litrecipe's, and say that what is will be replaced."""
+    refuse_foreign(Path(out))
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        say(f"{out}: what litrecipe wrote there before is replaced")
 
 
 def _keep_apart(out: str, files: ModelFiles) -> None:

@@ -55,13 +55,8 @@ def test_durations(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.3])
-def test_what_takes_long_is_named_on_a_terminal_and_taken_away(seconds: float) -> None:
-    code = (
-        "import time; from litrecipe.config import progress; progress.PATIENCE = 0.1\n"
-        f"with progress.patience('waiting'): time.sleep({seconds})\n"
-        "print('done')"
-    )
+def on_terminal(code: str) -> bytes:
+    """What a program shows on a terminal."""
     said = bytearray()
 
     def read(terminal: int) -> bytes:
@@ -70,5 +65,25 @@ def test_what_takes_long_is_named_on_a_terminal_and_taken_away(seconds: float) -
         return data
 
     assert pty.spawn([sys.executable, "-c", code], read) == 0
+    return bytes(said)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_what_takes_long_is_named_on_a_terminal_and_taken_away(seconds: float) -> None:
+    code = (
+        "import time; from litrecipe.config import progress; progress.PATIENCE = 0.1\n"
+        f"with progress.patience('waiting'): time.sleep({seconds})\n"
+        "print('done')"
+    )
+    said = on_terminal(code)
     assert (b"waiting" in said) == (seconds > 0)
     assert said.decode().splitlines()[-1].endswith("\x1b[2Kdone")
+
+
+def test_a_first_item_that_takes_long_is_told_of_too() -> None:
+    code = (
+        "import time; from litrecipe.config import progress; progress.PATIENCE = 0.1\n"
+        "for item in progress.track([1, 2], 'row'): time.sleep(0.3)"
+    )
+    said = on_terminal(code)
+    assert b"row 1/2 \xe2\x80\xa6" in said and b"row 1/2 (50 %)" in said

@@ -243,9 +243,8 @@ class Hub(BaseHTTPRequestHandler):
             self.fetched.add(name)
             return self.answer(self.files[name], ETag=f'"{sha256(self.files[name]).hexdigest()[:40]}"')
         tree = [{"type": "file", "path": p, "size": len(c), "oid": "0" * 40} for p, c in self.files.items()]
-        return self.answer(
-            json.dumps(tree if "/tree/" in self.path else {"id": "org/name", "sha": self.COMMIT}).encode()
-        )
+        about = {"id": "org/name", "sha": self.COMMIT, "siblings": [{"rfilename": path} for path in self.files]}
+        return self.answer(json.dumps(tree if "/tree/" in self.path else about).encode())
 
     do_HEAD = do_GET
 

@@ -39,7 +39,14 @@ def test_auto_takes_the_newest_complete_and_says_what_it_passes_over(run, tmp_pa
     assert run.find_resume("auto") is None
     assert "no complete checkpoint: starting from the first step" in capfd.readouterr().err
     assert RunDir(tmp_path / "new").find_resume("auto") is None
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == f"{tmp_path}/new: no checkpoint to resume: starting from the first step\n"
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_can_be_started_again(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.start("", 0)
+    assert run.checkpoints.is_dir()
+    run.check(None)
 
 
 def test_auto_passes_over_a_users_copy(run):
