@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from litrecipe.config.progress import is_first_process
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PREEMPTED = 85
 INTERRUPTED = 130
 AFTER_THIS_STEP = b"\nlitrecipe: stopping after this step; Ctrl-C again ends at once, without saving\n"
 AT_ONCE = b"\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
 
+_fork = threading.local()
+"""Whether this thread is in the midst of a fork, and which signals it blocks otherwise."""
 _received: int | None = None
 _deferred = 0
 _asked: Callable[[], int | None] | None = None
@@ -39,11 +43,11 @@ def install() -> None:
     """Take over SIGTERM, SIGUSR1 and SIGINT. Call this before the first slow import.
 
     Forked children do not inherit this: a `multiprocessing.Pool` ends its workers by SIGTERM, and a worker that only
-    noted the signal would never end.
+    noted the signal would never end. A signal that comes while a child is made waits until its handlers are its own.
     """
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, _on_signal)
-    os.register_at_fork(after_in_child=_leave_to_parent)
+    os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_leave_to_parent)
 
 
 def let_go() -> None:
@@ -57,10 +61,21 @@ def let_go() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _hold_back() -> None:
+    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _fork.under_way = True
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
+    _fork.under_way = False
+
+
 def _leave_to_parent() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _let_through()
 
 
 def _on_signal(number: int, _frame: FrameType | None) -> None:
@@ -71,7 +86,10 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
         os._exit(INTERRUPTED)
     _received = number
     if not _deferred:
-        raise Stopped(number)
+        stopped = Stopped(number)
+        if getattr(_fork, "under_way", False):  # Python drops what is raised in the midst of a fork
+            os._exit(int(stopped.code or 0))
+        raise stopped
     if number == signal.SIGINT and is_first_process():
         os.write(2, AFTER_THIS_STEP)
 

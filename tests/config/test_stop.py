@@ -16,6 +16,29 @@ with stop.deferred():
         with mp.get_context("fork").Pool(2) as pool:
             assert list(pool.imap(abs, [-1])) == [1]
 """
+TO_THE_CHILD = """
+import os, signal
+from litrecipe.config import stop
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+stop.install()
+with stop.deferred():
+    child = os.fork()
+    if not child:
+        os._exit(3)  # it did not hear
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+TO_THE_PARENT = """
+import contextlib, os, signal
+from litrecipe.config import stop
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGUSR1))
+stop.install()
+with {}:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(stop.requested() == signal.SIGUSR1)
+"""
 POLL = """
 import signal
 from litrecipe.config import stop
@@ -72,6 +95,12 @@ def run(program: str) -> tuple[int, str]:
 
 def test_a_pool_ends_while_signals_are_deferred() -> None:
     assert run(POOL) == (0, "")
+
+
+def test_a_signal_in_the_midst_of_a_fork_is_not_lost() -> None:
+    assert run(TO_THE_CHILD) == (0, "-15\n")
+    assert run(TO_THE_PARENT.format("stop.deferred()")) == (0, "True\n")
+    assert run(TO_THE_PARENT.format("contextlib.nullcontext()")) == (85, "")
 
 
 def test_ranks_stop_where_they_agree_to() -> None:

@@ -37,7 +37,7 @@ def with_all_logits(hidden: Tensor, weight: Tensor, target: Tensor, temperature:
 def test_equals_cross_entropy_of_all_logits(trained: bool, temperature: float) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct = predict(hidden, weight, target, temperature)
+    logps, correct, _ = predict(hidden, weight, target, temperature)
     expected = with_all_logits(hidden, weight, target, temperature)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, expected)
@@ -66,7 +66,7 @@ def test_only_the_weight_is_trained() -> None:
 def test_without_predictions_gradients_are_zero_and_present(trained: bool) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct = predict(hidden[:0], weight, target[:0], 1.0)
+    logps, correct, _ = predict(hidden[:0], weight, target[:0], 1.0)
     assert logps.shape == correct.shape == (0,)
     logps.sum().backward()
     assert hidden.grad is not None
@@ -90,7 +90,7 @@ def test_improbable_targets_stay_finite() -> None:
 def test_bf16_is_scored_in_fp32(trained: bool) -> None:
     hidden, weight, target = inputs(torch.bfloat16)
     weight.requires_grad_(trained)
-    logps, _ = predict(hidden, weight, target)
+    logps, _, _ = predict(hidden, weight, target)
     assert logps.dtype == torch.float32
     expected = (hidden @ weight.T).float().log_softmax(1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(logps, expected)
@@ -102,7 +102,7 @@ def test_bf16_is_scored_in_fp32(trained: bool) -> None:
 def test_autocast_multiplies_in_bf16_and_gives_fp32_gradients() -> None:
     hidden, weight, target = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        logps, _ = predict(hidden, weight, target)
+        logps, _, _ = predict(hidden, weight, target)
     rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().log_softmax(1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(logps, rounded)
     logps.sum().backward()
