@@ -23,6 +23,8 @@ INTERRUPTED = 130
 AFTER_THIS_STEP = b"\nlitrecipe: stopping after this step; Ctrl-C again ends at once, without saving\n"
 AT_ONCE = b"\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
 
+_hooked = False
+"""Whether forks are looked after; what is registered for them stays."""
 _fork = threading.local()
 """Whether this thread is in the midst of a fork, and which signals it blocks otherwise."""
 _received: int | None = None
@@ -45,9 +47,12 @@ def install() -> None:
     Forked children do not inherit this: a `multiprocessing.Pool` ends its workers by SIGTERM, and a worker that only
     noted the signal would never end. A signal that comes while a child is made waits until its handlers are its own.
     """
+    global _hooked
     for number in SIGNALS:
         signal.signal(number, _on_signal)
-    os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_leave_to_parent)
+    if not _hooked:
+        os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_leave_to_parent)
+        _hooked = True
 
 
 def let_go() -> None:

@@ -39,6 +39,19 @@ with {}:
     os.waitpid(child, 0)
     print(stop.requested() == signal.SIGUSR1)
 """
+TWICE_INSTALLED = """
+import os, signal
+from litrecipe.config import stop
+stop.install()
+stop.install()
+for _ in range(2):
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+signal.raise_signal(signal.SIGTERM)
+print("never")
+"""
 POLL = """
 import signal
 from litrecipe.config import stop
@@ -101,6 +114,10 @@ def test_a_signal_in_the_midst_of_a_fork_is_not_lost() -> None:
     assert run(TO_THE_CHILD) == (0, "-15\n")
     assert run(TO_THE_PARENT.format("stop.deferred()")) == (0, "True\n")
     assert run(TO_THE_PARENT.format("contextlib.nullcontext()")) == (85, "")
+
+
+def test_signals_come_through_after_a_fork_however_often_it_was_installed() -> None:
+    assert run(TWICE_INSTALLED) == (85, "")
 
 
 def test_ranks_stop_where_they_agree_to() -> None:
