@@ -34,6 +34,7 @@ format: setup  ## let ruff format and mend the code
 	$(BIN)/ruff check --fix .
 
 bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-python …' measures others beside ours
+	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/finetune.py $(PEERS)
