@@ -47,10 +47,11 @@ def group_help(verb: str, kind: Any, name: str) -> str:
 
 
 def key_docs(kind: type) -> dict[str, str]:
-    """Key → the string that stands under it in its dataclass."""
+    """Key → the string that stands under it in its dataclass, or in one that this extends."""
     from docstring_parser import parse_from_object
 
-    return {param.arg_name: param.description or "" for param in parse_from_object(kind).params}
+    kinds = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    return {param.arg_name: param.description or "" for base in kinds for param in parse_from_object(base).params}
 
 
 def two_columns(pairs: Iterable[tuple[str, str]], width: int) -> list[str]:

@@ -30,7 +30,9 @@ DpoLoss = Literal[
     "simpo",
     "cpo",
     "orpo",
+    "kto",
 ]
+Reference = Literal["auto", "cache", "adapter_off", "copy", "moving"]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -110,8 +112,8 @@ class Dpo:
 
     loss: DpoLoss = "sigmoid"
     """`sigmoid` (DPO), `robust`, `hinge`, `ipo`, `exo`, `nca`, `sppo`, `bco`, `aot`, `aot_unpaired`, `apo_zero`,
-    `apo_down`, `discopop`, `sigmoid_norm` (per token; try a beta of 5), and without a reference `simpo`, `cpo`,
-    `orpo`."""
+    `apo_down`, `discopop`, `sigmoid_norm` (per token; try a beta of 5), without a reference `simpo`, `cpo`, `orpo`,
+    and `kto`, which also learns from single answers with a label."""
     mix: dict[str, float] = field(default_factory=dict)
     """Several losses with their weights instead of `loss`: `{sigmoid: 0.8, bco: 0.2}`."""
     beta: float = 0.1
@@ -131,6 +133,41 @@ class Dpo:
     """What holds the policy to the reference (f-DPO): `reverse_kl`, `forward_kl`, `js` or `alpha`."""
     divergence_alpha: float = 0.5
     """`alpha`: between reverse KL (0) and forward KL (1)."""
+    mask_format_tokens: bool = False
+    """Leave special tokens (end of turn, headers) out of the preference loss, not of the NLL (Llama 3)."""
+    weighting: bool = False
+    """Weigh each pair by how likely its answers are to come from the policy (WPO)."""
+    desirable_weight: float = 1.0
+    """`kto`: weight of good answers."""
+    undesirable_weight: float = 1.0
+    """`kto`: weight of bad answers."""
+    reference: Reference = "auto"
+    """What the policy is held to: the model it starts from, as `cache` (log-probabilities computed once and kept on
+    disk), `adapter_off` (the base under a fresh adapter), `copy` (a frozen one); or `moving`, a copy that follows the
+    policy (TR-DPO). `auto` is `cache` wherever that is possible."""
+    ref_alpha: float = 0.6
+    """`moving`: at an update the reference becomes ref_alpha times the policy and the rest itself (1: hard updates)."""
+    ref_every: int = 1
+    """`moving`: steps between updates (with ref_alpha 1 try 512)."""
+
+
+@dataclass
+class Reward:
+    """The reward model's loss (Bradley-Terry)."""
+
+    margin: bool = False
+    """Ask for the margin that a row tells (`margin`, or the difference of its scores) between its answers (Llama 2)."""
+    soft_labels: bool = False
+    """Take a row's margin, from 0 to 1, for how sure it is: chosen is better with probability (1 + margin) / 2."""
+    label_smoothing: float = 0.0
+    """Share of pairs believed to be labelled the wrong way round."""
+    centering_coef: float = 0.0
+    """Weight of (r_chosen + r_rejected)², which holds rewards near 0 (try 0.01)."""
+    demonstrations: str | None = None
+    """Conversations on which mean and spread of the reward are measured and kept beside the weights (default: the
+    chosen answers of `data.train`)."""
+    measured: int = 256
+    """At most this many of them."""
 
 
 @dataclass
@@ -263,8 +300,8 @@ class Generate:
 
 
 @dataclass
-class FinetuneRecipe:
-    """Supervised fine-tuning: full, LoRA or DoRA, on a plain or quantised base."""
+class TrainingRecipe:
+    """What every verb that trains has."""
 
     model: Model = field(default_factory=Model)
     adapter: Adapter = field(default_factory=Adapter)
@@ -277,7 +314,45 @@ class FinetuneRecipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     fabric: Fabric = field(default_factory=Fabric)
+
+
+@dataclass
+class FinetuneRecipe(TrainingRecipe):
+    """Supervised fine-tuning: full, LoRA or DoRA, on a plain or quantised base."""
+
     out_dir: str = "runs/finetune"
+    """Run directory: recipe, metrics, checkpoints and the final model."""
+    schema_version: int = 1
+    """Version of these keys; older recipes are migrated when they are read."""
+
+
+@dataclass
+class GentleOptim(Optim):
+    """The optimizer."""
+
+    lr: float = 1e-5
+    """Peak learning rate (an adapter takes about ten times that of all weights)."""
+
+
+@dataclass
+class DpoRecipe(TrainingRecipe):
+    """Preference optimisation: DPO and its kin, full, LoRA or DoRA, on a plain or quantised base."""
+
+    optim: GentleOptim = field(default_factory=GentleOptim)
+    dpo: Dpo = field(default_factory=Dpo)
+    out_dir: str = "runs/dpo"
+    """Run directory: recipe, metrics, checkpoints and the final model."""
+    schema_version: int = 1
+    """Version of these keys; older recipes are migrated when they are read."""
+
+
+@dataclass
+class RewardRecipe(TrainingRecipe):
+    """A reward model: a language model with a scalar head, full, LoRA or DoRA, on a plain or quantised base."""
+
+    optim: GentleOptim = field(default_factory=GentleOptim)
+    reward: Reward = field(default_factory=Reward)
+    out_dir: str = "runs/reward"
     """Run directory: recipe, metrics, checkpoints and the final model."""
     schema_version: int = 1
     """Version of these keys; older recipes are migrated when they are read."""
@@ -292,7 +367,12 @@ class EvaluateRecipe:
     fabric: Fabric = field(default_factory=Fabric)
     generate: Generate = field(default_factory=Generate)
     tasks: list[str] = field(default_factory=list)
-    """lm-eval names, a folder of lm-eval YAML, or built-ins: `perplexity:FILE`, `exact_match:FILE`."""
+    """lm-eval names, a folder of lm-eval YAML, or built-ins: `perplexity:FILE`, `exact_match:FILE`, and
+    `preference:FILE`, which alone takes reward models too."""
+    reference: str | None = None
+    """`preference`: the model that a policy's implicit reward is measured against (default: an adapter's base)."""
+    beta: float = 0.1
+    """`preference`: the beta of a policy's implicit reward."""
     limit: int | None = None
     """At most this many samples a task."""
     num_fewshot: int | None = None
@@ -327,6 +407,8 @@ class GenerateRecipe:
 
 RECIPES: dict[str, type] = {
     "finetune": FinetuneRecipe,
+    "align reward": RewardRecipe,
+    "align dpo": DpoRecipe,
     "evaluate": EvaluateRecipe,
     "generate": GenerateRecipe,
     "chat": GenerateRecipe,
