@@ -1,4 +1,4 @@
-"""Low-rank adapters on a decoder: put in, taken out, switched off, merged, counted.
+"""Low-rank adapters on a model: put in, taken out, switched off, merged, counted.
 
 Shapes: i inputs, o outputs of a linear layer, r rank.
 """
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 PEFT_PREFIX = "base_model.model."
 """peft keeps a model under two names of its own, which stand before every name in an adapter file."""
+HEADS = {"lm_head", "score"}
+"""Linear layers that get no adapter. A reward model's `score` is small and new: it trains whole beside the adapter."""
 
 
 def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
     """Wrap the target layers of a model whose weights are loaded, and freeze all but the adapter.
 
     The adapter is fp32 whatever the model is, drawn from `seed` alone: A from U(-1/√i, 1/√i), B zero. DoRA's magnitudes
-    are the row norms of the weights that are there now: load them first. A model on the meta device gets an adapter
-    without values. Raises InputError for targets that the model does not have.
+    are the row norms of the weights that are there now: load them first. A reward model's `score` becomes fp32 and
+    belongs to the adapter. A model on the meta device gets an adapter without values. Raises InputError for targets
+    that the model does not have.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -48,11 +51,13 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, layer in _layers(model):
         layer.init_weights(generator)
+    if (score := _score(model)) is not None:
+        score.float().requires_grad_()
 
 
 def _check_targets(model: nn.Module, config: Adapter) -> None:
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    there = sorted({name.rpartition(".")[2] for name in linears} - {"lm_head"})
+    there = sorted({name.rpartition(".")[2] for name in linears} - HEADS)
     mistakes = [
         f"adapter.targets: {target}: no such layer: the model has {', '.join(there)}"
         for target in config.targets
@@ -84,11 +89,15 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def adapter_config(config: Adapter, base: str) -> dict[str, Any]:
-    """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to."""
+def adapter_config(config: Adapter, base: str, *, with_score: bool = False) -> dict[str, Any]:
+    """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to.
+
+    `with_score`: the adapter of a reward model.
+    """
+    kind = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if with_score else {"task_type": "CAUSAL_LM"}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        **kind,
         "base_model_name_or_path": base,
         "r": config.r,
         # other readers of the format take whole numbers only
@@ -120,7 +129,7 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> No
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is its base, bit for bit."""
+    """Inside, the model is its base, bit for bit; a reward model keeps its score."""
     layers = [layer for _, layer in _layers(model)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -159,7 +168,7 @@ def _kind(name: str) -> str:
     parts = name.split(".")
     if any(part.startswith("lora_") for part in parts):
         return "adapter"
-    words = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "mlp", "lm_head": "head"}
+    words = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "mlp", **dict.fromkeys(HEADS, "head")}
     return next((kind for word, kind in words.items() if word in parts), "norm")
 
 
@@ -169,10 +178,18 @@ def _layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
 
 
+def _score(model: nn.Module) -> nn.Module | None:
+    """The head of a reward model."""
+    return getattr(model, "score", None)
+
+
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's own parameters under peft's names."""
-    return {
+    """The adapter's own parameters under peft's names, and the score's."""
+    parameters = {
         f"{PEFT_PREFIX}{path}.{name}": parameter
         for path, layer in _layers(model)
         for name, parameter in layer.adapter_parameters().items()
     }
+    if (score := _score(model)) is not None:
+        parameters |= {f"{PEFT_PREFIX}score.{name}": parameter for name, parameter in score.named_parameters()}
+    return parameters

@@ -13,6 +13,8 @@ from litrecipe.config.errors import InputError
 
 Config = dict[str, Any]
 """A parsed `config.json`."""
+SCORE = "score.weight"
+"""The tensor (1, hidden size) that makes a reward model of a transformer, as Hugging Face names it."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,22 @@ def to_hf_config(architecture: Architecture, dtype: str = "float32") -> Config:
     }
 
 
-def count_parameters(architecture: Architecture) -> int:
+def to_classifier_config(architecture: Architecture, dtype: str, pad_id: int) -> Config:
+    """A `config.json` of a sequence classifier with one label, which is how transformers keeps a reward model.
+
+    transformers scores the last token that is not `pad_id`.
+    """
+    class_name = FAMILIES[architecture.family].class_name.replace("ForCausalLM", "ForSequenceClassification")
+    return {
+        **to_hf_config(architecture, dtype),
+        "architectures": [class_name],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_id,
+    }
+
+
+def count_parameters(architecture: Architecture, *, is_reward_model: bool = False) -> int:
     """Number of weights, a tied head counted once."""
     a = architecture
     queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
@@ -92,7 +109,8 @@ def count_parameters(architecture: Architecture) -> int:
     mlp = 3 * a.hidden_size * a.intermediate_size
     mlp += a.mlp_bias * (2 * a.intermediate_size + a.hidden_size)
     embedding = a.vocab_size * a.hidden_size
-    return (2 - a.tie_embeddings) * embedding + a.num_layers * (attention + mlp + 2 * a.hidden_size) + a.hidden_size
+    head = a.hidden_size if is_reward_model else (1 - a.tie_embeddings) * embedding
+    return embedding + head + a.num_layers * (attention + mlp + 2 * a.hidden_size) + a.hidden_size
 
 
 REQUIRED_KEYS = {

@@ -30,8 +30,8 @@ class Attention(Protocol):
         """q (T, H, D), k and v (T, G, D) → (T, H, D)."""
 
 
-class Decoder(nn.Module):
-    """A causal language model that returns log-probabilities, never logits of a whole row."""
+class Trunk(nn.Module):
+    """The transformer under a head: what language models and reward models share."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -39,20 +39,12 @@ class Decoder(nn.Module):
         self.activation_checkpointing = False
         """Compute each layer again in the backward pass instead of keeping its insides."""
         self.model = Backbone(architecture)
-        self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         # Neither a parameter nor a buffer: it must stay in fp32 whatever the weights are cast to.
         self.inverse_frequencies = inverse_frequencies(architecture)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Make head and embedding one Parameter if the architecture says so; call it after replacing parameters."""
-        if self.architecture.tie_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, seed: int) -> None:
         """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
-        self.tie_weights()
-        generator = torch.Generator(self.lm_head.weight.device).manual_seed(seed)
+        generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.ndim == 2:
@@ -67,6 +59,43 @@ class Decoder(nn.Module):
         """torch.compile each layer's forward, for any number of tokens."""
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
+
+    def _hidden(
+        self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
+    ) -> Tensor:
+        """Output of the last layer, not normalised, at some places (P,), or at all (T, d).
+
+        `attention` is one for all layers, or one a layer.
+        """
+        cos, sin = rotary_tables(positions, self.inverse_frequencies)
+        x = self.model.embed_tokens(tokens)
+        last = len(self.model.layers) - 1
+        for index, layer in enumerate(self.model.layers):
+            inputs = x, cos, sin, attention[index % len(attention)], places if index == last else None
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
+            else:
+                x = layer(*inputs)
+        return x
+
+
+class Decoder(Trunk):
+    """A causal language model that returns log-probabilities, never logits of a whole row."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one Parameter if the architecture says so; call it after replacing parameters."""
+        if self.architecture.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights, see `Trunk`; the head's are a matrix as others."""
+        self.tie_weights()
+        super().init_weights(seed)
 
     def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
         """Log-probabilities (P,) of the row's targets under logits / temperature."""
@@ -93,27 +122,9 @@ class Decoder(nn.Module):
         cache.length += t
         return self.lm_head(self.model.norm(hidden))
 
-    def _hidden(
-        self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
-    ) -> Tensor:
-        """Output of the last layer, not normalised, at some places (P,), or at all (T, d).
-
-        `attention` is one for all layers, or one a layer.
-        """
-        cos, sin = rotary_tables(positions, self.inverse_frequencies)
-        x = self.model.embed_tokens(tokens)
-        last = len(self.model.layers) - 1
-        for index, layer in enumerate(self.model.layers):
-            inputs = x, cos, sin, attention[index % len(attention)], places if index == last else None
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
-            else:
-                x = layer(*inputs)
-        return x
-
 
 class Backbone(nn.Module):
-    """Holds the weights that Hugging Face names `model.…`; `Decoder` runs them."""
+    """Holds the weights that Hugging Face names `model.…`; `Trunk` runs them."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """The batch of every training verb: a row of tokens that holds a forest of segments, without padding.
 
-Shapes: T tokens of a row, P predictions, S segments.
+Shapes: T tokens of a row, P predictions, S segments, A segments of them that predict something.
 
 A *segment* is a run of tokens. It may hang from a *parent* segment, whose tokens it sees and whose positions it
 continues; a token attends causally to its own segment, wholly to the segment's ancestors, and to nothing else.
@@ -76,6 +76,8 @@ class Row:
     """(P,) float32, never 0."""
     segment: Tensor
     """(P,) int64; index in `spans` of the segment the target belongs to."""
+    answers: Tensor
+    """(A,) int64; indices in `spans` of the segments with a target, in order."""
     sample_ids: tuple[str, ...]
     """One a sample, in order."""
     sample_of_span: tuple[int, ...]
@@ -87,7 +89,7 @@ class Row:
         """The same row with its tensors on `device`."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "predict_from", "target", "weight", "segment")
+            for name in ("tokens", "positions", "predict_from", "target", "weight", "segment", "answers")
         }
         extra = {name: values.to(device, non_blocking=True) for name, values in self.extra.items()}
         return replace(self, **moved, extra=extra)
@@ -107,6 +109,7 @@ def make_row(samples: Sequence[Sample]) -> Row:
     target: list[np.ndarray] = []
     weight: list[np.ndarray] = []
     segment_of: list[np.ndarray] = []
+    answers: list[int] = []
     cursor = 0
     for sample_index, sample in enumerate(samples):
         first_span = len(spans)
@@ -127,6 +130,8 @@ def make_row(samples: Sequence[Sample]) -> Row:
             target.append(np.asarray(segment.tokens)[learnt])
             weight.append(np.asarray(segment.weights)[learnt])
             segment_of.append(np.full(len(learnt), len(spans)))
+            if len(learnt):
+                answers.append(len(spans))
             tokens.append(np.asarray(segment.tokens))
             positions.append(np.arange(begin, begin + n))
             spans.append(Span(cursor, cursor + n, parent))
@@ -149,6 +154,7 @@ def make_row(samples: Sequence[Sample]) -> Row:
         target=flat(target, torch.int64),
         weight=flat(weight, torch.float32),
         segment=flat(segment_of, torch.int64),
+        answers=torch.tensor(answers, dtype=torch.int64),
         sample_ids=tuple(sample.id for sample in samples),
         sample_of_span=tuple(sample_of_span),
         extra={

@@ -25,6 +25,7 @@ from litrecipe.model.adapters import (
 )
 from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.reward import RewardModel
 
 METHODS = ["lora", "dora"]
 TOKENS = torch.arange(3, 40)
@@ -335,6 +336,22 @@ def test_state_goes_out_and_in(method):
     add_adapter(other, Adapter(method=method, r=4, alpha=8), seed=5)
     load_adapter_state(other, adapter_state(model))
     assert torch.equal(other.logits(TOKENS), model.logits(TOKENS))
+
+
+def test_a_reward_models_score_belongs_to_its_adapter():
+    config = Adapter(method="lora", r=4, targets=["q_proj"])
+    model = RewardModel(read_architecture(CONFIG)).bfloat16()
+    with pytest.raises(InputError, match=r"adapter\.targets: score: no such layer"):
+        add_adapter(model, Adapter(method="lora", targets=["score"]))
+    add_adapter(model, config)
+    assert model.score.weight.requires_grad and model.score.weight.dtype == torch.float32
+    assert describe_parameters(model)["head"] == (64, 64)
+    state = adapter_state(model)
+    assert torch.equal(state["base_model.model.score.weight"], model.score.weight)
+    assert len(state) == 1 + 2 * 2
+    written = adapter_config(config, "org/base", with_score=True)
+    assert (written["task_type"], written["modules_to_save"]) == ("SEQ_CLS", ["score"])
+    assert "modules_to_save" not in adapter_config(config, "org/base")
 
 
 def test_all_that_is_wrong_with_a_state_is_named():

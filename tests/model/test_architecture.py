@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from litrecipe.config.errors import InputError
-from litrecipe.model.architecture import FAMILIES, Family, count_parameters, read_architecture, to_hf_config
+from litrecipe.model.architecture import (
+    FAMILIES,
+    Family,
+    count_parameters,
+    read_architecture,
+    to_classifier_config,
+    to_hf_config,
+)
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.reward import RewardModel
 
 SMOL: dict[str, Any] = {
     "model_type": "llama",
@@ -131,6 +140,25 @@ def test_count_of_parameters(tied: bool, biased: bool) -> None:
     )
     with torch.device("meta"):
         assert count_parameters(a) == sum(p.numel() for p in Decoder(a).parameters())
+        assert count_parameters(a, is_reward_model=True) == sum(p.numel() for p in RewardModel(a).parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_classifiers_config_is_that_of_transformers(family: str) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    a = read_architecture(SMOL | {"model_type": family})
+    written = json.loads(json.dumps(to_classifier_config(a, "float32", pad_id=7)))
+    read = read_architecture(written)
+    assert read.pad_id == 7 and replace(read, pad_id=a.pad_id) == a
+    theirs = AutoConfig.for_model(**written)
+    assert theirs.num_labels == 1 and theirs.pad_token_id == 7
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(theirs)
+    assert [type(model).__name__] == written["architectures"]
+    theirs = theirs.to_dict()
+    assert {str(label): name for label, name in theirs["id2label"].items()} == written["id2label"]
+    assert theirs["label2id"] == written["label2id"]
 
 
 def test_smollm2_has_135_million_parameters() -> None:

@@ -22,6 +22,7 @@ def test_conversations_lie_one_after_the_other_and_positions_restart() -> None:
     assert row.target.tolist() == [6, 7, 9]
     assert row.weight.tolist() == [1, 0.5, 1]
     assert row.segment.tolist() == [0, 0, 1]
+    assert row.answers.tolist() == [0, 1]
     assert row.sample_ids == ("a", "b")
     assert row.sample_of_span == (0, 1)
 
@@ -43,6 +44,7 @@ def test_a_parents_last_token_predicts_the_first_of_every_branch() -> None:
     assert row.predict_from.tolist() == [3, 4, 3, 5]
     assert row.target.tolist() == [4, 5, 6, 7]
     assert row.segment.tolist() == [2, 2, 3, 4]
+    assert row.answers.tolist() == [2, 3, 4]
     assert row.sample_of_span == (0, 1, 1, 1, 1)
     assert tree.length == 7
 
@@ -52,15 +54,17 @@ def test_no_samples_give_one_token_and_nothing_to_predict() -> None:
     assert row.tokens.tolist() == [0]
     assert row.positions.tolist() == [0]
     assert row.spans == (Span(0, 1, -1),)
+    assert row.answers.tolist() == []
     assert row.target.numel() == row.predict_from.numel() == row.weight.numel() == 0
     assert row.sample_ids == ()
 
 
 def test_types() -> None:
     row = make_row([Sample("a", (segment([1, 2], [0, 1]),))])
-    for tensor in (row.tokens, row.positions, row.predict_from, row.target, row.segment):
+    for tensor in (row.tokens, row.positions, row.predict_from, row.target, row.segment, row.answers):
         assert tensor.dtype == torch.int64
     assert row.weight.dtype == torch.float32
+    assert make_row([]).answers.dtype == torch.int64
 
 
 def test_a_first_token_cannot_be_predicted() -> None:

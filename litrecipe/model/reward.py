@@ -1,0 +1,56 @@
+"""A reward model: the transformer with one number at the end of a text, where Hugging Face's classifiers have it.
+
+Shapes: T tokens of a row, A answered segments, d hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litrecipe.model.architecture import Architecture
+from litrecipe.model.attention import Forest
+from litrecipe.model.decoder import Trunk
+from litrecipe.model.head import widen
+from litrecipe.model.row import Row
+
+
+class RewardModel(Trunk):
+    """Says how good each answer of a row is. Only the places that are scored go through the last layer."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        self.score = nn.Linear(architecture.hidden_size, 1, bias=False)
+
+    def init_weights(self, seed: int) -> None:
+        """Fresh weights, see `Trunk` and `init_score`."""
+        super().init_weights(seed)
+        self.init_score(seed)
+
+    @torch.no_grad()
+    def init_score(self, seed: int) -> None:
+        """A fresh score from N(0, 1/(d + 1)): rewards start with about the spread of one hidden unit.
+
+        That is a standard deviation of 1/√(d + 1), as the authors of 2009.01325 ran it; their paper lacks the root.
+        """
+        d = self.architecture.hidden_size
+        # A stream of its own, not that of fresh weights or an adapter; on the CPU, so that every device starts alike.
+        generator = torch.Generator().manual_seed(random.Random(f"score {seed}").getrandbits(63))
+        fresh = torch.empty(1, d, device="cpu").normal_(0, 1 / math.sqrt(d + 1), generator=generator)
+        self.score.weight.copy_(fresh)
+
+    def forward(self, row: Row) -> Tensor:
+        """Rewards (A,) of `row.answers`, read at each segment's last token; fp32 whatever the weights are.
+
+        A may be 0; the result still hangs on the graph.
+        """
+        device = row.tokens.device
+        ends = torch.tensor([span.stop - 1 for span in row.spans], device=device)
+        hidden = self._hidden(row.tokens, row.positions, [Forest(row.spans, device)], ends[row.answers])
+        hidden = widen(self.model.norm(hidden))
+        with torch.autocast(device.type, enabled=False):
+            return F.linear(hidden, self.score.weight.to(hidden.dtype))[:, 0]
