@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, child processes with their peak memory, result files.
+"""What the benchmarks share: the machine, child processes with their peak memory, contests with peers, result files.
 
 A benchmark's own process imports neither torch nor litrecipe: a child's peak memory is read from the kernel, which
 counts from the size of the process that started it.
@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -150,3 +151,97 @@ def as_hf_folder(folder: Path) -> Path:
     if not (folder / "config.json").exists():
         run_child([*LITRECIPE, "model", "import", need_model(), folder]).check()
     return folder
+
+
+@dataclass(frozen=True)
+class Goals:
+    """What we aim at against a peer."""
+
+    faster: float
+    """Times our seconds."""
+    larger: float
+    """Times our peak memory."""
+    apart: float
+    """Relative difference of a step's loss."""
+
+    def missed(self, name: str, entry: Mapping[str, Any]) -> list[str]:
+        """Those that were not reached against one contestant of `compare`."""
+        faster, memory, apart = (entry[key] for key in AGAINST)
+        found = []
+        if faster < self.faster:
+            found.append(f"{name}: {faster} times our seconds, the goal is {self.faster}")
+        if memory < self.larger:
+            found.append(f"{name}: {memory} times our memory, the goal is {self.larger}")
+        if apart > self.apart:
+            found.append(f"{name}: losses {apart:.2g} apart, the goal is {self.apart:.2g}")
+        return found
+
+
+MEASURED = ("train_seconds", "wall_seconds", "peak_rss_mib")
+AGAINST = ("times_our_seconds", "times_our_memory", "largest_relative_loss_difference")
+
+
+def train(verb: Sequence[str], out: Path, flags: Sequence[str | Path], threads: int) -> tuple[Child, list[dict]]:
+    """One run of litrecipe into a fresh `out`, and the steps that it told of."""
+    shutil.rmtree(out, ignore_errors=True)
+    child = run_child([*LITRECIPE, *verb, *flags, "--out_dir", out], threads=threads).check()
+    return child, [line for line in read_lines(out / "metrics.jsonl") if "loss" in line]
+
+
+def step_seconds(steps: Sequence[Mapping[str, Any]]) -> float:
+    """What the steps of a run took, all together."""
+    before, seconds = 0, 0.0
+    for step in steps:
+        seconds += (step["tokens"] - before) / step["tokens_per_second"]
+        before = step["tokens"]
+    return seconds
+
+
+def peer(command: Sequence[str | Path], out: Path, threads: int) -> dict[str, Any]:
+    """One run of another library, which writes its own numbers to `out`."""
+    child = run_child(command, threads=threads).check()
+    told = json.loads(out.read_text())
+    assert told.pop("threads") == threads
+    told.pop("setup_seconds")
+    return measured(child, **told)
+
+
+def measured(child: Child, train_seconds: float, losses: Sequence[float], **more: Any) -> dict[str, Any]:
+    """One run of a contestant."""
+    return {
+        "train_seconds": round(train_seconds, 2),
+        "wall_seconds": round(child.seconds, 2),
+        "peak_rss_mib": round(child.peak_rss / MIB),
+        "losses": [round(loss, 7) for loss in losses],
+        **more,
+    }
+
+
+def compare(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Medians, and each peer against ours."""
+    summary: dict[str, dict[str, Any]] = {
+        name: {key: statistics.median(run[key] for run in repeats) for key in MEASURED}
+        for name, repeats in runs.items()
+    }
+    ours = summary["litrecipe"]
+    for name in summary.keys() - {"litrecipe"}:
+        own, other = runs["litrecipe"][0]["losses"], runs[name][0]["losses"]
+        apart = max(abs(a - b) / b for a, b in zip(own, other, strict=True))
+        seconds, _, memory = (summary[name][key] / ours[key] for key in MEASURED)
+        summary[name] |= zip(AGAINST, (round(seconds, 2), round(memory, 2), round(apart, 7)), strict=True)
+    return summary
+
+
+def print_summary(summary: Mapping[str, Mapping[str, Any]]) -> None:
+    """What `compare` found, as a table."""
+    header = (*MEASURED, *AGAINST)
+    print_table(["", *header], [[name, *(entry.get(key, "") for key in header)] for name, entry in summary.items()])
+
+
+def peer_versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Versions in a peer's environment."""
+    code = "import importlib.metadata as m, sys; print(*(m.version(p) for p in sys.argv[1:]))"
+    return dict(zip(packages, run_child([python, "-c", code, *packages]).check().output.split(), strict=True))
+
+
+TRL_PACKAGES = ("trl", "torch", "transformers", "peft")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -63,3 +65,105 @@ def test_one_broken_check_does_not_hide_the_others(
     with pytest.raises(SystemExit, match=r"failed: first$"):
         gpu_check.main()
     assert "second: ok" in capsys.readouterr().out
+
+
+def run(seconds: float, memory: int, losses: list[float]) -> dict:
+    return {"train_seconds": seconds, "wall_seconds": seconds + 5, "peak_rss_mib": memory, "losses": losses}
+
+
+def test_goals_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load(BENCHMARKS / "common.py", monkeypatch)
+    runs = {
+        "litrecipe": [run(10, 100, [0.5, 0.4]), run(12, 120, [0.5, 0.4]), run(11, 110, [0.5, 0.4])],
+        "slow": [run(44, 220, [0.5, 0.40002])],
+        "close": [run(33, 99, [0.5, 0.44])],
+    }
+    summary = common.compare(runs)
+    assert summary["litrecipe"] == {"train_seconds": 11, "wall_seconds": 16, "peak_rss_mib": 110}
+    assert summary["slow"]["times_our_seconds"] == 4 and summary["slow"]["times_our_memory"] == 2
+    assert summary["slow"]["largest_relative_loss_difference"] == pytest.approx(0.00002 / 0.40002, abs=1e-7)
+    goals = common.Goals(faster=3.5, larger=1.0, apart=1e-4)
+    assert goals.missed("slow", summary["slow"]) == []
+    assert goals.missed("close", summary["close"]) == [
+        "close: 3.0 times our seconds, the goal is 3.5",
+        "close: 0.9 times our memory, the goal is 1.0",
+        "close: losses 0.091 apart, the goal is 0.0001",
+    ]
+
+
+def test_losses_of_another_job_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load(BENCHMARKS / "common.py", monkeypatch)
+    with pytest.raises(ValueError, match="zip"):
+        common.compare({"litrecipe": [run(1, 1, [0.5])], "other": [run(1, 1, [0.5, 0.4])]})
+
+
+def test_seconds_of_steps_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load(BENCHMARKS / "common.py", monkeypatch)
+    steps = [{"tokens": 100, "tokens_per_second": 50.0}, {"tokens": 400, "tokens_per_second": 100.0}]
+    assert common.step_seconds(steps) == 5
+
+
+def test_seconds_of_the_reference_are_found_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from litrecipe.data.cache import alone
+
+    dpo = load(BENCHMARKS / "dpo.py", monkeypatch)
+    assert dpo.reference_seconds(tmp_path) == 0
+    entry = tmp_path / "reference" / "0f"
+    with alone(entry):
+        entry.mkdir()
+        (entry / "complete.json").touch()
+    (lock,) = set(entry.parent.iterdir()) - {entry}
+    os.utime(lock, (1000, 1000))
+    os.utime(entry / "complete.json", (1012.5, 1012.5))
+    assert dpo.reference_seconds(tmp_path) == 12.5
+
+
+def test_long_pairs_differ_in_their_prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    dpo = load(BENCHMARKS / "dpo.py", monkeypatch)
+    texts = {"chosen": "good", "rejected": "bad"}
+    rows = [
+        {name: [{"role": "assistant", "content": f"{word} {n}"}] for name, word in texts.items()} for n in range(600)
+    ]
+    shorter, longer = (dpo.long_pairs(rows, words) for words in (48, 236))
+    assert len(shorter) == len(longer) == dpo.LONG_PAIRS
+    for short, long in zip(shorter, longer, strict=True):
+        assert len(short["prompt"].split()) == 48 and len(long["prompt"].split()) == 236
+        assert long["prompt"].startswith(short["prompt"] + " ")
+        assert short["chosen"] == long["chosen"] != short["rejected"] == long["rejected"]
+    assert len({pair["prompt"] for pair in shorter}) == dpo.LONG_PAIRS
+
+
+@pytest.mark.parametrize("verb", ["finetune", "align dpo"])
+def test_a_peer_gets_our_tokens_in_our_order(
+    verb: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = load(BENCHMARKS / "peers" / "rows.py", monkeypatch)
+    written = [
+        {"prompt": f"say {n}", "completion": f"said {n}"}
+        if verb == "finetune"
+        else {"prompt": f"say {n}", "chosen": f"said {n}", "rejected": f"did not say {n}"}
+        for n in range(5)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in written))
+    recipe = {
+        "model": {"source": str(tiny_model)},
+        "adapter": {"method": "lora", "r": 2},
+        "data": {"train": str(data), "cache_dir": str(tmp_path / "cache")},
+        "train": {"global_batch_size": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    out, adapter = tmp_path / "out.jsonl", tmp_path / "adapter.safetensors"
+    rows.main(verb, str(tmp_path / "recipe.yaml"), str(out), str(adapter))
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    tokenizer = rows.Tokenizer.load(tiny_model)
+    if verb == "finetune":
+        said = [tokenizer.decode([t for t in row["labels"] if t != -100]) for row in found]
+        wanted = [row["completion"] for row in written]
+    else:
+        assert all(row.keys() == {"prompt_ids", "chosen_ids", "rejected_ids"} for row in found)
+        said = [tokenizer.decode(row["chosen_ids"]) for row in found]
+        wanted = [row["chosen"] for row in written]
+    places = [next(n for n, text in enumerate(wanted) if text in line) for line in said]
+    assert sorted(places) == list(range(5)) and places != sorted(places)
+    assert adapter.stat().st_size
