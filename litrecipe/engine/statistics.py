@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from litrecipe.model.row import Row
 from litrecipe.objectives.loss import Objective, StepGlobal
@@ -15,23 +15,34 @@ from litrecipe.objectives.loss import Objective, StepGlobal
 
 @torch.no_grad()
 def with_statistics(
-    rows: Iterable[Row], module: nn.Module, objective: Objective, rank: int, gather: Callable[[Any], list[Any]]
+    rows: Iterable[Row],
+    looked_at: Iterable[Row],
+    module: nn.Module,
+    objective: Objective,
+    rank: int,
+    gather: Callable[[Any], list[Any]],
 ) -> Iterable[Row]:
-    """This rank's rows, which carry what the objective makes of all ranks' statistics.
+    """This rank's `rows`, which carry what the objective makes of all ranks' statistics.
 
-    Costs a forward pass for objectives that are `StepGlobal`, nothing for others. Every rank must call it.
+    `looked_at` are this rank's rows of `objective.statistics_samples`, at least one (which may be empty) and on every
+    rank as many; they may be others than `rows`, and more or fewer. Costs a forward pass of them for objectives that
+    are `StepGlobal`, nothing for others. Every rank must call it.
     """
     if not isinstance(objective, StepGlobal):
         return rows
     rows = list(rows)
-    mine = [objective.statistics(module(row), row) for row in rows]
-    of_ranks = gather([{name: values.cpu() for name, values in found.items()} for found in mine])
-    of_rows = [found for of_rank in of_ranks for found in of_rank]
-    sizes = [len(next(iter(found.values()))) for found in of_rows]
+    mine = [objective.statistics(module(row), row) for row in looked_at]
+    told = gather(([_on_cpu(found) for found in mine], [len(row.sample_ids) for row in rows]))
+    of_rows = [found for found_by_rank, _ in told for found in found_by_rank]
     whole = {name: torch.cat([found[name] for found in of_rows]) for name in of_rows[0]}
-    extras = {name: values.split(sizes) for name, values in objective.from_step(whole).items()}
-    first = sum(len(of_rank) for of_rank in of_ranks[:rank])
+    sizes = [size for _, sizes_of_rank in told for size in sizes_of_rank]
+    extras = {name: values.split(sizes) for name, values in objective.from_step(whole, sum(sizes)).items()}
+    first = sum(len(sizes_of_rank) for _, sizes_of_rank in told[:rank])
     return [
         replace(row, extra=row.extra | {name: parts[first + n].to(row.tokens.device) for name, parts in extras.items()})
         for n, row in enumerate(rows)
     ]
+
+
+def _on_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: values.cpu() for name, values in found.items()}

@@ -30,10 +30,14 @@ class Predictions(NamedTuple):
     """(P,) bool: whether the target was the likeliest token, the first of equally likely ones."""
     ref_logps: Tensor | None = None
     """(P,) float32 log-probabilities under a reference, without gradient; None where the model has none."""
+    log_collisions: Tensor | None = None
+    """(P,) float32 log Σ_v p(v)², how likely two draws are to agree, without gradient; None unless asked for."""
 
 
-def predict(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0) -> Predictions:
-    """Log-probabilities of `target` (P,) under softmax(hidden weightᵀ / temperature).
+def predict(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float = 1.0, collisions: bool = False
+) -> Predictions:
+    """Log-probabilities of `target` (P,) under softmax(hidden weightᵀ / temperature), and `log_collisions` if wanted.
 
     hidden is (P, d) and weight (V, d). A weight that is trained costs a second product of all logits in the backward
     pass; a frozen one (LoRA) none. P may be 0; the result still hangs on the graph.
@@ -42,7 +46,8 @@ def predict(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float =
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = _TrainedHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
-    return Predictions(*head.apply(hidden, weight, target, temperature))
+    logps, correct, log_collisions = head.apply(hidden, weight, target, temperature, collisions)
+    return Predictions(logps, correct, log_collisions=log_collisions)
 
 
 def block_size(predictions: int, device: torch.device | str) -> int:
@@ -88,7 +93,7 @@ def _blocks(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) 
 class _Sums:
     """What the blocks seen so far add up to."""
 
-    def __init__(self, hidden: Tensor, with_mean: bool) -> None:
+    def __init__(self, hidden: Tensor, with_mean: bool, with_squares: bool) -> None:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.highest = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
         """(P,) the highest logit m."""
@@ -100,6 +105,8 @@ class _Sums:
         """(P,) the target's logit."""
         self.rows = torch.zeros_like(hidden, dtype=dtype) if with_mean else None
         """(P, d) Σ exp(z - m) W."""
+        self.squares = torch.zeros_like(self.highest) if with_squares else None
+        """(P,) Σ exp(z - m)²."""
 
     def add(self, block: _Block) -> None:
         """Uses up the block's logits."""
@@ -111,6 +118,9 @@ class _Sums:
         self.highest = highest
         unnormalised = block.logits.sub_(highest[:, None]).exp_()
         self.total.mul_(shrink).add_(unnormalised.sum(1))
+        if self.squares is not None:
+            # The norm makes no second tensor of the block's size.
+            self.squares.mul_(shrink.square()).add_(torch.linalg.vector_norm(unnormalised, dim=1).square_())
         if self.rows is not None:
             self.rows.mul_(shrink[:, None]).add_(unnormalised.to(block.weight.dtype) @ block.weight)
 
@@ -119,48 +129,59 @@ class _Sums:
         """(P,)"""
         return self.highest + self.total.log()
 
+    @property
+    def log_collisions(self) -> Tensor | None:
+        """(P,) log Σ p² = log Σ exp(z - m)² - 2 log Σ exp(z - m)."""
+        return None if self.squares is None else self.squares.log() - 2 * self.total.log()
+
+    def results(self, ctx: Any, target: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """logps, correct and log_collisions, of which only the first has a gradient."""
+        correct, log_collisions = self.likeliest == target, self.log_collisions
+        ctx.mark_non_differentiable(*(x for x in (correct, log_collisions) if x is not None))
+        return self.chosen - self.logsumexp, correct, log_collisions
+
 
 class _FrozenHead(torch.autograd.Function):
     """Keeps the Jacobian towards the hidden states (P, d) instead of anything of size V: the forward pass has the
     probabilities at hand, so one product there spares the backward pass both the logits and their gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        sums = _Sums(hidden, with_mean=ctx.needs_input_grad[0])
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, collisions: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        sums = _Sums(hidden, with_mean=ctx.needs_input_grad[0], with_squares=collisions)
         for block in _blocks(hidden, weight, target, temperature):
             sums.add(block)
         if sums.rows is not None:
             mean = sums.rows.div_(sums.total[:, None])
             ctx.save_for_backward((weight[target] - mean).div_(temperature))
             ctx.dtype = hidden.dtype
-        correct = sums.likeliest == target
-        ctx.mark_non_differentiable(correct)
-        return sums.chosen - sums.logsumexp, correct
+        return sums.results(ctx, target)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         (jacobian,) = ctx.saved_tensors
-        return (grad_logps[:, None] * jacobian).to(ctx.dtype), None, None, None
+        return (grad_logps[:, None] * jacobian).to(ctx.dtype), None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
     """Computes each block's logits again in the backward pass, where their gradient is known."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        sums = _Sums(hidden, with_mean=False)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, collisions: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        sums = _Sums(hidden, with_mean=False, with_squares=collisions)
         for block in _blocks(hidden, weight, target, temperature):
             sums.add(block)
         ctx.save_for_backward(hidden, weight, target, sums.logsumexp)
         ctx.temperature = temperature
-        correct = sums.likeliest == target
-        ctx.mark_non_differentiable(correct)
-        return sums.chosen - sums.logsumexp, correct
+        return sums.results(ctx, target)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, target, logsumexp = ctx.saved_tensors
         scale = (grad_logps / ctx.temperature)[:, None]
         grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
@@ -171,4 +192,4 @@ class _TrainedHead(torch.autograd.Function):
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden += grad_logits @ block.weight
             torch.mm(grad_logits.T, hidden, out=grad_weight[block.tokens])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None

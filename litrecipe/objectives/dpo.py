@@ -5,30 +5,38 @@ Shapes: P predictions of a row, S segments of it, N pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from litrecipe.config.groups import Dpo
+from litrecipe.config.groups import REFERENCE_FREE, Dpo
 from litrecipe.model.head import Predictions
-from litrecipe.model.row import Row
+from litrecipe.model.row import Row, Sample
 from litrecipe.objectives import preference
-from litrecipe.objectives.answers import beyond_the_shorter, pairs_of, sum_by_segment, tokens_by_segment
-from litrecipe.objectives.loss import Loss, Term
+from litrecipe.objectives.answers import REF_LOGPS as REF_LOGPS
+from litrecipe.objectives.answers import (
+    answers_of,
+    pairs_of,
+    reference_logps,
+    siblings_of,
+    sum_by_pair,
+    sum_by_segment,
+    tokens_by_segment,
+    without_targets,
+)
+from litrecipe.objectives.kto import KTO
+from litrecipe.objectives.loss import Loss, Samples, Term
 
-REFERENCE_FREE = ("simpo", "cpo", "orpo")
 PER_TOKEN = ("simpo", "orpo")
 PARTNERS = ("partner", "chosen_partner", "rejected_partner")
-REF_LOGPS = "ref_logps"
-"""Name of the extra that holds a sample's log-probabilities under the reference, one a prediction."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What is known of N pairs; log-probabilities are sums over the tokens of an answer."""
+    """What is known of N pairs; log-probabilities are sums over those tokens of an answer that are compared."""
 
     chosen: Tensor
     rejected: Tensor
@@ -36,7 +44,12 @@ class Pairs:
     """0 without a reference."""
     ref_rejected: Tensor
     chosen_tokens: Tensor
+    """At least 1, so that the mean over no tokens is 0."""
     rejected_tokens: Tensor
+    siblings: Tensor
+    """How many pairs each one's sample has: they share its weight."""
+    weights: Tensor | None
+    """By what the losses are multiplied (WPO); without gradient."""
     partners: dict[str, Tensor]
     """`aot`, `aot_unpaired`: what each pair's margin and log-ratios are held against."""
 
@@ -51,70 +64,85 @@ class Pairs:
         a, b = self.ratios
         return a / self.chosen_tokens, b / self.rejected_tokens
 
+    @property
+    def logps_per_token(self) -> tuple[Tensor, Tensor]:
+        """log π of chosen and rejected, divided by the answers' tokens."""
+        return self.chosen / self.chosen_tokens, self.rejected / self.rejected_tokens
+
 
 class DPO:
-    """Mean over the step's pairs of one loss, or of several with weights, plus the chosen answers' NLL if asked for.
+    """Mean over the step's samples of one loss, or of several with weights, plus the chosen answers' NLL if asked for.
 
-    The NLL is the mean over the chosen tokens of the step, so a long answer does not outweigh the pairs (RPO,
-    2404.19733; Llama 3, 2407.21783, section 4.1.4).
+    A sample of more than two answers gives all its pairs, which share its weight. The NLL is that of each sample's best
+    answer, the mean over the tokens of these in the step, so a long one does not outweigh the pairs (RPO, 2404.19733;
+    Llama 3, 2407.21783, section 4.1.4). Targets out of `format_ids` are in the NLL only: end of turn and headers, which
+    chosen and rejected share, would be pulled both ways (Llama 3, there).
     """
 
-    def __init__(self, config: Dpo) -> None:
+    def __init__(self, config: Dpo, format_ids: Collection[int] = ()) -> None:
         self.config = config
+        self.format_ids = format_ids
         self.losses = {name: _loss(name, config) for name in config.mix or [config.loss]}
         default = float(any(name in ("cpo", "orpo") for name in self.losses))
         self.nll_coef = default if config.nll_coef is None else config.nll_coef
         self.weights = dict(config.mix) or {config.loss: 1.0}
         self.needs_reference = any(name not in REFERENCE_FREE for name in self.losses)
+        self.needs_collisions = config.weighting
+        """Whether the predictions must bring `log_collisions`."""
         self.per_token = all(name in PER_TOKEN for name in self.losses)
         """Whether rewards are log-probabilities per token, as the losses see them."""
 
     def counts(self, row: Row) -> dict[str, float]:
-        """Pairs for each loss, chosen tokens for the NLL."""
-        pairs = pairs_of(row)
-        counts = dict.fromkeys(self.losses, float(len(pairs)))
+        """Samples for each loss, tokens of the best answers for the NLL."""
+        counts = dict.fromkeys(self.losses, float(len(row.sample_ids)))
         if self.nll_coef:
-            counts["nll"] = float(tokens_by_segment(row)[pairs[:, 0]].sum())
+            counts["nll"] = float(tokens_by_segment(row)[_best(row)].sum())
         return counts
 
     def __call__(self, predictions: Predictions, row: Row) -> Loss:
-        """Terms; and `rewards/…` (β times the log-ratio), `logps/…` of the pairs."""
+        """Terms; and `rewards/…` (β times the log-ratio), `logps/…` of the pairs, as the losses see them."""
         pairs = self.pairs(predictions, row)
-        terms = [Term(name, loss(pairs).sum(), self.weights[name]) for name, loss in self.losses.items()]
+        terms = [Term(name, self._sum(loss(pairs), pairs), self.weights[name]) for name, loss in self.losses.items()]
         if self.nll_coef:
-            terms.append(Term("nll", -pairs.chosen.sum(), self.nll_coef))
-        return Loss(tuple(terms), self._metrics(pairs))
+            terms.append(Term("nll", -sum_by_segment(predictions.logps, row)[_best(row)].sum(), self.nll_coef))
+        return Loss(tuple(terms), self._metrics(pairs, len(row.sample_ids)))
 
     def pairs(self, predictions: Predictions, row: Row) -> Pairs:
         """Sums by answer. The reference's log-probabilities come with the predictions or lie in the row."""
         where = pairs_of(row)
-        known = predictions.ref_logps if predictions.ref_logps is not None else row.extra.get(REF_LOGPS)
-        if known is None:
-            if self.needs_reference and len(where):
-                raise ValueError("the loss needs a reference: neither predictions nor row hold its log-probabilities")
-            known = torch.zeros_like(predictions.logps)
-        policy, reference = (
-            sum_by_segment(self._weighed(logps, row, where), row)[where] for logps in (predictions.logps, known)
-        )
-        tokens = tokens_by_segment(row)[where]
+        policy, collisions = predictions.logps, predictions.log_collisions
+        reference = reference_logps(predictions, row) if self.needs_reference else torch.zeros_like(policy)
+        if self.format_ids:
+            row, left = without_targets(row, self.format_ids)
+            policy, reference = policy[left], reference[left]
+            collisions = None if collisions is None else collisions[left]
+        alpha = self.config.ld_alpha
+        chosen, rejected = sum_by_pair(policy, row, where, alpha).unbind(1)
+        ref_chosen, ref_rejected = sum_by_pair(reference, row, where, alpha).unbind(1)
+        tokens = tokens_by_segment(row)[where].clamp(min=1)
+        weights = None
+        if self.needs_collisions:
+            if collisions is None:
+                raise ValueError("the weights of pairs need log_collisions, which the predictions do not hold")
+            weights = preference.wpo_weight(sum_by_pair(policy - collisions, row, where) / tokens)
         return Pairs(
-            chosen=policy[:, 0],
-            rejected=policy[:, 1],
-            ref_chosen=reference[:, 0],
-            ref_rejected=reference[:, 1],
+            chosen=chosen,
+            rejected=rejected,
+            ref_chosen=ref_chosen,
+            ref_rejected=ref_rejected,
             chosen_tokens=tokens[:, 0],
             rejected_tokens=tokens[:, 1],
+            siblings=siblings_of(row, where),
+            weights=weights,
             partners={name: values for name, values in row.extra.items() if name in PARTNERS},
         )
 
-    def _weighed(self, logps: Tensor, row: Row, where: Tensor) -> Tensor:
-        """Log-probabilities (P,) of which those beyond the shorter answer count less (LD-DPO, 2409.06411)."""
-        if self.config.ld_alpha == 1.0:
-            return logps
-        return torch.where(beyond_the_shorter(row, where), self.config.ld_alpha * logps, logps)
+    @staticmethod
+    def _sum(losses: Tensor, pairs: Pairs) -> Tensor:
+        weighed = losses if pairs.weights is None else losses * pairs.weights
+        return (weighed / pairs.siblings).sum()
 
-    def _metrics(self, pairs: Pairs) -> dict[str, tuple[Tensor, Tensor | float]]:
-        count = float(len(pairs.chosen))
+    def _metrics(self, pairs: Pairs, samples: int) -> dict[str, tuple[Tensor, Tensor | float]]:
         ratios = pairs.ratios_per_token if self.per_token else pairs.ratios
         chosen, rejected = (self.config.beta * ratio.detach() for ratio in ratios)
         values = {
@@ -125,7 +153,12 @@ class DPO:
             "logps/chosen": pairs.chosen.detach(),
             "logps/rejected": pairs.rejected.detach(),
         }
-        return {name: (value.sum(), count) for name, value in values.items()}
+        return {name: ((value / pairs.siblings).sum(), float(samples)) for name, value in values.items()}
+
+
+def _best(row: Row) -> Tensor:
+    """Segment (n,) of the best answer of each of n samples."""
+    return torch.tensor([answers[0] for answers in answers_of(row)], dtype=torch.int64, device=row.segment.device)
 
 
 def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
@@ -143,7 +176,7 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
         return preference.ipo(*(pairs.ratios_per_token if config.length_normalize else pairs.ratios), beta)
 
     def simpo(pairs: Pairs) -> Tensor:
-        return preference.simpo(*pairs.ratios_per_token, beta, config.gamma, smoothing)
+        return preference.simpo(*pairs.logps_per_token, beta, config.gamma, smoothing)
 
     def cpo(pairs: Pairs) -> Tensor:
         return preference.sigmoid(pairs.chosen, pairs.rejected, beta, smoothing)
@@ -159,7 +192,7 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
         return of_chosen + of_rejected - of_rejected.detach()
 
     def orpo(pairs: Pairs) -> Tensor:
-        return beta * preference.orpo(*pairs.ratios_per_token)
+        return beta * preference.orpo(*pairs.logps_per_token)
 
     return {
         "sigmoid": of_ratios(preference.sigmoid, smoothing),
@@ -186,8 +219,19 @@ class DistributionalDPO(DPO):
     """With `aot` or `aot_unpaired` (2406.05882), which hold sorted values of the whole step against each other.
 
     The statistics of the step tell each pair whom it is held against, its partners; then its share of the loss and of
-    the gradient is its own, whatever row it is in.
+    the gradient is its own, whatever row it is in. Quantiles count pairs alike, so a sample must have just one.
     """
+
+    def statistics_samples(self, samples: Samples) -> list[Sample]:
+        """The step's own."""
+        return [samples[index] for index in range(len(samples))]
+
+    def pairs(self, predictions: Predictions, row: Row) -> Pairs:
+        """Raises ValueError where a sample has several pairs."""
+        for name, answers in zip(row.sample_ids, answers_of(row), strict=True):
+            if len(answers) > 2:
+                raise ValueError(f"sample {name}: {len(answers)} answers, {' and '.join(self.losses)} takes two")
+        return super().pairs(predictions, row)
 
     def statistics(self, predictions: Predictions, row: Row) -> dict[str, Tensor]:
         """All that is sorted (n,): margins of policy and reference, log-ratios of chosen and rejected."""
@@ -196,7 +240,7 @@ class DistributionalDPO(DPO):
         margins = pairs.chosen - pairs.rejected, pairs.ref_chosen - pairs.ref_rejected
         return {"policy": margins[0], "reference": margins[1], "chosen": chosen, "rejected": rejected}
 
-    def from_step(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_step(self, statistics: dict[str, Tensor], samples: int) -> dict[str, Tensor]:
         """Each pair's partners (n,): the value of the other side that has the same place in its order."""
         return {
             "partner": partners(statistics["policy"], statistics["reference"]),
@@ -210,7 +254,12 @@ def partners(values: Tensor, others: Tensor) -> Tensor:
     return torch.empty_like(others).scatter_(0, values.argsort(stable=True), others.sort().values)
 
 
-def make_dpo(config: Dpo) -> DPO:
-    """The objective of a recipe's `dpo` group."""
-    distributional = {"aot", "aot_unpaired"} & set(config.mix or [config.loss])
-    return DistributionalDPO(config) if distributional else DPO(config)
+def make_dpo(config: Dpo, format_ids: Collection[int] = ()) -> DPO | KTO:
+    """The objective of a recipe's `dpo` group; `format_ids` are the tokens that `mask_format_tokens` is about."""
+    losses = set(config.mix or [config.loss])
+    if losses == {"kto"}:
+        return KTO(config)
+    if "kto" in losses:
+        raise ValueError("dpo.mix: kto takes rated answers, the others pairs: it cannot be one of several")
+    kind = DistributionalDPO if {"aot", "aot_unpaired"} & losses else DPO
+    return kind(config, format_ids if config.mask_format_tokens else ())

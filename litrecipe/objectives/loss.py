@@ -8,13 +8,15 @@ samples are cut into rows, micro-batches or ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from litrecipe.model.head import Predictions
-from litrecipe.model.row import Row
+from litrecipe.model.row import Row, Sample
+
+Output = TypeVar("Output", contravariant=True)
+"""What the model makes of a row: `Predictions` of a language model, rewards (A,) of a reward model."""
 
 
 @dataclass(frozen=True)
@@ -38,32 +40,47 @@ class Loss:
     """name → (sum, count); reported as the quotient over the step. Without gradient."""
 
 
-class Objective(Protocol):
-    """Turns a row's predictions into a loss."""
+class Samples(Protocol):
+    """A list of samples, which may lie on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
+class Objective(Protocol[Output]):
+    """Turns what the model makes of a row into a loss."""
 
     def counts(self, row: Row) -> dict[str, float]:
         """By what each term's sum is divided; known from the row alone."""
         ...
 
-    def __call__(self, predictions: Predictions, row: Row) -> Loss:
+    def __call__(self, output: Output, row: Row, /) -> Loss:
         """The row's terms and metrics."""
         ...
 
 
 @runtime_checkable
-class StepGlobal(Objective, Protocol):
+class StepGlobal(Objective[Output], Protocol[Output]):
     """An objective whose terms depend on the whole step: on a sort over its pairs, or a mean over its samples.
 
-    The step's rows are run once without gradient to gather `statistics`; what `from_step` makes of them reaches each
-    row as extras.
+    Rows made of `statistics_samples` are run once without gradient to gather `statistics`; what `from_step` makes of
+    them reaches each row as extras.
     """
 
-    def statistics(self, predictions: Predictions, row: Row) -> dict[str, Tensor]:
-        """name → (n,) values of the row's n pairs or samples."""
+    def statistics_samples(self, samples: Samples) -> list[Sample]:
+        """What is looked at before a step on `samples` (all ranks'); packed into rows as they are."""
         ...
 
-    def from_step(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
-        """name of an extra → one value for each of the step's (n,) pairs or samples, from their statistics."""
+    def statistics(self, output: Output, row: Row, /) -> dict[str, Tensor]:
+        """name → (n,) values of a row that is looked at, as many for each name; n may be 0."""
+        ...
+
+    def from_step(self, statistics: dict[str, Tensor], samples: int) -> dict[str, Tensor]:
+        """name of an extra → one value for each of the step's samples, from the statistics of all that was looked at.
+
+        Both are in order of the rows, rank by rank.
+        """
         ...
 
 
@@ -89,9 +106,16 @@ def metric_sums(losses: list[Loss]) -> dict[str, float]:
 
 
 def quotients(totals: dict[str, float]) -> dict[str, float]:
-    """name:sum / name:count for every name."""
+    """name:sum / name:count for every name of which there was something to count.
+
+    `rewards/margins` is also the difference of `rewards/chosen` and `rewards/rejected`: that of means over answers that
+    are no pairs, as KTO's, is no sum over rows.
+    """
     names = [key.removesuffix(":sum") for key in totals if key.endswith(":sum")]
-    return {name: totals[f"{name}:sum"] / max(totals[f"{name}:count"], 1e-12) for name in names}
+    means = {name: totals[f"{name}:sum"] / totals[f"{name}:count"] for name in names if totals[f"{name}:count"]}
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means.setdefault("rewards/margins", means["rewards/chosen"] - means["rewards/rejected"])
+    return means
 
 
 def add_up(parts: list[dict[str, float]]) -> dict[str, float]:

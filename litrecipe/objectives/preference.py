@@ -134,6 +134,15 @@ def orpo(chosen: Tensor, rejected: Tensor) -> Tensor:
     return nls(_log_odds(chosen) - _log_odds(rejected))
 
 
+def wpo_weight(mean_logps: Tensor) -> Tensor:
+    """w_w · w_l (N,) with w = exp(mean_t(log π_t - log Σ_v π_t(v)²)), of these means (N, 2); without gradient.
+
+    How likely the policy is to write such answers, relative to what it would write, whose expected probability at a
+    place is Σ_v π(v)² (WPO with sampled alignment, 2406.11827, equation 2). It multiplies a pair's loss.
+    """
+    return mean_logps.detach().sum(1).exp()
+
+
 def kto(ratio: Tensor, desirable: Tensor, kl: Tensor | float, beta: float, weights: tuple[float, float]) -> Tensor:
     """λ_D (1 - σ(β(r - z))) of desirable answers, λ_U (1 - σ(β(z - r))) of others (2402.01306).
 

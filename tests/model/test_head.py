@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ def with_all_logits(hidden: Tensor, weight: Tensor, target: Tensor, temperature:
 def test_equals_cross_entropy_of_all_logits(trained: bool, temperature: float) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct, _ = predict(hidden, weight, target, temperature)
+    logps, correct, *_ = predict(hidden, weight, target, temperature)
     expected = with_all_logits(hidden, weight, target, temperature)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, expected)
@@ -66,7 +67,7 @@ def test_only_the_weight_is_trained() -> None:
 def test_without_predictions_gradients_are_zero_and_present(trained: bool) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct, _ = predict(hidden[:0], weight, target[:0], 1.0)
+    logps, correct, *_ = predict(hidden[:0], weight, target[:0], 1.0)
     assert logps.shape == correct.shape == (0,)
     logps.sum().backward()
     assert hidden.grad is not None
@@ -90,7 +91,7 @@ def test_improbable_targets_stay_finite() -> None:
 def test_bf16_is_scored_in_fp32(trained: bool) -> None:
     hidden, weight, target = inputs(torch.bfloat16)
     weight.requires_grad_(trained)
-    logps, _, _ = predict(hidden, weight, target)
+    logps, *_ = predict(hidden, weight, target)
     assert logps.dtype == torch.float32
     expected = (hidden @ weight.T).float().log_softmax(1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(logps, expected)
@@ -102,13 +103,45 @@ def test_bf16_is_scored_in_fp32(trained: bool) -> None:
 def test_autocast_multiplies_in_bf16_and_gives_fp32_gradients() -> None:
     hidden, weight, target = inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        logps, _, _ = predict(hidden, weight, target)
+        logps, *_ = predict(hidden, weight, target)
     rounded = (hidden.bfloat16() @ weight.bfloat16().T).float().log_softmax(1).gather(1, target[:, None])[:, 0]
     torch.testing.assert_close(logps, rounded)
     logps.sum().backward()
     assert hidden.grad is not None
     assert weight.grad is not None
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_collisions_equal_those_of_all_probabilities_and_change_nothing_else(trained: bool, temperature: float) -> None:
+    hidden, weight, target = inputs()
+    weight.requires_grad_(trained)
+    logps, correct, _, log_collisions = predict(hidden, weight, target, temperature, collisions=True)
+    assert log_collisions is not None
+    probabilities = (hidden @ weight.T / temperature).softmax(1)
+    torch.testing.assert_close(log_collisions, probabilities.square().sum(1).log().detach())
+    assert log_collisions.dtype == torch.float32
+    assert not log_collisions.requires_grad
+    plain = predict(hidden, weight, target, temperature)
+    assert plain.log_collisions is None
+    assert torch.equal(plain.logps, logps)
+    assert torch.equal(plain.correct, correct)
+    leaves = (hidden, weight) if trained else (hidden,)
+    grads = torch.autograd.grad(logps.sum(), leaves)
+    for grad, right in zip(grads, torch.autograd.grad(plain.logps.sum(), leaves), strict=True):
+        assert torch.equal(grad, right)
+
+
+def test_collisions_of_known_distributions() -> None:
+    """Even over V tokens: Σ (1/V)² = 1/V. All on one: 1. Probabilities 2/3 and 1/3 by log 2: 4/9 + 1/9."""
+    even = predict(torch.zeros(1, 1), torch.ones(V, 1), torch.tensor([0]), collisions=True).log_collisions
+    assert even is not None
+    assert even.tolist() == pytest.approx([-math.log(V)], rel=1e-6)
+    weight = torch.tensor([[math.log(2)], [0.0]])
+    found = predict(torch.tensor([[1.0], [1000.0]]), weight, torch.tensor([1, 1]), collisions=True).log_collisions
+    assert found is not None
+    assert found.tolist() == pytest.approx([math.log(5 / 9), 0.0], rel=1e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -127,12 +160,13 @@ class Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("collisions", [False, True])
 @pytest.mark.parametrize(("trained", "products_a_block"), [(False, 2), (True, 4)])
-def test_never_all_logits_and_no_product_too_many(trained: bool, products_a_block: int) -> None:
+def test_never_all_logits_and_no_product_too_many(trained: bool, products_a_block: int, collisions: bool) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
     with Largest() as largest:
-        predict(hidden, weight, target).logps.sum().backward()
+        predict(hidden, weight, target, collisions=collisions).logps.sum().backward()
     assert largest.elements == (D * V if trained else P * D)  # the weight's gradient, the Jacobian
     assert largest.elements < P * V
     assert largest.products == 4 * products_a_block

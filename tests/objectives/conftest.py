@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.model.head import predict
+from litrecipe.model.row import make_row
 from litrecipe.objectives.answers import pairs_of, sum_by_segment, tokens_by_segment
 from litrecipe.objectives.dpo import REF_LOGPS
+
+sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import made.py
+from made import ranked
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +38,16 @@ class Reference:
     def __init__(self, folder, numbers):
         self.numbers = numbers
         self.architecture = read_architecture(json.loads((folder / "config.json").read_text()))
-        self.policy, ref = (self.load(folder / f"{name}.safetensors") for name in ("policy", "ref"))
-        self.plain_samples = [pair_sample(str(n), **pair) for n, pair in enumerate(numbers["inputs"]["pairs"])]
+        self.policy, self.frozen = (self.load(folder / f"{name}.safetensors") for name in ("policy", "ref"))
+        self.plain_samples = [
+            ranked(str(n), [pair["chosen"], pair["rejected"]], pair["prompt"])
+            for n, pair in enumerate(numbers["inputs"]["pairs"])
+        ]
+        self.scoring = WithCollisions(self.policy)
         self.row = make_row(self.plain_samples)
         with torch.no_grad():
-            self.ref = self.answers(ref)
-            known = [ref(make_row([sample])).logps.numpy() for sample in self.plain_samples]
+            self.ref = self.answers(self.frozen)
+            known = [self.frozen(make_row([sample])).logps.numpy() for sample in self.plain_samples]
         self.samples = [
             replace(s, extra={REF_LOGPS: logps}) for s, logps in zip(self.plain_samples, known, strict=True)
         ]
@@ -61,7 +71,17 @@ class Reference:
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]))
 
 
-def pair_sample(name, prompt, chosen, rejected):
-    segments = [Segment(np.array(prompt), np.zeros(len(prompt), np.float32))]
-    segments += [Segment(np.array(ids), np.ones(len(ids), np.float32), parent=0) for ids in (chosen, rejected)]
-    return Sample(name, tuple(segments))
+class WithCollisions(nn.Module):
+    """A decoder whose predictions hold log_collisions."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, row):
+        seen = []
+        hook = self.decoder.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        predictions = self.decoder(row)
+        hook.remove()
+        collisions = predict(seen[0].detach(), self.decoder.lm_head.weight, row.target, collisions=True).log_collisions
+        return predictions._replace(log_collisions=collisions)
