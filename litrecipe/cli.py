@@ -35,8 +35,9 @@ class RecipeVerb:
     """Name of the recipe's dataclass in `config.groups`."""
     code: str
     """`module:function` below `litrecipe`, called with the recipe and the options."""
-    trains: bool = False
-    """Looks at the data before anything heavy is imported."""
+    rows: str = ""
+    """`module:function` below `litrecipe` that reads the rows of `data.train` and `data.val`: they are looked at before
+    anything heavy is imported."""
     preemptible: bool = False
     """Answers SIGTERM and SIGUSR1 with exit code 85, from its first moment on."""
     options: dict[str, Option] = dataclasses.field(default_factory=dict)
@@ -60,9 +61,17 @@ DRY_RUN: dict[str, Option] = {
 RUN = {"help": "a run directory"}
 OUT = {"help": "the folder to write"}
 
+CONVERSATIONS, PREFERENCES = "data.formats:read_conversations", "data.preferences:read_preferences"
+
 VERBS: dict[str, RecipeVerb | PlainVerb] = {
     "finetune": RecipeVerb(
-        "fine-tune a model: full, LoRA or DoRA", "FinetuneRecipe", "recipes.finetune:main", True, True, DRY_RUN
+        "fine-tune a model: full, LoRA or DoRA", "FinetuneRecipe", "recipes.finetune:main", CONVERSATIONS, True, DRY_RUN
+    ),
+    "align reward": RecipeVerb(
+        "train a reward model on preferences", "RewardRecipe", "recipes.reward:main", PREFERENCES, True, DRY_RUN
+    ),
+    "align dpo": RecipeVerb(
+        "train on preferences directly: DPO and its kin", "DpoRecipe", "recipes.dpo:main", PREFERENCES, True, DRY_RUN
     ),
     "evaluate": RecipeVerb("measure a model on tasks", "EvaluateRecipe", "recipes.evaluate:main", preemptible=True),
     "generate": RecipeVerb("answer one prompt", "GenerateRecipe", "recipes.generate:main"),
@@ -86,10 +95,10 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         "hub:validate",
         {"names": {"nargs": "*", "metavar": "NAME", "help": "recipes or files (default: the whole hub)"}},
     ),
-    "data check": RecipeVerb("look for trouble in training data", "FinetuneRecipe", "recipes.data:check"),
+    "data check": RecipeVerb("look for trouble in training data", "DataRecipe", "recipes.data:check"),
     "data preview": RecipeVerb(
         "show samples with what is learnt of them",
-        "FinetuneRecipe",
+        "DataRecipe",
         "recipes.data:preview",
         options={"n": (int, 3, "how many samples")},
     ),
@@ -189,7 +198,7 @@ def help_of(group: str) -> str:
         [
             f"usage: litrecipe {group or 'VERB '}...",
             "",
-            "Fine-tune and evaluate language models from one YAML recipe.",
+            "Fine-tune, align and evaluate language models from one YAML recipe.",
             "",
             *two_columns(verbs.items(), max(map(len, verbs))),
             "",
@@ -218,10 +227,15 @@ def call(code: str, *arguments: Any, **options: Any) -> int:
     """Import `module:function` and call it."""
     from litrecipe.config.progress import patience
 
-    name, _, function = code.partition(":")
     with patience("loading libraries"):
-        module = import_module(f"litrecipe.{name}")
-    return int(getattr(module, function)(*arguments, **options))
+        function = found(code)
+    return int(function(*arguments, **options))
+
+
+def found(code: str) -> Any:
+    """`module:function` below `litrecipe`, imported."""
+    name, _, function = code.partition(":")
+    return getattr(import_module(f"litrecipe.{name}"), function)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -259,10 +273,10 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         raise InputError(*line.mistakes, *error.mistakes) from None
     if line.mistakes:
         raise InputError(*line.mistakes)
-    if verb.trains:
+    if verb.rows:
         from litrecipe.data.formats import check_rows
 
-        check_rows(recipe.data)
+        check_rows(recipe.data, found(verb.rows))
     try:
         return call(verb.code, recipe, **line.options)
     finally:

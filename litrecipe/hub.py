@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES, EvaluateRecipe, FinetuneRecipe
+from litrecipe.config.groups import RECIPES, EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import (
     Mistakes,
     displayed,
@@ -15,7 +15,6 @@ from litrecipe.config.merge import (
     find_in_hub,
     hub_folder,
     hub_names,
-    read_recipe,
     read_text,
 )
 
@@ -119,7 +118,7 @@ def _check_data(recipe: Any) -> None:
     from litrecipe.data.readers import check_sources
 
     tasks: list[str] = []
-    if isinstance(recipe, FinetuneRecipe):
+    if isinstance(recipe, TrainingRecipe):
         sources = {"data.train": recipe.data.train, "data.val": recipe.data.val or ""}
         check_sources({key: source for key, source in sources.items() if source.startswith("toy:")})
         tasks = recipe.eval.tasks
@@ -128,7 +127,7 @@ def _check_data(recipe: Any) -> None:
     if tasks:
         from litrecipe.evaluation.run import plan
 
-        plan(tasks, key="eval.tasks" if isinstance(recipe, FinetuneRecipe) else "tasks")
+        plan(tasks, key="eval.tasks" if isinstance(recipe, TrainingRecipe) else "tasks")
 
 
 def _model_at_hand(recipe: Any, path: Path) -> Path | None:
@@ -152,7 +151,7 @@ def _count_parameters(recipe: Any, source: Path) -> str:
     with torch.device("meta"):
         model = Decoder(files.architecture)
         count = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        if not isinstance(recipe, FinetuneRecipe):
+        if not isinstance(recipe, TrainingRecipe):
             return count
         adapter = adapter_of(recipe, files)
         if adapter is None:
@@ -163,11 +162,11 @@ def _count_parameters(recipe: Any, source: Path) -> str:
 
 
 def kind_of(path: Path) -> type:
-    """The dataclass of a recipe: the verb its hub folder is named after, or the one that knows most of its keys."""
+    """The dataclass of a recipe: the verb its hub folders are named after, or the one that knows most of its keys."""
     if path.is_relative_to(hub_folder()):
-        return RECIPES[path.relative_to(hub_folder()).parts[0]]
-    names = set(read_recipe(path, Mistakes()).value)
-    return max(RECIPES.values(), key=lambda kind: len(names.intersection(get_type_hints(kind))))
+        folders = path.relative_to(hub_folder()).parts
+        return next(RECIPES[verb] for verb in (folders[0], " ".join(folders[:2])) if verb in RECIPES)
+    return schema.kind_of(path)
 
 
 def _found(name: str) -> Path:

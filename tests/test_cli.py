@@ -148,7 +148,7 @@ def test_no_verb_is_wrong_input_and_shows_help(capsys: pytest.CaptureFixture[str
 def test_flags_beat_files_wherever_they_stand(
     tmp_path: Path, recipe_given: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("litrecipe.data.formats.check_rows", lambda data: 0)
+    monkeypatch.setattr("litrecipe.data.formats.check_rows", lambda data, read: 0)
     (tmp_path / "a.yaml").write_text("model: {source: m}\ndata: {train: d}\ntrain: {seed: 1, max_steps: 7}\n")
     (tmp_path / "b.yaml").write_text("train: {seed: 2}\nfabric: {compile: true}\n")
     files = ["--config", str(tmp_path / "a.yaml"), f"--config={tmp_path / 'b.yaml'}"]
@@ -348,7 +348,7 @@ def test_signals_during_set_up(number: int, code: int) -> None:
         "import sys, time; from litrecipe.config import stop; install = stop.install\n"
         "def told(): install(); print('ready', flush=True)\n"
         "stop.install = told; from litrecipe.data import formats\n"
-        "formats.check_rows = lambda data: time.sleep(60)  # set-up that takes its time\n"
+        "formats.check_rows = lambda data, read: time.sleep(60)  # set-up that takes its time\n"
         "from litrecipe.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     line = [sys.executable, "-c", program, "finetune", "--model", "m", "--data.train", "d.jsonl"]

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from litrecipe.checkpoint.manifest import new_folder
+from litrecipe.checkpoint.reward import write_config
 from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
 from litrecipe.model.architecture import Architecture, to_hf_config
-from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.reward import RewardModel
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -49,6 +51,48 @@ def save_model(
     one writes. Raises ValueError for a model with adapters or quantised weights, and on every rank InputError when the
     disk is full.
     """
+
+    def configure(draft: Path, dtype: str) -> None:
+        write_json(draft / "config.json", to_hf_config(model.architecture, dtype))
+        if not (draft / GENERATION).is_file():
+            write_json(draft / GENERATION, _special_ids(model.architecture))
+
+    _save(folder, model, tokenizer_dir, configure, chat_template, dtype, max_shard_bytes)
+
+
+def save_reward_model(
+    folder: Path,
+    model: RewardModel,
+    tokenizer_dir: Path,
+    *,
+    pad_token: str,
+    statistics: tuple[float, float] | None,
+    chat_template: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write a reward model as a sequence classifier with one label; all else as `save_model`.
+
+    `pad_token` is what texts are padded with (see `pad_for_rewards`), `statistics` mean and standard deviation of the
+    rewards of good answers.
+    """
+
+    def configure(draft: Path, dtype: str) -> None:
+        write_config(draft / "config.json", model.architecture, dtype, pad_token, statistics)
+
+    _save(folder, model, tokenizer_dir, configure, chat_template, dtype, max_shard_bytes)
+
+
+def _save(
+    folder: Path,
+    model: Trunk,
+    tokenizer_dir: Path,
+    configure: Callable[[Path, str], None],
+    chat_template: str | None,
+    dtype: torch.dtype | None,
+    max_shard_bytes: float,
+) -> None:
+    """`configure` completes a folder that has weights, in the dtype of this name, and tokenizer."""
     parameters = dict(model.named_parameters())
     if strange := [n for n, p in parameters.items() if not p.is_floating_point() or ".base_layer." in n]:
         raise ValueError(f"{strange[0]}: merge adapters and dequantise before saving")
@@ -65,10 +109,8 @@ def save_model(
         if len(shards) > 1:
             size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
             write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-        write_json(draft / "config.json", to_hf_config(model.architecture, str(dtype).removeprefix("torch.")))
         copy_tokenizer(tokenizer_dir, draft, chat_template)
-        if not (draft / GENERATION).is_file():
-            write_json(draft / GENERATION, _special_ids(model.architecture))
+        configure(draft, dtype_name(dtype))
 
     write_folder(folder, write, gathered)
 
@@ -103,6 +145,11 @@ def gather(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors)
     keep = _is_writer()
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in whole if keep}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`, as a `config.json` has it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_writer() -> bool:

@@ -1,6 +1,6 @@
-"""From files to a decoder, one tensor at a time.
+"""From files to a language model or a reward model, one tensor at a time.
 
-The decoder is built without memory (on torch's meta device), every tensor is put where it belongs as it is read, and
+The model is built without memory (on torch's meta device), every tensor is put where it belongs as it is read, and
 each layer is quantised as soon as it is complete, so the peak is the finished model and one layer.
 """
 
@@ -16,7 +16,9 @@ from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.config.progress import track
-from litrecipe.model.decoder import Decoder
+from litrecipe.model.architecture import SCORE
+from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.reward import RewardModel
 
 SHOWN = 10
 """Wrong tensors named in one error."""
@@ -37,30 +39,99 @@ def load_model(
     """The decoder of `files` with its weights in `dtype`, quantised linears and an adapter as asked for.
 
     `init` random draws fresh weights from `seed` instead of reading any. An adapter in `files` is loaded; a fresh one
-    of other settings on top of it is refused. Raises InputError when tensors are missing, unexpected or of another
-    shape than the config says.
+    of other settings on top of it is refused. Raises InputError for a reward model, and when tensors are missing,
+    unexpected or of another shape than the config says.
     """
-    quantize = quantize or Quantize()
+    if files.is_reward_model:
+        raise InputError(
+            f"model.source: {files.source}: is a reward model, has no language model head: give a language model"
+        )
+    settings = _adapter_settings(files, adapter)
     with torch.device("meta"):
         model = Decoder(files.architecture)
+    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
+    model.tie_weights()
+    if settings:
+        _adapt(model, files, settings, seed)
+    return model
+
+
+def load_reward_model(
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Quantize | None = None,
+    adapter: Adapter | None = None,
+    init: str = "pretrained",
+    seed: int = 0,
+) -> RewardModel:
+    """The reward model of `files`, or a fresh one on the transformer of a language model: its head is left out, and the
+    score drawn from `seed`.
+
+    All else as `load_model`; under an adapter the score is fp32 and trains. Raises InputError for a classifier of
+    several labels.
+    """
+    if files.is_reward_model:
+        _check_labels(files)
+    settings = _adapter_settings(files, adapter)
+    with torch.device("meta"):
+        model = RewardModel(files.architecture)
+    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
+    if model.score.weight.is_meta:
+        model.score.to_empty(device=device)
+        model.init_score(seed)
+    if settings:
+        _adapt(model, files, settings, seed)
+    else:
+        model.score.to(dtype)
+    return model
+
+
+def _check_labels(files: ModelFiles) -> None:
+    adapter = files.adapter if files.adapter and files.adapter.is_reward_model else None
+    shape = adapter.score_shape if adapter else files.shapes[SCORE]
+    config = {} if adapter else files.config  # an adapter's is its base's
+    labels = config.get("id2label")
+    for key, count in (
+        ("config.json: num_labels", config.get("num_labels", 1)),
+        ("config.json: id2label", len(labels) if isinstance(labels, dict) else 1),
+        (SCORE, shape[0] if shape else 0),
+    ):
+        if count != 1:
+            raise InputError(
+                f"model.source: {files.source}: {key}: {count} labels: a reward model has one: give such a model, or a "
+                "language model to start from"
+            )
+
+
+def _put_weights(
+    model: Trunk,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    quantize: Quantize,
+    init: str,
+    seed: int,
+) -> None:
+    """Weights into a model without memory, fresh or read. A score that is not in the files stays without."""
     if init == "random":
         model.to_empty(device=device)
         model.init_weights(seed)
         model.to(dtype)
         if quantize.method != "none":
-            _quantize(model, quantize)
+            _quantize(model.model, quantize)
     else:
         _check_tensors(files, model)
         _fill(model, files, dtype, device, quantize)
-        model.tie_weights()
-    _adapt(model, files, adapter, seed)
-    return model
 
 
-def _check_tensors(files: ModelFiles, model: Decoder) -> None:
-    """Names and shapes, before anything is read."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def _check_tensors(files: ModelFiles, model: Trunk) -> None:
+    """Names and shapes, before anything is read. Each head may do without that of the other kind."""
     found = dict(files.shapes)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if SCORE not in found:
+        expected.pop(SCORE, None)
     for name in list(found):
         if name.endswith(DERIVED) or (name == "lm_head.weight" and name not in expected):
             del found[name]
@@ -77,17 +148,16 @@ def _check_tensors(files: ModelFiles, model: Decoder) -> None:
         raise InputError(*(f"{files.weights_name}: {mistake}: {cure}" for mistake in [*mistakes[:SHOWN], *more]))
 
 
-def _fill(
-    model: Decoder, files: ModelFiles, dtype: torch.dtype, device: torch.device | str, quantize: Quantize
-) -> None:
-    """Put every tensor into the module it belongs to; quantise a layer with its last tensor."""
+def _fill(model: Trunk, files: ModelFiles, dtype: torch.dtype, device: torch.device | str, quantize: Quantize) -> None:
+    """Put every tensor into the module it belongs to, a score in fp32; quantise a layer with its last tensor."""
     names = {name for name, _ in model.named_parameters()}
     waiting = Counter(_layer(name) for name in names)
     for name, tensor in track(files.tensors(), "loading weights", total=len(files.shapes)):
         if name not in names:
             continue
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, dtype)))
+        kept = torch.float32 if name == SCORE else dtype
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device, kept)))
         layer = _layer(name)
         waiting[layer] -= 1
         if layer and not waiting[layer] and quantize.method != "none":
@@ -106,23 +176,29 @@ def _quantize(module: nn.Module, quantize: Quantize) -> None:
     quantize_linears(module, quantize)
 
 
-def _adapt(model: Decoder, files: ModelFiles, adapter: Adapter | None, seed: int) -> None:
-    """Inject the adapter after the base weights are there: DoRA's magnitudes are made from them."""
+def _adapter_settings(files: ModelFiles, adapter: Adapter | None) -> Adapter | None:
+    """Those of the adapter the model gets: the recipe's, or of the one in `files`; the two must agree."""
     wanted = adapter if adapter and adapter.method != "none" else None
     saved = files.adapter.settings if files.adapter else None
-    settings = wanted or saved
-    if settings is None:
-        return
     if wanted and saved and _essence(wanted) != _essence(saved):
         raise InputError(
             f"adapter: model.source is a {saved.method} adapter with r={saved.r}, alpha={saved.alpha:g} on "
             f"{', '.join(saved.targets)}: ask for the same to train it further, or `litrecipe model merge` it first"
         )
-    from litrecipe.model.adapters import add_adapter, load_adapter_state  # peft takes seconds to import
+    return wanted or saved
+
+
+def _adapt(model: Trunk, files: ModelFiles, settings: Adapter, seed: int) -> None:
+    """Inject the adapter after the base weights are there: DoRA's magnitudes are made from them."""
+    # peft takes seconds to import
+    from litrecipe.model.adapters import PEFT_PREFIX, adapter_state, add_adapter, load_adapter_state
 
     add_adapter(model, settings, seed=seed)
     if files.adapter:
         state = files.adapter.state()
+        if isinstance(model, RewardModel) and not files.adapter.is_reward_model:  # a language model's has no score
+            score = f"{PEFT_PREFIX}{SCORE}"
+            state[score] = adapter_state(model)[score]
         try:
             load_adapter_state(model, state)
         except InputError as error:  # does not know where the tensors came from

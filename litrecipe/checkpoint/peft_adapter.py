@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from litrecipe.checkpoint.reward import BESIDE_ADAPTER, write_config
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
 from litrecipe.config.groups import Adapter
+from litrecipe.model.architecture import SCORE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from litrecipe.model.decoder import Decoder
+    from litrecipe.model.decoder import Trunk
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -42,6 +44,8 @@ NOT_READ = (
     "monteclora_config",
 )
 """peft's settings that change what an adapter computes or where it sits, and that are not implemented."""
+CLASSIFIER = "SEQ_CLS"
+"""peft's `task_type` of a reward model's adapter."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ class AdapterFiles:
             return str(beside)
         revision = self.config.get("revision")
         return f"{base}@{revision}" if revision and not Path(base).exists() else base
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it holds the score of a reward model."""
+        return self.config.get("task_type") == CLASSIFIER
+
+    @property
+    def score_shape(self) -> tuple[int, ...] | None:
+        """Shape of the score, None where there is none."""
+        return next((entry.shape for entry in self.weights.entries if entry.name.endswith(f".{SCORE}")), None)
 
     @property
     def kind(self) -> str:
@@ -113,40 +127,61 @@ def read_adapter(folder: Path) -> AdapterFiles:
         mistakes.append(wrong("init_lora_weights", f"it was trained on a changed base: {retrain}"))
     if config.get("bias", "none") != "none":
         mistakes.append(wrong("bias", f"only none is implemented: {retrain}"))
-    mistakes += [wrong(key, f"not implemented: {retrain}") for key in NOT_READ if config.get(key)]
+    not_read = [key for key in NOT_READ if config.get(key)]
+    if config.get("task_type") == CLASSIFIER and _saves_the_score(config):
+        not_read.remove("modules_to_save")
+    mistakes += [wrong(key, f"not implemented: {retrain}") for key in not_read]
     if not (folder / ADAPTER_WEIGHTS).is_file():
         mistakes.append(f"{folder / ADAPTER_WEIGHTS}: missing: the adapter's weights; fetch or save the folder again")
     if mistakes:
         raise InputError(*mistakes)
-    return AdapterFiles(folder, config, SafetensorsFile(folder / ADAPTER_WEIGHTS))
+    adapter = AdapterFiles(folder, config, SafetensorsFile(folder / ADAPTER_WEIGHTS))
+    if adapter.is_reward_model and adapter.score_shape is None:
+        raise InputError(
+            f"{adapter.weights.path}: {SCORE}: missing from a {CLASSIFIER} adapter: save it again with modules_to_save "
+            '["score"]'
+        )
+    return adapter
+
+
+def _saves_the_score(config: dict[str, Any]) -> bool:
+    """peft itself lists its other name of a classifier's head too, which no model here has."""
+    modules = config.get("modules_to_save")
+    return isinstance(modules, list) and {"score"} <= set(modules) <= {"score", "classifier"}
 
 
 def save_adapter(
     folder: Path,
-    model: Decoder,
+    model: Trunk,
     adapter: Adapter,
     base: str,
     tokenizer_dir: Path,
     *,
     chat_template: str | None = None,
+    pad_token: str | None = None,
+    statistics: tuple[float, float] | None = None,
 ) -> None:
     """Write the adapter of `model` as a folder that peft and litrecipe load, with the tokenizer beside it.
 
     `adapter` holds the settings it was made with; `base` is where its base model is, a path or `org/name[@revision]`;
-    `chat_template` is a Jinja file that replaces the tokenizer's. Every rank has to call this; the first one writes.
-    Raises InputError on every rank when the disk is full.
+    `chat_template` is a Jinja file that replaces the tokenizer's. A reward model's score goes along, and its
+    `reward_config.json` with pad token, which must be given, and statistics; see `save_reward_model`. Every rank has to
+    call this; the first one writes. Raises InputError on every rank when the disk is full.
     """
     from safetensors.torch import save_file
 
-    from litrecipe.checkpoint.hf import copy_tokenizer, gather, write_folder
+    from litrecipe.checkpoint.hf import copy_tokenizer, dtype_name, gather, write_folder
     from litrecipe.model.adapters import adapter_config, adapter_state
+    from litrecipe.model.reward import RewardModel
 
+    if isinstance(model, RewardModel) != (pad_token is not None):
+        raise ValueError("pad_token: a reward model's adapter needs one, others have none")
     state = gather(adapter_state(model).items())
     if Path(base).expanduser().exists():
         name, revision = str(Path(base).expanduser().resolve()), ""
     else:
         name, _, revision = base.partition("@")
-    config = adapter_config(adapter, name)
+    config = adapter_config(adapter, name, with_score=isinstance(model, RewardModel))
     if revision:
         config["revision"] = revision
 
@@ -154,5 +189,8 @@ def save_adapter(
         write_json(draft / ADAPTER_CONFIG, config)
         save_file(state, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         copy_tokenizer(tokenizer_dir, draft, chat_template)
+        if pad_token is not None:
+            dtype = dtype_name(model.model.embed_tokens.weight.dtype)
+            write_config(draft / BESIDE_ADAPTER, model.architecture, dtype, pad_token, statistics)
 
     write_folder(folder, write)

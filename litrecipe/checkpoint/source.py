@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from litrecipe.checkpoint.hub import HUB_ID, fetch
 from litrecipe.checkpoint.manifest import user_cache, verify
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
+from litrecipe.checkpoint.reward import BESIDE_ADAPTER, read_statistics
 from litrecipe.checkpoint.safetensors_files import find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
-from litrecipe.model.architecture import Architecture, count_parameters, read_architecture
+from litrecipe.model.architecture import SCORE, Architecture, count_parameters, read_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,24 @@ class ModelFiles:
         return self._need_weights().tensors()
 
     @property
+    def is_reward_model(self) -> bool:
+        """Whether the weights or the adapter hold a score; otherwise it is a language model."""
+        if self.adapter and self.adapter.is_reward_model:
+            return True
+        return self.weights is not None and SCORE in self.weights.shapes
+
+    @property
+    def reward_statistics(self) -> tuple[float, float] | None:
+        """Mean and standard deviation of a reward model's rewards of good answers, where its config tells them.
+
+        Raises InputError when they are no numbers.
+        """
+        if self.adapter is None:
+            return read_statistics(self.config, self.source)
+        config = self.adapter.folder / BESIDE_ADAPTER
+        return read_statistics(read_json(config), config) if config.is_file() else None
+
+    @property
     def base(self) -> str:
         """Where the base model is: `source`, or what an adapter folder names."""
         return self.adapter.base if self.adapter else self.source
@@ -103,9 +122,9 @@ class ModelFiles:
     def describe(self) -> str:
         """One line for a person."""
         a = self.architecture
-        line = (
-            f"{self.source}: {a.family}, {count_parameters(a):,} parameters in {a.num_layers} layers of {a.hidden_size}"
-        )
+        size = count_parameters(a, is_reward_model=self.is_reward_model)
+        kind = f"{a.family} reward model" if self.is_reward_model else a.family
+        line = f"{self.source}: {kind}, {size:,} parameters in {a.num_layers} layers of {a.hidden_size}"
         return line + (f", with a {self.adapter.kind} adapter" if self.adapter else "")
 
     def _need_weights(self) -> Weights:

@@ -9,7 +9,17 @@ from copy import deepcopy
 from datetime import date
 from typing import Any, get_args
 
-from litrecipe.config.groups import Data, EvaluateRecipe, FinetuneRecipe, Target
+from litrecipe.config.groups import (
+    REFERENCE_FREE,
+    Data,
+    Dpo,
+    DpoLoss,
+    DpoRecipe,
+    EvaluateRecipe,
+    RewardRecipe,
+    Target,
+    TrainingRecipe,
+)
 from litrecipe.config.merge import SCHEMA_VERSION
 
 Mistake = tuple[str, Any, str]
@@ -26,9 +36,14 @@ def check(recipe: Any) -> Iterator[Mistake]:
             yield key, value, f"give {cure}"
             _reset(plausible, key)
     yield from _combinations(plausible)
-    if isinstance(recipe, FinetuneRecipe):
+    if isinstance(recipe, TrainingRecipe):
         yield from _texts(recipe)
-        yield from _finetune_combinations(plausible)
+        yield from _training_combinations(plausible)
+    if isinstance(recipe, DpoRecipe | RewardRecipe):
+        yield from _preference_rows(recipe)
+    if isinstance(recipe, DpoRecipe):
+        yield from _mix(recipe.dpo)
+        yield from _dpo_combinations(plausible.dpo)
 
 
 def _get(recipe: Any, key: str) -> Any:
@@ -54,12 +69,27 @@ def _at_least(low: int) -> Range:
 
 ABOVE_0: Range = (lambda value: value > 0, "a number above 0")
 SHARE: Range = (lambda value: 0 <= value < 1, "0 or more, and less than 1")
+FROM_0_TO_1: Range = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
+BELOW_HALF: Range = (lambda value: 0 <= value < 0.5, "0 or more, and less than 0.5")
 
 RANGES: dict[str, Range] = {
     "adapter.r": _at_least(1),
     "adapter.alpha": ABOVE_0,
     "adapter.dropout": SHARE,
     "data.val_fraction": SHARE,
+    "beta": ABOVE_0,
+    "dpo.beta": ABOVE_0,
+    "dpo.label_smoothing": BELOW_HALF,
+    "dpo.nll_coef": _at_least(0),
+    "dpo.ld_alpha": FROM_0_TO_1,
+    "dpo.divergence_alpha": (lambda value: 0 < value < 1, "a number between 0 and 1"),
+    "dpo.desirable_weight": ABOVE_0,
+    "dpo.undesirable_weight": ABOVE_0,
+    "dpo.ref_alpha": (lambda value: 0 < value <= 1, "a number above 0, and at most 1"),
+    "dpo.ref_every": _at_least(1),
+    "reward.label_smoothing": BELOW_HALF,
+    "reward.centering_coef": _at_least(0),
+    "reward.measured": _at_least(2),
     "data.max_length": _at_least(2),
     "optim.lr": ABOVE_0,
     "optim.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of 0 or more, and less than 1"),
@@ -67,7 +97,7 @@ RANGES: dict[str, Range] = {
     "optim.weight_decay": _at_least(0),
     "schedule.warmup_steps": _at_least(0),
     "schedule.decay_steps": _at_least(1),
-    "schedule.min_lr_ratio": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "schedule.min_lr_ratio": FROM_0_TO_1,
     "train.max_steps": _at_least(1),
     "train.epochs": ABOVE_0,
     "train.max_tokens": _at_least(1),
@@ -99,7 +129,7 @@ RANGES: dict[str, Range] = {
 def _missing(recipe: Any) -> Iterator[Mistake]:
     if not recipe.model.source:
         yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"
-    if isinstance(recipe, FinetuneRecipe):
+    if isinstance(recipe, TrainingRecipe):
         if not recipe.data.train:
             yield "data.train", "missing", "give a data file or folder, a hub id, or `toy:units?n=512&seed=0`"
         if not recipe.out_dir:
@@ -110,7 +140,7 @@ def _missing(recipe: Any) -> Iterator[Mistake]:
         yield "tasks", "missing", "give lm-eval names, `perplexity:FILE` or `exact_match:FILE` (`--tasks a,b`)"
 
 
-def _texts(recipe: FinetuneRecipe) -> Iterator[Mistake]:
+def _texts(recipe: TrainingRecipe) -> Iterator[Mistake]:
     """Values that are text to the type system and more than that to us."""
     known = get_args(Target)
     for target in recipe.adapter.targets:
@@ -140,7 +170,7 @@ def _combinations(recipe: Any) -> Iterator[Mistake]:
         yield "fabric.tensor_parallel", recipe.fabric.tensor_parallel, cure
 
 
-def _finetune_combinations(recipe: FinetuneRecipe) -> Iterator[Mistake]:
+def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
     method, quantize, strategy = recipe.adapter.method, recipe.quantize.method, recipe.fabric.strategy
     if quantize != "none" and method == "none":
         yield "quantize.method", quantize, "quantised weights cannot be trained: add adapter.method lora, or use none"
@@ -154,7 +184,53 @@ def _finetune_combinations(recipe: FinetuneRecipe) -> Iterator[Mistake]:
     yield from _without_effect(recipe)
 
 
-def _without_effect(recipe: FinetuneRecipe) -> Iterator[Mistake]:
+def _preference_rows(recipe: DpoRecipe | RewardRecipe) -> Iterator[Mistake]:
+    if recipe.data.format != "auto":
+        yield "data.format", recipe.data.format, "preferences are recognised by their columns: remove it"
+    if recipe.data.mask != "assistant":
+        yield "data.mask", recipe.data.mask, "of preferences the answers are learnt: remove it"
+
+
+SMOOTHED = ("sigmoid", "robust", "exo", "aot", "aot_unpaired", "sigmoid_norm", "simpo", "cpo")
+"""Losses that know `label_smoothing`."""
+DIVERGENT = ("sigmoid", "robust", "hinge", "exo", "nca", "sppo", "bco", "apo_zero", "apo_down", "discopop")
+"""Losses of log-ratios, which `divergence` may bend."""
+
+
+def _mix(dpo: Dpo) -> Iterator[Mistake]:
+    known = [loss for loss in get_args(DpoLoss) if loss != "kto"]
+    for loss, weight in dpo.mix.items():
+        if loss not in known:
+            yield "dpo.mix", loss, f"give losses out of {', '.join(known)}"
+        elif weight <= 0:
+            yield "dpo.mix", f"{loss}: {weight:g}", "give a weight above 0"
+
+
+def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
+    losses = list(dpo.mix or [dpo.loss])
+    for loss in {"robust", "exo"}.intersection(losses):
+        if dpo.label_smoothing == 0:
+            yield "dpo.label_smoothing", 0, f"{loss} needs it above 0: try 0.1 for robust, 0.001 for exo"
+    for key, is_set, knowing in (
+        ("label_smoothing", dpo.label_smoothing > 0, SMOOTHED),
+        ("divergence", dpo.divergence != "reverse_kl", DIVERGENT),
+    ):
+        if is_set and (deaf := [loss for loss in losses if loss not in knowing]):
+            yield f"dpo.{key}", getattr(dpo, key), f"{deaf[0]} does not know it: remove it, or use {', '.join(knowing)}"
+    if losses == ["kto"]:
+        for key, is_set in (
+            ("nll_coef", bool(dpo.nll_coef)),
+            ("ld_alpha", dpo.ld_alpha != 1),
+            ("weighting", dpo.weighting),
+            ("mask_format_tokens", dpo.mask_format_tokens),
+        ):
+            if is_set:
+                yield f"dpo.{key}", getattr(dpo, key), "kto does not know it: remove it"
+    if dpo.reference != "auto" and all(loss in REFERENCE_FREE for loss in losses):
+        yield "dpo.reference", dpo.reference, f"{losses[0]} has no reference: remove it"
+
+
+def _without_effect(recipe: TrainingRecipe) -> Iterator[Mistake]:
     """Keys that others overrule."""
     data, train = recipe.data, recipe.train
     if data.val and data.val_fraction:

@@ -33,6 +33,8 @@ DpoLoss = Literal[
     "kto",
 ]
 Reference = Literal["auto", "cache", "adapter_off", "copy", "moving"]
+REFERENCE_FREE: tuple[DpoLoss, ...] = ("simpo", "cpo", "orpo")
+"""Losses that hold the policy to nothing."""
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -314,6 +316,10 @@ class TrainingRecipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     fabric: Fabric = field(default_factory=Fabric)
+    out_dir: str = "runs"
+    """Run directory: recipe, metrics, checkpoints and the final model."""
+    schema_version: int = 1
+    """Version of these keys; older recipes are migrated when they are read."""
 
 
 @dataclass
@@ -321,9 +327,6 @@ class FinetuneRecipe(TrainingRecipe):
     """Supervised fine-tuning: full, LoRA or DoRA, on a plain or quantised base."""
 
     out_dir: str = "runs/finetune"
-    """Run directory: recipe, metrics, checkpoints and the final model."""
-    schema_version: int = 1
-    """Version of these keys; older recipes are migrated when they are read."""
 
 
 @dataclass
@@ -339,11 +342,8 @@ class DpoRecipe(TrainingRecipe):
     """Preference optimisation: DPO and its kin, full, LoRA or DoRA, on a plain or quantised base."""
 
     optim: GentleOptim = field(default_factory=GentleOptim)
-    dpo: Dpo = field(default_factory=Dpo)
     out_dir: str = "runs/dpo"
-    """Run directory: recipe, metrics, checkpoints and the final model."""
-    schema_version: int = 1
-    """Version of these keys; older recipes are migrated when they are read."""
+    dpo: Dpo = field(default_factory=Dpo)
 
 
 @dataclass
@@ -351,11 +351,16 @@ class RewardRecipe(TrainingRecipe):
     """A reward model: a language model with a scalar head, full, LoRA or DoRA, on a plain or quantised base."""
 
     optim: GentleOptim = field(default_factory=GentleOptim)
-    reward: Reward = field(default_factory=Reward)
     out_dir: str = "runs/reward"
-    """Run directory: recipe, metrics, checkpoints and the final model."""
-    schema_version: int = 1
-    """Version of these keys; older recipes are migrated when they are read."""
+    reward: Reward = field(default_factory=Reward)
+
+
+@dataclass
+class DataRecipe(TrainingRecipe):
+    """Any recipe that trains, of which the data is looked at."""
+
+    dpo: Dpo = field(default_factory=Dpo)
+    reward: Reward = field(default_factory=Reward)
 
 
 @dataclass

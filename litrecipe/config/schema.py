@@ -13,10 +13,10 @@ import yaml
 
 from litrecipe.config.checks import check, parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES
-from litrecipe.config.merge import Mistakes, Node, merge, plain, read_yaml, show
+from litrecipe.config.groups import RECIPES, TrainingRecipe
+from litrecipe.config.merge import Mistakes, Node, merge, plain, read_recipe, read_yaml, show
 
-__all__ = ["dump", "keys", "load", "parse_duration"]
+__all__ = ["dump", "keys", "kind_of", "load", "load_run", "parse_duration"]
 
 Recipe = TypeVar("Recipe")
 
@@ -56,6 +56,19 @@ def refuse_other_verb(kind: type, tree: Node) -> None:
     if verbs:
         where = tree.value[unknown[0]].where
         raise InputError(f"{where}{unknown[0]}: is of a recipe for `litrecipe {verbs[0]}`: run that, or give another")
+
+
+def kind_of(path: Path) -> type:
+    """The dataclass that knows most of a recipe's groups and keys."""
+    names = set(read_recipe(path, Mistakes()).value)
+    return max(RECIPES.values(), key=lambda kind: len(names.intersection(get_type_hints(kind))))
+
+
+def load_run(run: Path) -> TrainingRecipe | None:
+    """What a run directory was made by; None where there is no `recipe.yaml`."""
+    path = run / "recipe.yaml"
+    recipe: Any = load(kind_of(path), [path]) if path.is_file() else None
+    return recipe if isinstance(recipe, TrainingRecipe) else None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -20,6 +20,9 @@ from litrecipe.data.readers import Mistakes
 from litrecipe.data.tokenizer import Encoded, Tokenizer
 from litrecipe.model.row import Sample, Segment
 
+LABEL, SCORES = "label", "scores"
+"""Names of the extras that hold what a row says of its answers."""
+
 
 @dataclass
 class ComparisonCounts(Counts):
@@ -40,6 +43,8 @@ class ComparisonCounts(Counts):
     """Dropped: the answers are the same, perhaps only after cutting."""
     mismatched: Trouble = field(default_factory=Trouble)
     """Dropped: the answers belong to different prompts."""
+    tied: Trouble = field(default_factory=Trouble)
+    """Dropped: all answers have the same score."""
 
     def __str__(self) -> str:
         said = [
@@ -52,6 +57,7 @@ class ComparisonCounts(Counts):
             "dropped as empty": self.empty,
             "dropped with the same answer twice": self.identical,
             "dropped with answers to different prompts": self.mismatched,
+            "dropped with all answers scored alike": self.tied,
         }
         return "; ".join(said + [f"{what}: {trouble}" for what, trouble in befell.items() if trouble.count])
 
@@ -137,6 +143,10 @@ def make_comparison(encoded: EncodedPreference, max_length: int, counts: Compari
     if len(branches) < needed:
         counts.identical.add(where)
         return None
+    extra = _extra(encoded.preference, list(branches))
+    if needed == 2 and np.ptp(extra[SCORES]) == 0:
+        counts.tied.add(where)
+        return None
     if any(len(ids) > max_length for ids, _ in encoded.answers):
         counts.truncated.add(where)
     best, *others = branches.values()
@@ -146,7 +156,7 @@ def make_comparison(encoded: EncodedPreference, max_length: int, counts: Compari
     counts.rejected_tokens += sum(int(segment.weights.sum()) for segment in others)
     prompt = np.array(encoded.prompt[:start], dtype=np.int32)
     root = Segment(prompt, np.zeros(start, dtype=np.float32))
-    return Sample(where, (root, best, *others), _extra(encoded.preference, list(branches)))
+    return Sample(where, (root, best, *others), extra)
 
 
 def common_prefix(sequences: Sequence[Sequence[int] | np.ndarray]) -> int:
@@ -173,9 +183,9 @@ def _distinct(branches: dict[int, Segment]) -> dict[int, Segment]:
 
 def _extra(preference: Preference, kept: list[int]) -> dict[str, np.ndarray]:
     if preference.label is not None:
-        return {"label": np.array([preference.label], dtype=np.float32)}
+        return {LABEL: np.array([preference.label], dtype=np.float32)}
     scores = preference.scores or [np.nan] * len(preference.answers)
-    return {"scores": np.array([scores[place] for place in kept], dtype=np.float32)}
+    return {SCORES: np.array([scores[place] for place in kept], dtype=np.float32)}
 
 
-COMPARISONS = Kind("comparisons", 1, read_preferences, _samples, ComparisonCounts)
+COMPARISONS = Kind("comparisons", 2, read_preferences, _samples, ComparisonCounts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal, Protocol
@@ -107,7 +107,8 @@ def read_conversations(source: str, data: Data, mistakes: Mistakes | None = None
 
 def parse_rows(rows: Iterable[Located], data: Data, mistakes: Mistakes) -> Iterator[Conversation]:
     """Conversations of rows, in the layout and with the column names that `data` gives."""
-    check_columns(data)
+    layouts = list(COLUMNS) if data.format == "auto" else [data.format]
+    check_columns(data.columns, list(dict.fromkeys(name for layout in layouts for name in COLUMNS[layout])))
     for row, where in rows:
         try:
             yield parse_row(row, where, data)
@@ -136,12 +137,10 @@ def check_rows(data: Data, read: Reader = read_conversations) -> int:
     return count
 
 
-def check_columns(data: Data) -> None:
-    """Raise InputError for keys of `data.columns` that no layout, or not the one that `data.format` names, has."""
-    layouts = list(COLUMNS) if data.format == "auto" else [data.format]
-    known = list(dict.fromkeys(name for layout in layouts for name in COLUMNS[layout]))
+def check_columns(columns: dict[str, str], known: Sequence[str]) -> None:
+    """Raise InputError for keys of `data.columns` that are not `known`."""
     mistakes = []
-    for ours, theirs in data.columns.items():
+    for ours, theirs in columns.items():
         if ours not in known:
             near = get_close_matches(ours, known, n=1)
             meant = f"{{{theirs}: {ours}}}" if theirs in known else f"{{{near[0]}: {theirs}}}" if near else ""

@@ -17,6 +17,7 @@ from litrecipe.data.formats import (
     Layout,
     Message,
     RowError,
+    check_columns,
     check_messages,
     from_messages,
     from_sharegpt,
@@ -78,6 +79,7 @@ class _Answer(NamedTuple):
 def read_preferences(source: str, data: Data, mistakes: Mistakes | None = None) -> Iterator[Preference | Mismatch]:
     """The preferences of a source in order; wrong rows are noted in `mistakes`, or raised together at the end."""
     gathered = Mistakes() if mistakes is None else mistakes
+    check_columns(data.columns, COLUMNS)
     for row, where in read_rows(source, gathered):
         try:
             yield parse_preference(row, where, data.columns)
@@ -94,9 +96,8 @@ def parse_preference(row: dict[str, Any], where: str, columns: dict[str, str] | 
 
     Raises RowError, or MismatchError when the answers belong to different prompts.
     """
-    ours = {theirs: name for name, theirs in (columns or {}).items()}
-    fields = {ours.get(name, name): value for name, value in row.items() if value is not None}
-    read = next((read for needed, read in _READERS if all(name in fields for name in needed)), None)
+    fields = _named(row, columns or {})
+    read = _reader(fields)
     if read is None:
         raise RowError(
             f"columns {', '.join(row) or 'none'}: known are chosen + rejected (and prompt), "
@@ -114,6 +115,22 @@ def parse_preference(row: dict[str, Any], where: str, columns: dict[str, str] | 
         scores if len(scores) == len(answers) > 1 else None,
         _label(fields["label"]) if len(answers) == 1 else None,
     )
+
+
+def holds_preferences(source: str, data: Data) -> bool:
+    """Whether the first row of a source has the columns of a preference."""
+    row, _ = next(read_rows(source, Mistakes()), ({}, ""))
+    return _reader(_named(row, data.columns)) is not None
+
+
+def _named(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """What a row holds under our names."""
+    ours = {theirs: name for name, theirs in columns.items()}
+    return {ours.get(name, name): value for name, value in row.items() if value is not None}
+
+
+def _reader(fields: dict[str, Any]) -> Callable[[dict[str, Any]], list[_Answer]] | None:
+    return next((read for needed, read in _READERS if all(name in fields for name in needed)), None)
 
 
 def _conversation(fields: dict[str, Any], answer: Any) -> list[Message]:
@@ -174,6 +191,8 @@ def _from_pair(fields: dict[str, Any]) -> list[_Answer]:
     if "margin" in fields:
         scores = [_number(fields["margin"], "margin"), 0.0]
     if len(scores) < 2:
+        return [_Answer(fields["chosen"]), _Answer(fields["rejected"])]
+    if scores[0] == scores[1]:  # the columns tell which is better; how much is not known
         return [_Answer(fields["chosen"]), _Answer(fields["rejected"])]
     if scores[0] < scores[1]:
         raise RowError(f"the rejected answer is the better one, {scores[1]:g} against {scores[0]:g}: swap them")
@@ -247,3 +266,20 @@ _READERS: list[tuple[tuple[str, ...], Callable[[dict[str, Any]], list[_Answer]]]
     (("completion", "label"), _from_labelled),
 ]
 """The columns by which a row is recognised, in this order, and who reads it."""
+COLUMNS = (
+    *(name for needed, _ in _READERS for name in needed),
+    *QUESTIONS,
+    *(
+        "conversations",
+        "input",
+        "system",
+        "tools",
+        "score_chosen",
+        "score_rejected",
+        "margin",
+        "scores",
+        "ranks",
+        "rank",
+    ),
+)
+"""All names that `data.columns` may give to a file's own."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from litrecipe import __version__
+from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track
 from litrecipe.data.cache import cache_folder, key_of
@@ -41,8 +42,12 @@ def with_reference(
     """
     key = key_of(VERSION, __version__, torch.__version__, samples.fingerprint, reference, budget)
     folder = cache_folder(data) / "reference" / key
-    about = {"reference": reference}
-    return kept(folder, lambda: SampleSet.write(folder, _computed(samples, ref_logps, budget), about=lambda: about))
+    about = {"reference": reference, "samples": samples.fingerprint, "budget": budget}
+    found = kept(folder, lambda: SampleSet.write(folder, _computed(samples, ref_logps, budget), about=lambda: about))
+    if found.about != about:
+        other = next(name for name in about if found.about.get(name) != about[name])
+        raise InputError(f"{folder}: log-probabilities of another {other}: remove this folder, it is made anew")
+    return found
 
 
 @torch.no_grad()

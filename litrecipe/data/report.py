@@ -7,40 +7,63 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track
+from litrecipe.data.comparisons import LABEL, SCORES
 from litrecipe.data.formats import Conversation, count_rows, read_conversations
 from litrecipe.data.prepared import Trouble, hold_out
 from litrecipe.data.readers import Mistakes
 from litrecipe.data.supervised import SupervisedCounts, encode_all, make_sample
 from litrecipe.data.tokenizer import Encoded, Tokenizer
-from litrecipe.model.row import Sample
+from litrecipe.model.row import Sample, Segment
 
 LEARNT = "bold green"
 CONTEXT = "dim"
 
 
-def render_sample(sample: Sample, tokenizer: Tokenizer) -> Text:
+def render(sample: Sample, tokenizer: Tokenizer) -> Group:
     """The text of a sample; what is learnt is green and between ⟦ ⟧, so that it shows without colours too.
 
-    Control tokens are shown as they are written. A character whose bytes fall into several tokens is shown with its
-    last one.
+    The answers to one prompt stand side by side. Control tokens are shown as they are written. A character whose bytes
+    fall into several tokens is shown with its last one.
     """
-    text = Text(f"{sample.id}\n", style="bold")
-    for segment in sample.segments:
-        stream = tokenizer.decode_stream(skip_special=False)
-        learning = False
-        for token, weight in zip(segment.tokens.tolist(), segment.weights.tolist(), strict=True):
-            if (weight > 0) != learning:
-                text.append("⟧" if learning else "⟦", style=LEARNT)
-                learning = not learning
-            text.append(stream.push(token), style=LEARNT if learning else CONTEXT)
-        text.append(stream.finish() + ("⟧" if learning else ""), style=LEARNT if learning else CONTEXT)
-        text.append("\n")
+    answers = [segment for segment in sample.segments if segment.parent >= 0]
+    prompt = [_text(segment, tokenizer) for segment in sample.segments if segment.parent < 0]
+    told = [Text(sample.id, style="bold"), *prompt]
+    if not answers:
+        return Group(*told, "")
+    table = Table(box=box.MINIMAL, padding=0, collapse_padding=True, show_edge=False)
+    for title in _titles(sample, len(answers)):
+        table.add_column(title, ratio=1, overflow="fold")
+    table.add_row(*(_text(segment, tokenizer) for segment in answers))
+    return Group(*told, table, "")
+
+
+def _text(segment: Segment, tokenizer: Tokenizer) -> Text:
+    text = Text()
+    stream = tokenizer.decode_stream(skip_special=False)
+    learning = False
+    for token, weight in zip(segment.tokens.tolist(), segment.weights.tolist(), strict=True):
+        if (weight > 0) != learning:
+            text.append("⟧" if learning else "⟦", style=LEARNT)
+            learning = not learning
+        text.append(stream.push(token), style=LEARNT if learning else CONTEXT)
+    text.append(stream.finish() + ("⟧" if learning else ""), style=LEARNT if learning else CONTEXT)
     return text
+
+
+def _titles(sample: Sample, answers: int) -> list[str]:
+    """What stands above each answer: which one it is, and what its row says of it."""
+    if LABEL in sample.extra:
+        return ["good" if sample.extra[LABEL][0] else "bad"]
+    names = ["chosen", "rejected"] if answers == 2 else [f"answer {place}" for place in range(1, answers + 1)]
+    scores = sample.extra.get(SCORES, np.full(answers, np.nan))
+    return [name if np.isnan(score) else f"{name} ({score:g})" for name, score in zip(names, scores, strict=True)]
 
 
 @dataclass
@@ -57,9 +80,9 @@ class Keys:
     def add(self, conversation: Conversation) -> None:
         """One more sample."""
         said = [f"{m['role']}: {m.get('content')} {m.get('tool_calls', '')}" for m in conversation.messages]
-        self.exact.append(_key(said))
-        self.loose.append(_key(map(_loosely, said)))
-        self.prompts.append(_key(map(_loosely, said[:-1])) if len(said) > 1 else self.loose[-1])
+        self.exact.append(hashed(said))
+        self.loose.append(hashed(map(loosely, said)))
+        self.prompts.append(hashed(map(loosely, said[:-1])) if len(said) > 1 else self.loose[-1])
         self.places.append(conversation.where)
 
     def part(self, indices: Iterable[int]) -> Keys:
@@ -131,7 +154,7 @@ def leaks(keys: Sequence[bytes], places: Sequence[str], train_keys: Iterable[byt
     return leaked
 
 
-def check_tables(data: Data, tokenizer: Tokenizer, seed: int) -> list[Table]:
+def check_conversations(data: Data, tokenizer: Tokenizer, seed: int) -> list[Table]:
     """The tables that `litrecipe data check` prints: one a source, and one about leakage when data is held out."""
     train = look_at(data.train, data, tokenizer)
     tables = [_source_table("data.train", train, data)]
@@ -150,10 +173,9 @@ def _source_table(key: str, found: SourceCheck, data: Data) -> Table:
     table.add_row("rows", f"{counts.rows:,}")
     table.add_row("samples", f"{counts.samples:,}")
     table.add_row("tokens", f"{counts.tokens:,}")
-    table.add_row("learnt tokens", f"{counts.learnt:,} ({_share(counts.learnt, counts.tokens)})")
+    table.add_row("learnt tokens", f"{counts.learnt:,} ({share(counts.learnt, counts.tokens)})")
     if found.lengths:
-        marks = np.quantile(found.lengths, [0.5, 0.9, 0.99, 1.0], method="inverted_cdf").astype(int)
-        table.add_row("length: median, 90 %, 99 %, longest", ", ".join(f"{mark:,}" for mark in marks))
+        table.add_row("length: median, 90 %, 99 %, longest", marks(found.lengths))
     troubles = {
         f"longer than data.max_length {data.max_length} and cut": counts.truncated,
         "empty, dropped": counts.empty,
@@ -164,28 +186,36 @@ def _source_table(key: str, found: SourceCheck, data: Data) -> Table:
         "BOS twice": found.double_bos,
     }
     for what, trouble in troubles.items():
-        table.add_row(what, _told(trouble, counts.rows))
+        table.add_row(what, told(trouble, counts.rows))
     return table
 
 
 def _leakage_table(train: Keys, held_out: Keys) -> Table:
     count = len(held_out.places)
     table = Table("", "", title=f"held out: {count:,} samples", show_header=False, title_justify="left")
-    table.add_row("also in train, word for word", _told(leaks(held_out.exact, held_out.places, train.exact), count))
+    table.add_row("also in train, word for word", told(leaks(held_out.exact, held_out.places, train.exact), count))
     table.add_row(
-        "also in train, but for case and white space", _told(leaks(held_out.loose, held_out.places, train.loose), count)
+        "also in train, but for case and white space", told(leaks(held_out.loose, held_out.places, train.loose), count)
     )
-    table.add_row("prompt also in train", _told(leaks(held_out.prompts, held_out.places, train.prompts), count))
+    table.add_row("prompt also in train", told(leaks(held_out.prompts, held_out.places, train.prompts), count))
     return table
 
 
-def _told(trouble: Trouble, of: int) -> Text:
+def marks(lengths: Sequence[int]) -> str:
+    """Median, 90 %, 99 % and longest."""
+    found = np.quantile(lengths, [0.5, 0.9, 0.99, 1.0], method="inverted_cdf").astype(int)
+    return ", ".join(f"{mark:,}" for mark in found)
+
+
+def told(trouble: Trouble, of: int) -> Text:
+    """A cell of a table: which share of the rows, and the first of them."""
     if not trouble.count:
         return Text("none", style="green")
-    return Text(f"{_share(trouble.count, of)}: {trouble}", style="yellow")
+    return Text(f"{share(trouble.count, of)}: {trouble}", style="yellow")
 
 
-def _share(part: int, whole: int) -> str:
+def share(part: int, whole: int) -> str:
+    """In per cent."""
     return f"{100 * part / max(1, whole):.1f} %"
 
 
@@ -196,9 +226,11 @@ def _ends(ids: np.ndarray, mask: np.ndarray, eos_ids: tuple[int, ...]) -> bool:
     return all(is_eos[start:stop].any() for start, stop in edges.reshape(-1, 2))
 
 
-def _loosely(text: str) -> str:
+def loosely(text: str) -> str:
+    """Without case and white space."""
     return " ".join(text.casefold().split())
 
 
-def _key(said: Iterable[str]) -> bytes:
+def hashed(said: Iterable[str]) -> bytes:
+    """A short hash of some texts."""
     return blake2b("\x00".join(said).encode(), digest_size=16).digest()

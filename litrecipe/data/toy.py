@@ -1,6 +1,7 @@
 """Small generated tasks with checkable answers, so that a wheel without a checkout has something to train on.
 
-A source reads `toy:<task>?n=512&seed=0&split=train`. The rows are a function of these four alone. What is asked about
+A source reads `toy:<task>?n=512&seed=0&split=train`; `toy:<task>-pairs?…` gives each question a right and a wrong
+answer instead of the right one. The rows are a function of these four alone. What is asked about
 (a quantity and its unit, a person) decides by a hash whether a question belongs to `train` or to `test`, so the two
 never share a prompt, whatever their seeds.
 """
@@ -31,6 +32,8 @@ class Question:
     subject: str
     prompt: str
     answer: str
+    wrong: list[str]
+    """What one might answer by mistake."""
 
 
 class Draw:
@@ -76,7 +79,8 @@ def _units(draw: Draw) -> Question:
     unit, wanted, factor = draw.of(CONVERSIONS)
     quantity = f"{value} {unit}"
     prompt = draw.of(UNITS_WORDINGS).format(quantity=quantity, unit=wanted) + " Answer with number and unit only."
-    return Question(quantity, prompt, f"{value * factor} {wanted}")
+    wrong = [f"{value * factor * 10} {wanted}", f"{value} {wanted}", f"{value * factor} {unit}"]
+    return Question(quantity, prompt, f"{value * factor} {wanted}", wrong)
 
 
 NAMES = _words("""
@@ -103,8 +107,10 @@ AGES = list(range(19, 80))
 def _fields(draw: Draw) -> Question:
     name, city, age = draw.of(NAMES), draw.of(CITIES), draw.of(AGES)
     sentence = draw.of(FIELDS_WORDINGS).format(name=name, city=city, age=age)
-    answer = json.dumps({"name": name, "age": age, "city": city})
-    return Question(f"{name}, {city}", f"Extract name, age and city as JSON: {sentence}", answer)
+    answer = {"name": name, "age": age, "city": city}
+    mistakes = [{"name": city, "age": age, "city": name}, answer | {"age": age + 10}, {"name": name, "city": city}]
+    prompt = f"Extract name, age and city as JSON: {sentence}"
+    return Question(f"{name}, {city}", prompt, json.dumps(answer), [json.dumps(mistake) for mistake in mistakes])
 
 
 TASKS: dict[str, tuple[Callable[[Draw], Question], int]] = {
@@ -122,15 +128,16 @@ class ToySource:
     n: int = 512
     seed: int = 0
     split: str = "train"
+    pairs: bool = False
 
     @classmethod
     def parse(cls, source: str) -> ToySource:
         """Read `toy:<task>?n=..&seed=..&split=..`; raises InputError with every mistake in it."""
-        task, _, query = source.removeprefix("toy:").partition("?")
-        mistakes = []
+        name, _, query = source.removeprefix("toy:").partition("?")
+        task, mistakes = name.removesuffix("-pairs"), []
         if task not in TASKS:
             hint = _did_you_mean(task, TASKS)
-            mistakes.append(f"{source}: {task!r}: no such toy task{hint}; there are {_list(TASKS)}")
+            mistakes.append(f"{source}: {task!r}: no such toy task{hint}; there are {_list(TASKS)}, also as …-pairs")
         options: dict[str, Any] = {}
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key in ("n", "seed"):
@@ -148,7 +155,7 @@ class ToySource:
                 mistakes.append(f"{source}: {key}: no such option{_did_you_mean(key, known)}; there are {_list(known)}")
         if mistakes:
             raise InputError(*mistakes)
-        toy = cls(task, **options)
+        toy = cls(task, **options, pairs=name != task)
         # Not the last fifth of a split's questions: drawing at random finds those slowly.
         most = TASKS[task][1] * (4 if toy.split == "test" else 4 * (TEST_SHARE - 1)) // (5 * TEST_SHARE)
         if toy.n > most:
@@ -171,9 +178,14 @@ class ToySource:
 
 
 def toy_rows(source: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows of a `toy:` source in the messages format, each with its `answer`, and where they come from."""
+    """Rows of a `toy:` source and where they come from: in the messages format, each with its `answer`, or pairs."""
     toy = ToySource.parse(source)
     for number, question in enumerate(toy.questions(), start=1):
+        if toy.pairs:
+            wrong = question.wrong[_hash(question.prompt) % len(question.wrong)]
+            row = {"prompt": question.prompt, "chosen": question.answer, "rejected": wrong}
+            yield row, f"toy:{toy.task}-pairs-{toy.split}:{number}"
+            continue
         messages = [
             {"role": "user", "content": question.prompt},
             {"role": "assistant", "content": question.answer},

@@ -44,6 +44,8 @@ class Checkpoints:
     run_dir: RunDir
     parameters: dict[str, nn.Parameter]
     """What is trained."""
+    carried: dict[str, nn.Parameter]
+    """What else the run changes."""
     optimizer: torch.optim.Optimizer
     optimizer_name: str
     """`optim.name` of the recipe."""
@@ -68,7 +70,7 @@ class Checkpoints:
             "world_size": self.fabric.world_size,
             "rank": {"rng": capture_rng()},
         }
-        weights = {name: parameter.data for name, parameter in self.parameters.items()}
+        weights = {name: parameter.data for name, parameter in self.changed.items()}
         tensors = optimizer_state(self.optimizer, self.parameters)
         target = training_state.step_folder(self.run_dir.checkpoints, at.step)
         training_state.save(target, weights, tensors, state, self.writer)
@@ -91,7 +93,7 @@ class Checkpoints:
         if mistakes:
             raise InputError(*mistakes)
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
+            for name, parameter in self.changed.items():
                 piece, _ = training_state.local_piece(parameter.data)
                 piece.copy_(weights.like(name, parameter.data))
         kinds = (self.optimizer_kind, state["optimizer"])
@@ -105,6 +107,11 @@ class Checkpoints:
             self.saved_at = at.step
         return at
 
+    @property
+    def changed(self) -> dict[str, nn.Parameter]:
+        """All weights that a run changes."""
+        return self.parameters | self.carried
+
     def mismatches(self, folder: Path, was: dict[str, str], shapes: dict[str, torch.Size]) -> list[str]:
         """What differs between this run and the checkpoint's: settings by name, then the trained weights' shapes."""
         where, cure = f"checkpoint.resume: {folder}", "resume with the same, or start a new out_dir"
@@ -113,7 +120,7 @@ class Checkpoints:
             for name, value in self.identity.items()
             if was.get(name) != value
         ]
-        ours = {name: list(parameter.shape) for name, parameter in self.parameters.items()}
+        ours = {name: list(parameter.shape) for name, parameter in self.changed.items()}
         theirs = {name: list(shape) for name, shape in shapes.items()}
         if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
             first = f"{odd[0]}: {theirs.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"

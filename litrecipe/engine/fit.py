@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +36,7 @@ from litrecipe.engine.schedule import lr_factor
 from litrecipe.engine.statistics import with_statistics
 from litrecipe.engine.telling import Teller
 from litrecipe.model.row import Row, Sample, make_row
-from litrecipe.objectives.loss import Loss, Objective, add_up, detached, metric_sums, quotients, step_loss
+from litrecipe.objectives.loss import Loss, Objective, StepGlobal, add_up, detached, metric_sums, quotients, step_loss
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -60,6 +60,13 @@ class Job:
     val: SampleList | None = None
     evaluate_tasks: Callable[[], dict[str, float]] | None = None
     """Runs `eval.tasks` on the module as it stands; called on every rank."""
+    carried: Callable[[], dict[str, nn.Parameter]] = dict
+    """Weights that no gradient moves and that the run changes nevertheless (a moving reference), asked for once the
+    module is set up; saved and restored with the trained ones."""
+    after_step: Callable[[int], None] | None = None
+    """Called after each optimizer step with the number of steps done."""
+    check_first: Callable[[StepResult], None] | None = None
+    """Looks at what the first step of a run told, which is of the weights as they were before it."""
     identity: dict[str, str] = field(default_factory=dict)
     """Hashes of what must not change between a checkpoint and its resumption (base weights, data, tokenizer)."""
 
@@ -127,6 +134,7 @@ class Run:
             fabric=self.fabric,
             run_dir=self.dir,
             parameters=self.parameters,
+            carried=job.carried(),
             optimizer=self.raw_optimizer,
             optimizer_name=job.recipe.optim.name,
             source=job.source,
@@ -176,7 +184,11 @@ class Run:
                 break
             rng = hash_rng()
             result = self.train_step(samples)
+            if self.at.step == 0 and self.job.check_first is not None:
+                self.job.check_first(result)
             self.at.step += 1
+            if self.job.after_step is not None:
+                self.job.after_step(self.at.step)
             self.at.tokens += sum(s.length for s in samples if s.length <= self.train_config.micro_batch_tokens)
             flight = flight_record(self.at.step, samples, rng, result.loss, result.grad_norm)
             self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight)
@@ -194,7 +206,7 @@ class Run:
 
     def train_step(self, samples: list[Sample]) -> StepResult:
         """One optimizer step on the whole of `samples`, whose cut into rows and ranks changes nothing."""
-        rows = list(self.with_statistics(self.rows_of_this_rank(samples)))
+        rows = list(self.with_statistics(self.rows_of_this_rank(samples), samples))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
         sharded = self.recipe.fabric.strategy == "fsdp"
@@ -226,21 +238,37 @@ class Run:
             self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
         return detached(loss)
 
-    def with_statistics(self, rows: Iterable[Row]) -> Iterable[Row]:
-        """The rows of a step with what the objective must know of all of it."""
-        gather = self.writer.gather
-        return with_statistics(rows, self.module, self.job.objective, self.fabric.global_rank, gather)
+    def with_statistics(
+        self,
+        rows: Iterable[Row],
+        samples: Sequence[Sample] | SampleList,
+        watched: Callable[[Iterable[Row]], Iterable[Row]] = iter,
+    ) -> Iterable[Row]:
+        """The rows of a step, or of an evaluation, with what the objective must know of all its samples.
+
+        It looks at rows that are `watched` on their way.
+        """
+        objective = self.job.objective
+        if not isinstance(objective, StepGlobal):
+            return rows
+        looked_at = watched(self.packed(objective.statistics_samples([samples[i] for i in range(len(samples))])))
+        return with_statistics(rows, looked_at, self.module, objective, self.fabric.global_rank, self.writer.gather)
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
+        for sample in samples:
+            if sample.length > self.train_config.micro_batch_tokens:
+                self.at.skipped += 1
+                self.teller.warn(
+                    f"{sample.id}: {sample.length} tokens do not fit train.micro_batch_tokens "
+                    f"{self.train_config.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
+                )
+        return self.packed(samples)
+
+    def packed(self, samples: Sequence[Sample]) -> list[Row]:
+        """This rank's rows of some samples, at least one; those too long for any row are left out."""
         world = self.fabric.world_size
         packing = pack([s.length for s in samples], self.train_config.micro_batch_tokens, multiple_of=world)
-        for index in packing.oversized:
-            self.at.skipped += 1
-            self.teller.warn(
-                f"{samples[index].id}: {samples[index].length} tokens do not fit train.micro_batch_tokens "
-                f"{self.train_config.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
-            )
         mine = packing.rows[self.fabric.global_rank :: world] or [[]]
         return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
 
@@ -277,7 +305,7 @@ class Run:
         try:
             if self.job.val is not None:
                 losses, counts = [], []
-                for row in self.stoppable(self.with_statistics(self.stoppable(self.validation_rows()))):
+                for row in self.stoppable(self.with_statistics(self.validation_rows(), self.job.val, self.stoppable)):
                     losses.append(detached(self.job.objective(self.module(row), row)))
                     counts.append(self.job.objective.counts(row))
                 total_counts = ranks.sums(self.fabric, add_up(counts))

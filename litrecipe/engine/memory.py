@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.config.groups import TrainingRecipe
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
@@ -37,6 +37,8 @@ class MemoryTable:
     """Bytes of one rank, by what they are for."""
 
     weights: int
+    reference: int
+    """A frozen copy of what is trained."""
     gradients: int
     optimizer: int
     exchange: int
@@ -58,19 +60,23 @@ class MemoryTable:
         In a step of one row gradients grow while activations are freed, so it holds the larger of the two, not both.
         """
         backward = max(self.held + self.activations, self.gradients)
-        return self.weights + self.optimizer + self.exchange + self.scratch + self.holes + backward
+        return self.weights + self.reference + self.optimizer + self.exchange + self.scratch + self.holes + backward
 
 
 def estimate(
-    recipe: FinetuneRecipe,
+    recipe: TrainingRecipe,
     architecture: Architecture,
     row: Row,
     *,
     rows: int = 1,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    frozen_copy: bool = False,
 ) -> MemoryTable:
-    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step."""
+    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step.
+
+    `frozen_copy`: a reference stands beside the policy, which shares what is not trained.
+    """
     model = meta_model(recipe, architecture)
     sizes = {name: stored_bytes(name, p, recipe) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
@@ -93,6 +99,7 @@ def estimate(
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
+        reference=gradients if frozen_copy else 0,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
@@ -105,7 +112,7 @@ def estimate(
     )
 
 
-def meta_model(recipe: FinetuneRecipe, architecture: Architecture) -> Decoder:
+def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> Decoder:
     """The recipe's model without memory; a quantised base is a plain one here."""
     with torch.device("meta"):
         model = Decoder(architecture).to(torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32)
@@ -115,7 +122,7 @@ def meta_model(recipe: FinetuneRecipe, architecture: Architecture) -> Decoder:
     return model
 
 
-def saved_bytes(model: Decoder, recipe: FinetuneRecipe, row: Row) -> int:
+def saved_bytes(model: Decoder, recipe: TrainingRecipe, row: Row) -> int:
     """What autograd keeps of one forward pass. The model's parameters become fake ones."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -131,7 +138,7 @@ def saved_bytes(model: Decoder, recipe: FinetuneRecipe, row: Row) -> int:
     return saved.total
 
 
-def stored_bytes(name: str, parameter: nn.Parameter, recipe: FinetuneRecipe) -> int:
+def stored_bytes(name: str, parameter: nn.Parameter, recipe: TrainingRecipe) -> int:
     """A parameter as it lies in memory: frozen matrices of the layers may be quantised."""
     is_linear = name.startswith(LAYERS) and parameter.ndim == 2 and not parameter.requires_grad
     quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[recipe.quantize.method]

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
 
 TIMING = ("tokens_per_second", "memory")
 """Fields of metrics.jsonl that differ between two runs that do the same."""
+ON_THE_LINE = {
+    "rewards/accuracies": "accuracy",
+    "accuracy": "accuracy",
+    "rewards/margins": "margin",
+    "margin": "margin",
+    "kl": "kl",
+}
+"""Metrics that the progress line shows, and what it calls them."""
 LOGGER_PACKAGES = {
     "tensorboard": ("tensorboard",),
     "wandb": ("pytorch_lightning", "wandb"),
@@ -128,12 +136,19 @@ class Teller:
         self.log({name: value for name, value in record.items() if name != "step"}, step)
         done = step - self.first_step
         left = (now - self.started) / done * (self.total - step)
-        self.line.show(
+        of_method = [f"{word} {result.metrics[name]:.3f}" for name, word in ON_THE_LINE.items() if name in result.metrics]
+        parts = [
             # What matters most stands first: a narrow terminal cuts the end off.
-            f"step {step}/{self.total} · loss {result.loss:.4f} · {progress.duration(left)} left · "
-            f"{rate:.0f} tokens/s · {memory / 1e9:.2f} GB · lr {lr:.2e} · grad norm {result.grad_norm:.3f}",
-            last=step == self.total,
-        )
+            f"step {step}/{self.total}",
+            f"loss {result.loss:.4f}",
+            *of_method,
+            f"{progress.duration(left)} left",
+            f"{rate:.0f} tokens/s",
+            f"{memory / 1e9:.2f} GB",
+            f"lr {lr:.2e}",
+            f"grad norm {result.grad_norm:.3f}",
+        ]
+        self.line.show(" · ".join(parts), last=step == self.total)
 
     def tell_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """One evaluation."""

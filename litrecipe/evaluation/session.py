@@ -40,7 +40,7 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
     """
     device = _device(fabric)
     files = open_model(model.source, tokenizer=model.tokenizer)
-    run = _run_recipe(model.source)
+    run = schema.load_run(Path(model.source))
     if run is not None and quantize.method == "none" and run.quantize.method != "none":
         quantize = run.quantize
         say(f"{model.source}: base quantised to {quantize.method}, as in training (not so with its folder final/)")
@@ -56,12 +56,6 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
     if fabric.compile:
         decoder.compile_blocks()
     return Session(decoder, tokenizer, model.source, quantize)
-
-
-def _run_recipe(source: str) -> groups.FinetuneRecipe | None:
-    """What a run directory was made by; None for any other source."""
-    recipe = Path(source) / "recipe.yaml"
-    return schema.load(groups.FinetuneRecipe, [recipe]) if recipe.is_file() else None
 
 
 def _device(fabric: groups.Fabric) -> torch.device:

@@ -6,6 +6,7 @@ Shapes: P predictions of a row.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -39,6 +40,28 @@ class PolicyAndReference(nn.Module):
             return self.reference(row).logps
         with adapter_off(self.policy):
             return self.policy(row).logps
+
+    def moving(self) -> dict[str, nn.Parameter]:
+        """The reference's copies of what the policy learns, by their names in this module."""
+        return {f"reference.{name}": twin for name, _, twin in self._learnt()}
+
+    @torch.no_grad()
+    def follow(self, alpha: float) -> None:
+        """reference ← α policy + (1 - α) reference (TR-DPO, 2404.09656; α = 1 is its hard update).
+
+        With an adapter its factors are averaged, A with A and B with B, which is not the average of their products
+        (unless α is 1).
+        """
+        for _, parameter, twin in self._learnt():
+            twin.lerp_(parameter, alpha) if alpha < 1 else twin.copy_(parameter)
+
+    def _learnt(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """name, the policy's, the reference's."""
+        assert self.reference is not None
+        twins = dict(self.reference.named_parameters())
+        for name, parameter in self.policy.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter, twins[name]
 
     def train(self, mode: bool = True) -> PolicyAndReference:
         """The reference never has dropout."""

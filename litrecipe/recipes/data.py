@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 from itertools import islice
+from typing import Any
 
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config import progress
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import FinetuneRecipe
-from litrecipe.data.formats import check_rows, read_conversations
+from litrecipe.config.groups import Data, DataRecipe
+from litrecipe.data.comparison_report import check_comparisons
+from litrecipe.data.comparisons import COMPARISONS
+from litrecipe.data.formats import check_rows
+from litrecipe.data.preferences import holds_preferences
+from litrecipe.data.prepared import Kind
 from litrecipe.data.readers import Mistakes, check_source
-from litrecipe.data.report import check_tables, render_sample
-from litrecipe.data.supervised import SupervisedCounts, encode_all, make_sample
+from litrecipe.data.report import check_conversations, render
+from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
 
 
-def check(recipe: FinetuneRecipe) -> int:
+def check(recipe: DataRecipe) -> int:
     """Print duplicates, leakage, template trouble, lengths and what is cut or dropped. 0 unless rows cannot be read."""
-    if not check_rows(recipe.data):
+    check_source("data.train", recipe.data.train)
+    kind = kind_of_rows(recipe.data)
+    if not check_rows(recipe.data, kind.read):
         raise _no_rows(recipe)
+    tables = check_comparisons if kind is COMPARISONS else check_conversations
     console = progress.console()
-    for table in check_tables(recipe.data, _tokenizer(recipe), recipe.train.seed):
+    for table in tables(recipe.data, _tokenizer(recipe), recipe.train.seed):
         console.print(table)
     return 0
 
 
-def preview(recipe: FinetuneRecipe, n: int) -> int:
+def preview(recipe: DataRecipe, n: int) -> int:
     """Print the first `n` rows as they will be learnt: learnt tokens are green and between ⟦ ⟧."""
     check_source("data.train", recipe.data.train)
     console = progress.console()
-    tokenizer = _tokenizer(recipe)
-    counts = SupervisedCounts(recipe.data.train)
+    kind = kind_of_rows(recipe.data)
+    counts = kind.counts(recipe.data.train)
     mistakes = Mistakes()
-    conversations = islice(read_conversations(recipe.data.train, recipe.data, mistakes), n)
-    for conversation, encoded in encode_all(conversations, recipe.data, tokenizer, counts):
-        if sample := make_sample(conversation.where, encoded, recipe.data, counts):
-            console.print(render_sample(sample, tokenizer), soft_wrap=True)
+    rows = islice(kind.read(recipe.data.train, recipe.data, mistakes), n)
+    tokenizer = _tokenizer(recipe)
+    for sample in kind.make(rows, recipe.data, tokenizer, counts):
+        console.print(render(sample, tokenizer), soft_wrap=len(sample.segments) == 1)
     mistakes.raise_if_any()
     if not counts.rows:
         raise _no_rows(recipe)
@@ -43,10 +51,15 @@ def preview(recipe: FinetuneRecipe, n: int) -> int:
     return 0
 
 
-def _no_rows(recipe: FinetuneRecipe) -> InputError:
+def kind_of_rows(data: Data) -> Kind[Any]:
+    """Whether the first row of `data.train` compares or rates answers, or is a conversation to learn."""
+    return COMPARISONS if holds_preferences(data.train, data) else SUPERVISED
+
+
+def _no_rows(recipe: DataRecipe) -> InputError:
     return InputError(f"data.train: {recipe.data.train}: has no rows: give data to learn from")
 
 
-def _tokenizer(recipe: FinetuneRecipe) -> Tokenizer:
+def _tokenizer(recipe: DataRecipe) -> Tokenizer:
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
     return Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, date=recipe.data.date)

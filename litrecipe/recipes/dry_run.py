@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config import progress, schema
-from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.config.groups import TrainingRecipe
 from litrecipe.data.packing import pack
-from litrecipe.data.report import render_sample
+from litrecipe.data.prepared import Kind, prepare
+from litrecipe.data.report import render
 from litrecipe.data.source import RecordedSource
-from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import accelerator_of, world_size
 from litrecipe.engine.memory import MemoryTable, estimate
@@ -25,14 +25,19 @@ STEPS_LOOKED_AT = 200
 """How many steps are packed to find the largest row."""
 
 
-def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int:
-    """Print it all; nothing is trained and the run directory is not touched."""
+def show(
+    recipe: TrainingRecipe, files: ModelFiles, tokenizer: Tokenizer, kind: Kind[Any], *, frozen_copy: bool = False
+) -> int:
+    """Print it all; nothing is trained and the run directory is not touched.
+
+    `frozen_copy`: a reference stands beside the policy.
+    """
     console = progress.console()
     world = world_size(recipe.fabric)
     console.print("[bold]recipe[/bold]")
     console.print(schema.dump(recipe), highlight=False, markup=False)
     longest = files.architecture.max_positions
-    data = load_supervised(recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
+    data = prepare(kind, recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
     load = heaviest(recipe, source, steps, world)
@@ -44,6 +49,7 @@ def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int
             rows=load.rows,
             world_size=world,
             device=accelerator_of(recipe.fabric),
+            frozen_copy=frozen_copy,
         )
     console.print(parameter_and_memory_table(recipe, table, load, world))
     final = recipe.optim.lr * lr_factor(recipe.schedule, steps - 1, steps)
@@ -54,7 +60,7 @@ def show(recipe: FinetuneRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int
     )
     console.print(f"[bold]data[/bold]\n{data.report}", highlight=False)
     console.print("[bold]one sample[/bold] (what is learnt is coloured)")
-    console.print(render_sample(data.train[source.index_at(0)], tokenizer))
+    console.print(render(data.train[source.index_at(0)], tokenizer))
     return 0
 
 
@@ -69,7 +75,7 @@ class Load(NamedTuple):
     """Mean of a step, over all ranks."""
 
 
-def heaviest(recipe: FinetuneRecipe, source: RecordedSource, steps: int, world: int) -> Load:
+def heaviest(recipe: TrainingRecipe, source: RecordedSource, steps: int, world: int) -> Load:
     """Look at the first steps, as they will be packed."""
     largest: list[int] = []
     most = rows = tokens = 0
@@ -87,7 +93,7 @@ def heaviest(recipe: FinetuneRecipe, source: RecordedSource, steps: int, world: 
     return Load(make_row([source.samples[i] for i in largest]), rows, tokens / looked_at)
 
 
-def parameter_and_memory_table(recipe: FinetuneRecipe, table: MemoryTable, load: Load, world: int) -> Table:
+def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load: Load, world: int) -> Table:
     """Counts and bytes, one line each."""
     out = Table(title=f"memory of one rank ({world} in all), at its peak", box=None, title_justify="left")
     out.add_column("")
@@ -96,6 +102,7 @@ def parameter_and_memory_table(recipe: FinetuneRecipe, table: MemoryTable, load:
     share = 100 * table.trained / table.parameters
     notes = {
         "weights": f"{table.parameters:,} parameters",
+        "reference": "a frozen copy of what is trained",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
@@ -104,6 +111,8 @@ def parameter_and_memory_table(recipe: FinetuneRecipe, table: MemoryTable, load:
         "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
+    if not table.reference:
+        del notes["reference"]
     for name, note in notes.items():
         out.add_row(name, f"{getattr(table, name) / 1e9:.3f}", note, style="bold" if name == "peak" else "")
     out.add_row("KV cache", "0.000", "not used in training")

@@ -15,7 +15,7 @@ from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, save_adapter
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress, schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import Adapter, FinetuneRecipe
+from litrecipe.config.groups import Adapter, FinetuneRecipe, TrainingRecipe
 from litrecipe.config.progress import say, warn
 from litrecipe.model.adapters import merge_adapter
 from litrecipe.model.decoder import Decoder
@@ -79,7 +79,7 @@ def merge(run: str, out: str) -> int:
         )
     _keep_apart(out, files)
     folder = files.adapter.folder
-    recipe = _recipe_of(folder.parent) if (folder.parent / "recipe.yaml").is_file() else FinetuneRecipe()
+    recipe = schema.load_run(folder.parent) or FinetuneRecipe()
     quantize = recipe.quantize
     # Quantised weights are made from those of the run's precision; others are merged before anything is rounded.
     model = load_model(
@@ -103,7 +103,7 @@ def info(src: str) -> int:
     return 0
 
 
-def load_to_train(files: ModelFiles, recipe: FinetuneRecipe) -> Decoder:
+def load_to_train(files: ModelFiles, recipe: TrainingRecipe) -> Decoder:
     """The model as a recipe trains it: base weights, quantised or not, and the adapter."""
     return load_model(
         files,
@@ -115,7 +115,7 @@ def load_to_train(files: ModelFiles, recipe: FinetuneRecipe) -> Decoder:
     )
 
 
-def save_trained(folder: Path, model: Decoder, files: ModelFiles, recipe: FinetuneRecipe) -> None:
+def save_trained(folder: Path, model: Decoder, files: ModelFiles, recipe: TrainingRecipe) -> None:
     """Write what a recipe trained: an adapter folder, or a whole model. Every rank has to call this."""
     adapter = adapter_of(recipe, files)
     template = recipe.model.chat_template
@@ -125,23 +125,24 @@ def save_trained(folder: Path, model: Decoder, files: ModelFiles, recipe: Finetu
         save_adapter(folder, model, adapter, files.base, files.tokenizer_dir, chat_template=template)
 
 
-def adapter_of(recipe: FinetuneRecipe, files: ModelFiles) -> Adapter | None:
+def adapter_of(recipe: TrainingRecipe, files: ModelFiles) -> Adapter | None:
     """The adapter's settings: the recipe's, or those of the adapter that is trained further."""
     if recipe.adapter.method != "none":
         return recipe.adapter
     return files.adapter.settings if files.adapter else None
 
 
-def _restore(recipe: FinetuneRecipe, files: ModelFiles, checkpoint: Path) -> Decoder:
+def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Decoder:
     """The model of a recipe with the trained weights of a checkpoint."""
     saved = state.Saved(checkpoint).tensors("weights")
     model = load_to_train(files, recipe)
     parameters = dict(model.named_parameters())
-    if odd := sorted(saved.names() - parameters.keys()):
+    names = {name.removeprefix("policy."): name for name in saved.names() if not name.startswith("reference.")}
+    if odd := sorted(names.keys() - parameters.keys()):
         raise InputError(f"{checkpoint}: {odd[0]}: not a weight of the recipe's model: the recipe was changed")
     with torch.no_grad():
-        for name in saved.names():
-            parameters[name].copy_(saved.read(name))
+        for name, saved_as in names.items():
+            parameters[name].copy_(saved.read(saved_as))
     return model
 
 
@@ -169,14 +170,13 @@ def _written(folder: Path) -> float:
     return manifest.stat().st_mtime if manifest.is_file() else float("inf")
 
 
-def _recipe_of(run: Path) -> FinetuneRecipe:
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise InputError(f"{run}: no recipe.yaml in it: give a run directory")
-    return schema.load(FinetuneRecipe, [path])
+def _recipe_of(run: Path) -> TrainingRecipe:
+    if recipe := schema.load_run(run):
+        return recipe
+    raise InputError(f"{run}: no recipe.yaml in it: give a run directory")
 
 
-def _precision(recipe: FinetuneRecipe) -> torch.dtype:
+def _precision(recipe: TrainingRecipe) -> torch.dtype:
     """What a recipe's base weights are loaded in."""
     return torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.data.report import check_tables, leaks, look_at, render_sample, repeats
+from litrecipe.data.report import check_conversations, leaks, look_at, render, repeats
 from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 
@@ -27,7 +27,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def test_a_sample_shows_its_tokens_and_what_is_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "x.jsonl", [row("Hi <|im_end|> [bold]x[/bold]", "Yes 🤖!")])
     sample = load_supervised(Data(train=source), tokenizer, seed=0).train[0]
-    text = render_sample(sample, tokenizer)
+    text = render(sample, tokenizer)
     assert text.plain == (
         f"{source}:1\n<|im_start|>system\nYou help.<|im_end|>\n"
         "<|im_start|>user\nHi <|im_end|> [bold]x[/bold]<|im_end|>\n<|im_start|>assistant\n⟦Yes 🤖!<|im_end|>\n⟧\n"
@@ -104,7 +104,7 @@ def test_tables_tell_lengths_and_shares(tokenizer: Tokenizer, tmp_path: Path) ->
     data = Data(train=write(tmp_path / "train.jsonl", rows), max_length=100)
     train = look_at(data.train, data, tokenizer)
     assert len(train.lengths) == 10 and max(train.lengths) > 100
-    told = printed(check_tables(data, tokenizer, seed=0))
+    told = printed(check_conversations(data, tokenizer, seed=0))
     assert "data.train" in told and "9.1 %: 1 (train.jsonl:10)" in told and "9.1 %: 1 (train.jsonl:11)" in told
     assert f"{max(train.lengths):,}" in told
     assert "held out" not in told
@@ -113,7 +113,7 @@ def test_tables_tell_lengths_and_shares(tokenizer: Tokenizer, tmp_path: Path) ->
 def test_leakage_is_told_for_val_and_for_a_split(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [row("same", "answer")] * 10
     source = write(tmp_path / "train.jsonl", rows)
-    told = printed(check_tables(Data(train=source, val=source), tokenizer, seed=0))
+    told = printed(check_conversations(Data(train=source, val=source), tokenizer, seed=0))
     assert "data.val" in told and "100.0 %: 10" in told
-    told = printed(check_tables(Data(train=source, val_fraction=0.2), tokenizer, seed=0))
+    told = printed(check_conversations(Data(train=source, val_fraction=0.2), tokenizer, seed=0))
     assert "held out: 2 samples" in told and "100.0 %: 2" in told

@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import Data, FinetuneRecipe, Model
+from litrecipe.config.groups import Data, DataRecipe, Model
 from litrecipe.recipes.data import check, preview
 
 TEMPLATE = (
@@ -62,7 +62,7 @@ def write(path: Path, *pairs: tuple[str, str]) -> str:
 def test_check_tells_repeats_leaks_and_cuts(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = write(tmp_path / "train.jsonl", ("Why?", "So."), ("Why?", "So."), ("Long", "x" * 100), ("Mute", " "))
     val = write(tmp_path / "val.jsonl", ("why?", "so."), ("How?", "Thus."))
-    assert check(FinetuneRecipe(model=model, data=Data(train=train, val=val, max_length=60))) == 0
+    assert check(DataRecipe(model=model, data=Data(train=train, val=val, max_length=60))) == 0
     told = {" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()}
     assert "longer than data.max_length 60 and cut 25.0 %: 1 (train.jsonl:3)" in told
     assert "empty, dropped 25.0 %: 1 (train.jsonl:4)" in told
@@ -74,7 +74,7 @@ def test_check_tells_repeats_leaks_and_cuts(model: Model, tmp_path: Path, capsys
 def test_check_refuses_rows_it_cannot_read(model: Model, tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{\n[]\n")
     with pytest.raises(InputError) as caught:
-        check(FinetuneRecipe(model=model, data=Data(train=str(tmp_path / "train.jsonl"))))
+        check(DataRecipe(model=model, data=Data(train=str(tmp_path / "train.jsonl"))))
     assert len(caught.value.mistakes) == 2
 
 
@@ -82,7 +82,7 @@ def test_preview_shows_the_first_rows_with_their_mask(
     model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = write(tmp_path / "train.jsonl", ("Why?", "So. 🤗"), ("<end>", "[red]End"), ("Who?", "Me."))
-    assert preview(FinetuneRecipe(model=model, data=Data(train=train)), 2) == 0
+    assert preview(DataRecipe(model=model, data=Data(train=train)), 2) == 0
     told = capsys.readouterr().out
     assert f"{train}:1\nuser: Why?<end>\nassistant: ⟦So. 🤗<end>\n⟧\n" in told
     assert f"{train}:2\nuser: <end><end>\nassistant: ⟦[red]End<end>\n⟧\n" in told
@@ -90,12 +90,12 @@ def test_preview_shows_the_first_rows_with_their_mask(
 
 
 def test_preview_of_a_generated_source(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
-    assert preview(FinetuneRecipe(model=model, data=Data(train="toy:units?n=9")), 3) == 0
+    assert preview(DataRecipe(model=model, data=Data(train="toy:units?n=9")), 3) == 0
     assert capsys.readouterr().out.count("⟦") == 3
 
 
 def test_data_without_rows_is_refused(model: Model, tmp_path: Path) -> None:
-    recipe = FinetuneRecipe(model=model, data=Data(train=write(tmp_path / "d.jsonl")))
+    recipe = DataRecipe(model=model, data=Data(train=write(tmp_path / "d.jsonl")))
     for look in (check, lambda recipe: preview(recipe, 3)):
         with pytest.raises(InputError, match=r"data\.train: .*d\.jsonl: has no rows"):
             look(recipe)

@@ -1,0 +1,153 @@
+"""`litrecipe align dpo`: preference optimisation with recorded pairs or labels, full or with an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from hashlib import file_digest
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import REFERENCE_FREE, Dpo, DpoRecipe, Reference
+from litrecipe.config.progress import say, warn
+from litrecipe.data.comparisons import COMPARISONS, LABEL
+from litrecipe.data.reference_logps import with_reference
+from litrecipe.data.samples import SampleSet
+from litrecipe.data.source import RecordedSource
+from litrecipe.engine.fabric import make_fabric
+from litrecipe.engine.fit import Job, StepResult, fit
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.reference import PolicyAndReference, frozen_twin
+from litrecipe.objectives.dpo import make_dpo
+from litrecipe.recipes.dry_run import show
+from litrecipe.recipes.model import load_to_train, save_trained
+from litrecipe.recipes.training import begin, identity, make_ready, prepared, task_runner
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
+    """Build policy, reference, data and objective, and hand them to `fit`."""
+    files, tokenizer = begin(recipe, dry_run=dry_run)
+    reference = choose_reference(recipe, files)
+    if dry_run:
+        return show(recipe, files, tokenizer, COMPARISONS, frozen_copy=reference in ("copy", "moving"))
+
+    fabric = make_fabric(recipe.fabric)
+    data = prepared(COMPARISONS, recipe, files, tokenizer)
+    check_labels(data.train, recipe)
+    policy = load_to_train(files, recipe)
+    train, val = data.train, data.val
+    if reference == "cache":
+        remember = remembering(policy, files, recipe, fabric)
+        train, val = remember(train), val and remember(val)
+    module = beside_reference(policy, reference)
+    make_ready(policy, recipe)
+    moving = module if isinstance(module, PolicyAndReference) and reference == "moving" else None
+    return fit(
+        Job(
+            fabric=fabric,
+            recipe=recipe,
+            module=module,
+            objective=make_dpo(recipe.dpo, tokenizer.control_ids),
+            source=RecordedSource(train, recipe.train),
+            val=val,
+            save_final=lambda folder: save_trained(folder, policy, files, recipe),
+            evaluate_tasks=task_runner(policy, tokenizer, recipe),
+            carried=moving.moving if moving else dict,
+            after_step=partial(follow, moving, recipe.dpo) if moving else None,
+            check_first=partial(check_start, recipe=recipe) if reference is not None else None,
+            identity=identity(recipe, files, tokenizer, data.train, dpo=recipe.dpo),
+        )
+    )
+
+
+def choose_reference(recipe: DpoRecipe, files: ModelFiles) -> Reference | None:
+    """What `dpo.reference` comes to; None for losses without one. Raises InputError for what would be wrong."""
+    dpo = recipe.dpo
+    if all(loss in REFERENCE_FREE for loss in dpo.mix or [dpo.loss]):
+        return None
+    has_fresh_adapter = recipe.adapter.method != "none" and files.adapter is None
+    # KTO asks for answers to other prompts, which change with every step: nothing to keep on disk.
+    recorded = dpo.loss != "kto" or bool(dpo.mix)
+    if dpo.reference == "auto":
+        return "cache" if recorded else "adapter_off" if has_fresh_adapter else "copy"
+    if dpo.reference == "cache" and not recorded:
+        raise InputError("dpo.reference: cache: kto pairs answers with other prompts in every step: use auto")
+    if dpo.reference == "adapter_off" and not has_fresh_adapter:
+        why = (
+            f"{files.source} is a trained adapter: without it the policy would be held to its base, which it never was"
+            if files.adapter
+            else "there is no adapter"
+        )
+        raise InputError(f"dpo.reference: adapter_off: {why}: use cache or copy")
+    return dpo.reference
+
+
+def check_labels(train: SampleSet, recipe: DpoRecipe) -> None:
+    """Raise InputError where single answers with a label meet a loss that compares answers."""
+    if LABEL in train[0].extra and (recipe.dpo.mix or recipe.dpo.loss != "kto"):
+        names = ", ".join(recipe.dpo.mix) or recipe.dpo.loss
+        raise InputError(f"dpo.loss: {names}: data.train has single answers with a label: use kto, or give pairs")
+
+
+def remembering(
+    policy: Decoder, files: ModelFiles, recipe: DpoRecipe, fabric: Fabric
+) -> Callable[[SampleSet], SampleSet]:
+    """What gives samples their log-probabilities under the policy as it is now, from disk where they were asked before.
+
+    Also where other processes train with this one, each of them must call it, one computes.
+    """
+    policy.to(fabric.device).eval()
+    now = PolicyAndReference(policy, policy if files.adapter or recipe.adapter.method == "none" else None)
+    known_by: list[Any] = [files.weights_hash(), asdict(recipe.quantize), recipe.fabric.precision, fabric.device.type]
+    if recipe.model.init == "random":
+        known_by.append(recipe.train.seed)
+    if files.adapter:
+        with files.adapter.weights.path.open("rb") as file:
+            known_by.append(file_digest(file, "sha256").hexdigest())
+
+    def remember(samples: SampleSet) -> SampleSet:
+        with fabric.autocast():
+            return with_reference(
+                samples,
+                lambda row: now.ref_logps(row.to(fabric.device)),
+                known_by,
+                recipe.data,
+                recipe.train.micro_batch_tokens,
+            )
+
+    return remember
+
+
+def beside_reference(policy: Decoder, reference: Reference | None) -> nn.Module:
+    """What is trained: the policy, with its reference where that is not on disk."""
+    if reference in (None, "cache"):
+        return policy
+    return PolicyAndReference(policy, None if reference == "adapter_off" else frozen_twin(policy))
+
+
+def follow(module: PolicyAndReference, dpo: Dpo, step: int) -> None:
+    """Move the reference when it is time (TR-DPO, 2404.09656)."""
+    if step % dpo.ref_every == 0:
+        module.follow(dpo.ref_alpha)
+
+
+def check_start(result: StepResult, recipe: DpoRecipe) -> None:
+    """Say whether the policy began as its reference: then all log-ratios were 0 and DPO's loss was log 2."""
+    off = max(abs(result.metrics[f"rewards/{answer}"]) for answer in ("chosen", "rejected")) / recipe.dpo.beta
+    if off <= (1e-2 if recipe.fabric.precision == "32-true" else 1.0):
+        log_2 = " = log 2" if recipe.dpo.loss == "sigmoid" and not recipe.dpo.mix and not recipe.dpo.nll_coef else ""
+        say(f"start: policy and reference say the same, as they must; the loss was {result.loss:.4f}{log_2}")
+        return
+    dropout = "adapter.dropout is above 0; " if recipe.adapter.dropout else ""
+    warn(
+        f"start: policy and reference are the same model and yet differ by {off:.3g} nats an answer, so the loss was "
+        f"{result.loss:.4f} and not that of equals (log 2 = 0.6931 for sigmoid): {dropout}the policy will be pulled "
+        "towards something it never was; try dpo.reference copy, or fabric.precision 32-true"
+    )
