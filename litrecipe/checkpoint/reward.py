@@ -29,7 +29,7 @@ ENDS = ("end", "eos", "eot", "eom", "</s>")
 def write_config(
     path: Path, architecture: Architecture, dtype: str, pad_token: str, statistics: tuple[float, float] | None
 ) -> None:
-    """Write the config of a sequence classifier into a folder that has its tokenizer, and make `pad_token` its pad token.
+    """Write the config of a sequence classifier beside its tokenizer, and make `pad_token` the pad token of both.
 
     Raises InputError when the tokenizer does not know that token.
     """

@@ -22,10 +22,21 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def make_llama():
-    """Saves a random Llama (hidden 64, 2 layers, 120 tokens) with transformers and returns it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Saves a random Llama (hidden 64, 2 layers, 120 tokens) with transformers and returns it.
 
-    def make(folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **changes: Any):
+    `family` makes it another's model, `labels` a sequence classifier.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    def make(
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        shard: str = "5GB",
+        family: str = "llama",
+        labels: int | None = None,
+        **changes: Any,
+    ):
         shrunken = {
             "vocab_size": 120,
             "hidden_size": 64,
@@ -39,12 +50,17 @@ def make_llama():
             "eos_token_id": 2,
             "pad_token_id": 2,
         }
+        if labels is not None:
+            shrunken["num_labels"] = labels
+        if family == "mistral":
+            shrunken["sliding_window"] = None
+        kind = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**{**shrunken, **changes}))
+        model = kind.from_config(AutoConfig.for_model(family, **{**shrunken, **changes}))
         for parameter in model.parameters():  # biases of 0 and norms of 1 would hide mistakes
             torch.nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.2)
         model.to(dtype).save_pretrained(folder, max_shard_size=shard)
-        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
     return make
 

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from litrecipe.checkpoint.hf import save_model
-from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.load import load_model, load_reward_model
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config.errors import InputError
+from litrecipe.model.row import Sample, Segment, make_row
 
 
 def load_in_transformers(folder: Path):
@@ -172,8 +174,8 @@ import sys, resource
 from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from litrecipe.checkpoint.hf import save_model
-from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.hf import save_model, save_reward_model
+from litrecipe.checkpoint.load import load_model, load_reward_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config.errors import InputError
@@ -183,8 +185,8 @@ rank, tiny, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("gloo", init_method="file://" + str(out / "meet"), rank=rank, world_size=2)
 adapter = Adapter(method="dora", r=2)
 
-def sharded(adapter=None):
-    model = load_model(open_model(str(tiny)), adapter=adapter)
+def sharded(adapter=None, load=load_model):
+    model = load(open_model(str(tiny)), adapter=adapter)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -195,6 +197,12 @@ def full():
 
 def adapted():
     save_adapter(out / "adapter", sharded(adapter), adapter, str(tiny), tiny)
+
+def rewarded():
+    known = {"pad_token": "<|endoftext|>", "statistics": (1.0, 2.0)}
+    save_reward_model(out / "full", sharded(load=load_reward_model), tiny, **known)
+    model = sharded(adapter, load_reward_model)
+    save_adapter(out / "adapter", model, adapter, str(tiny), tiny, **known)
 """
 
 
@@ -236,3 +244,29 @@ def test_a_sharded_model_is_written_whole(tmp_path: Path, tiny_model: Path, our_
     whole = our_logits(load_model(open_model(str(tiny_model))))
     assert torch.equal(our_logits(load_model(open_model(str(tmp_path / "full")))), whole)
     torch.testing.assert_close(our_logits(load_model(open_model(str(tmp_path / "adapter")))), whole)
+
+
+@pytest.mark.slow
+def test_a_sharded_reward_model_is_written_whole(tmp_path: Path, tiny_model: Path) -> None:
+    code = """
+rewarded()
+import numpy as np
+from litrecipe.model.row import Sample, Segment, make_row
+
+text = Sample("text", (Segment(np.array([1, 9, 7, 2]), np.array([0, 1, 1, 1], np.float32)),))
+model = sharded(load=load_reward_model)
+model(make_row([text] if rank == 0 else [])).sum().backward()
+print(model.score.weight.grad.full_tensor().tolist())
+"""
+    said = on_two_ranks(tmp_path, tiny_model, code)
+    model = load_reward_model(open_model(str(tiny_model)))
+    for name in ("full", "adapter"):
+        files = open_model(str(tmp_path / name))
+        assert files.is_reward_model and files.reward_statistics == (1.0, 2.0)
+        again = load_reward_model(files, seed=7)
+        assert torch.equal(again.score.weight, model.score.weight)
+        assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    text = Sample("text", (Segment(np.array([1, 9, 7, 2]), np.array([0, 1, 1, 1], np.float32)),))
+    (model(make_row([text])).sum() / 2).backward()  # sharding takes the mean over the ranks
+    assert said[0] == said[1] and model.score.weight.grad is not None
+    torch.testing.assert_close(torch.tensor(json.loads(said[0])), model.score.weight.grad)
