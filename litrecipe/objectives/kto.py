@@ -44,11 +44,10 @@ class KTO:
         good = _good(row)
         logps = sum_by_segment(predictions.logps, row)[row.answers]
         ratios = logps - sum_by_segment(reference_logps(predictions, row), row)[row.answers]
-        kl = row.extra[KL] if row.sample_ids else ratios.new_zeros(0)
-        sample_of_span = torch.tensor(row.sample_of_span, device=kl.device)
-        losses = preference.kto(ratios, good, kl[sample_of_span[row.answers]], self.beta, self.weights)
+        kl = row.extra[KL] if row.sample_ids else ratios.new_zeros(1)
+        losses = preference.kto(ratios, good, kl[0], self.beta, self.weights)
         rewards = self.beta * ratios.detach()
-        metrics: dict[str, tuple[Tensor, Tensor | float]] = {KL: (kl.sum(), float(len(kl)))}
+        metrics: dict[str, tuple[Tensor, Tensor | float]] = {KL: (kl.sum(), float(len(row.sample_ids)))}
         for name, side in (("chosen", good), ("rejected", ~good)):
             metrics[f"rewards/{name}"] = (rewards[side].sum(), side.sum())
             metrics[f"logps/{name}"] = (logps.detach()[side].sum(), side.sum())

@@ -28,15 +28,16 @@ def reference(shared):
     """Numbers that TRL 0.11.4 and 1.16.0 made from tiny weights, and what our decoder makes of the same weights."""
     folder = shared / "checks" / "trl_reference"
     numbers = json.loads((folder / "reference.json").read_text())
-    numbers["dpo"] |= {f"{name} 1.16": v for name, v in json.loads((folder / "modern.json").read_text())["dpo"].items()}
-    return Reference(folder, numbers)
+    modern = json.loads((folder / "modern.json").read_text())
+    numbers["dpo"] |= {f"{name} 1.16": v for name, v in modern["dpo"].items()}
+    return Reference(folder, numbers, modern)
 
 
 class Reference:
     """Policy and reference on the four pairs, in float64, prompts computed once."""
 
-    def __init__(self, folder, numbers):
-        self.numbers = numbers
+    def __init__(self, folder, numbers, modern):
+        self.numbers, self.modern = numbers, modern
         self.architecture = read_architecture(json.loads((folder / "config.json").read_text()))
         self.policy, self.frozen = (self.load(folder / f"{name}.safetensors") for name in ("policy", "ref"))
         self.plain_samples = [
