@@ -119,7 +119,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("finetne", "finetne: no such verb: did you mean `litrecipe finetune`?"),
         ("recipe ls", "recipe: no such verb: did you mean `litrecipe recipes`?"),
-        ("xyzzy", "xyzzy: no such verb: give one of finetune, evaluate, generate, chat, recipes, data, model, runs"),
+        (
+            "xyzzy",
+            "xyzzy: no such verb: give one of finetune, align, evaluate, generate, chat, recipes, data, model, runs",
+        ),
         ("model", "model: missing: give one of import, export, merge, info"),
         ("model improt a b", "model: improt: did you mean `litrecipe model import`?"),
         (

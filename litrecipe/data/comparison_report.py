@@ -10,7 +10,6 @@ from rich.table import Table
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track
 from litrecipe.data.comparisons import (
-    LABEL,
     ComparisonCounts,
     EncodedPreference,
     encode_preferences,
@@ -22,6 +21,7 @@ from litrecipe.data.prepared import hold_out
 from litrecipe.data.readers import Mistakes
 from litrecipe.data.report import hashed, leaks, loosely, marks, repeats, share, told
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.objectives.answers import LABEL
 
 
 @dataclass

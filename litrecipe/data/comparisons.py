@@ -19,9 +19,7 @@ from litrecipe.data.prepared import Counts, Kind, Prepared, Trouble, batches, pr
 from litrecipe.data.readers import Mistakes
 from litrecipe.data.tokenizer import Encoded, Tokenizer
 from litrecipe.model.row import Sample, Segment
-
-LABEL, SCORES = "label", "scores"
-"""Names of the extras that hold what a row says of its answers."""
+from litrecipe.objectives.answers import LABEL, SCORES
 
 
 @dataclass

@@ -23,7 +23,7 @@ from litrecipe.data.packing import pack
 from litrecipe.data.prepared import kept
 from litrecipe.data.samples import SampleSet
 from litrecipe.model.row import Row, Sample, make_row
-from litrecipe.objectives.dpo import REF_LOGPS
+from litrecipe.objectives.answers import REF_LOGPS
 
 VERSION = 1
 """Raise it when the same inputs give other numbers, or other files."""

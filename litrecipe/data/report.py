@@ -14,13 +14,13 @@ from rich.text import Text
 
 from litrecipe.config.groups import Data
 from litrecipe.config.progress import track
-from litrecipe.data.comparisons import LABEL, SCORES
 from litrecipe.data.formats import Conversation, count_rows, read_conversations
 from litrecipe.data.prepared import Trouble, hold_out
 from litrecipe.data.readers import Mistakes
 from litrecipe.data.supervised import SupervisedCounts, encode_all, make_sample
 from litrecipe.data.tokenizer import Encoded, Tokenizer
 from litrecipe.model.row import Sample, Segment
+from litrecipe.objectives.answers import LABEL, SCORES
 
 LEARNT = "bold green"
 CONTEXT = "dim"

@@ -84,6 +84,8 @@ class Decoder(Trunk):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
+        self.with_collisions = False
+        """Whether predictions bring `log_collisions`."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.tie_weights()
 
@@ -101,7 +103,8 @@ class Decoder(Trunk):
         """Log-probabilities (P,) of the row's targets under logits / temperature."""
         forest = Forest(row.spans, row.tokens.device)
         hidden = self._hidden(row.tokens, row.positions, [forest], row.predict_from)
-        return predict(self.model.norm(hidden), self.lm_head.weight, row.target, temperature)
+        hidden = self.model.norm(hidden)
+        return predict(hidden, self.lm_head.weight, row.target, temperature, self.with_collisions)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""

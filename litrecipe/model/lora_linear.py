@@ -136,7 +136,7 @@ class _LowRank(torch.autograd.Function):
             y.mul_(magnitude / norms)
         if base.bias is not None:
             y.add_(base.bias)
-        y = y.view(*x.shape[:-1], -1)
+        y = y.view(*x.shape[:-1], y.shape[-1])  # -1 is ambiguous where there are no rows
         ctx.save_for_backward(x, z, reduced, a, b, magnitude, norms, None if magnitude is None else y)
         ctx.base, ctx.scale = base, scale
         return y

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import REFERENCE_FREE, Dpo, DpoRecipe, Reference
 from litrecipe.config.progress import say, warn
-from litrecipe.data.comparisons import COMPARISONS, LABEL
+from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.reference_logps import with_reference
 from litrecipe.data.samples import SampleSet
 from litrecipe.data.source import RecordedSource
@@ -22,9 +23,10 @@ from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, StepResult, fit
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
+from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.dpo import make_dpo
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.model import load_to_train, save_trained
+from litrecipe.recipes.model import adapter_of, load_to_train, save_trained
 from litrecipe.recipes.training import begin, identity, make_ready, prepared, task_runner
 
 if TYPE_CHECKING:
@@ -41,27 +43,29 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
     fabric = make_fabric(recipe.fabric)
     data = prepared(COMPARISONS, recipe, files, tokenizer)
     check_labels(data.train, recipe)
-    policy = load_to_train(files, recipe)
+    policy = load_to_train(load_model, files, recipe)
     train, val = data.train, data.val
     if reference == "cache":
         remember = remembering(policy, files, recipe, fabric)
         train, val = remember(train), val and remember(val)
     module = beside_reference(policy, reference)
     make_ready(policy, recipe)
+    objective = make_dpo(recipe.dpo, tokenizer.control_ids)
+    policy.with_collisions = objective.needs_collisions
     moving = module if isinstance(module, PolicyAndReference) and reference == "moving" else None
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
             module=module,
-            objective=make_dpo(recipe.dpo, tokenizer.control_ids),
+            objective=objective,
             source=RecordedSource(train, recipe.train),
             val=val,
             save_final=lambda folder: save_trained(folder, policy, files, recipe),
             evaluate_tasks=task_runner(policy, tokenizer, recipe),
             carried=moving.moving if moving else dict,
             after_step=partial(follow, moving, recipe.dpo) if moving else None,
-            check_first=partial(check_start, recipe=recipe) if reference is not None else None,
+            check_first=partial(check_start, recipe=recipe, files=files) if reference else None,
             identity=identity(recipe, files, tokenizer, data.train, dpo=recipe.dpo),
         )
     )
@@ -138,14 +142,15 @@ def follow(module: PolicyAndReference, dpo: Dpo, step: int) -> None:
         module.follow(dpo.ref_alpha)
 
 
-def check_start(result: StepResult, recipe: DpoRecipe) -> None:
+def check_start(result: StepResult, recipe: DpoRecipe, files: ModelFiles) -> None:
     """Say whether the policy began as its reference: then all log-ratios were 0 and DPO's loss was log 2."""
     off = max(abs(result.metrics[f"rewards/{answer}"]) for answer in ("chosen", "rejected")) / recipe.dpo.beta
     if off <= (1e-2 if recipe.fabric.precision == "32-true" else 1.0):
         log_2 = " = log 2" if recipe.dpo.loss == "sigmoid" and not recipe.dpo.mix and not recipe.dpo.nll_coef else ""
         say(f"start: policy and reference say the same, as they must; the loss was {result.loss:.4f}{log_2}")
         return
-    dropout = "adapter.dropout is above 0; " if recipe.adapter.dropout else ""
+    adapter = adapter_of(recipe, files)
+    dropout = "adapter.dropout is above 0; " if adapter and adapter.dropout else ""
     warn(
         f"start: policy and reference are the same model and yet differ by {off:.3g} nats an answer, so the loss was "
         f"{result.loss:.4f} and not that of equals (log 2 = 0.6931 for sigmoid): {dropout}the policy will be pulled "

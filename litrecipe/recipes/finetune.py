@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from litrecipe.checkpoint.load import load_model
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import SUPERVISED
@@ -21,7 +22,7 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
 
     fabric = make_fabric(recipe.fabric)
     data = prepared(SUPERVISED, recipe, files, tokenizer)
-    model = load_to_train(files, recipe)
+    model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
     return fit(
         Job(

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from litrecipe.checkpoint import state
-from litrecipe.checkpoint.hf import save_model
-from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.hf import save_model, save_reward_model
+from litrecipe.checkpoint.load import load_model, load_reward_model
 from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, new_folder, refuse_foreign
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, save_adapter
+from litrecipe.checkpoint.reward import pad_for_rewards
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress, schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import Adapter, FinetuneRecipe, TrainingRecipe
+from litrecipe.config.groups import Adapter, FinetuneRecipe, RewardRecipe, TrainingRecipe
 from litrecipe.config.progress import say, warn
+from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
 from litrecipe.model.adapters import merge_adapter
-from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.reward import RewardModel
 from litrecipe.recipes.model_tables import architecture_table, memory_table, parameter_table
+
+M = TypeVar("M", bound=Trunk)
 
 
 def import_model(src: str, out: str) -> int:
@@ -59,7 +67,13 @@ def export(run: str, out: str) -> int:
         raise InputError(f"{run}: neither a final model nor a complete checkpoint in it: nothing to export yet")
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
     _keep_apart(out, files)
-    save_trained(Path(out), _restore(recipe, files, checkpoint), files, recipe)
+    model = _restore(recipe, files, checkpoint)
+    statistics = None
+    if isinstance(model, RewardModel) and isinstance(recipe, RewardRecipe):
+        tokenizer = Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
+        good = demonstrations_of(recipe, tokenizer)
+        statistics = mean_and_spread(model.eval(), good, recipe.train.micro_batch_tokens, "cpu")
+    save_trained(Path(out), model, files, recipe, statistics)
     newer = f", which is newer than {final}" if final.is_dir() else ""
     say(f"wrote {out} from {checkpoint}{newer}")
     return 0
@@ -82,12 +96,17 @@ def merge(run: str, out: str) -> int:
     recipe = schema.load_run(folder.parent) or FinetuneRecipe()
     quantize = recipe.quantize
     # Quantised weights are made from those of the run's precision; others are merged before anything is rounded.
-    model = load_model(
-        files, dtype=_precision(recipe) if quantize.method != "none" else torch.float32, quantize=quantize
-    )
-    merge_adapter(model)
-    dtype = _stored_dtype(files)
-    save_model(Path(out), model, files.tokenizer_dir, dtype=dtype)
+    wide = _precision(recipe) if quantize.method != "none" else torch.float32
+    dtype, target, tokenizer = _stored_dtype(files), Path(out), files.tokenizer_dir
+    if files.is_reward_model:
+        rewards = load_reward_model(files, dtype=wide, quantize=quantize)
+        merge_adapter(rewards)
+        pad, statistics = pad_for_rewards(tokenizer, files.architecture), files.reward_statistics
+        save_reward_model(target, rewards, tokenizer, pad_token=pad, statistics=statistics, dtype=dtype)
+    else:
+        model = load_model(files, dtype=wide, quantize=quantize)
+        merge_adapter(model)
+        save_model(target, model, tokenizer, dtype=dtype)
     base = f"{files.base} as {quantize.method}" if quantize.method != "none" else files.base
     say(f"wrote {out}: {folder} merged into {base}, in {str(dtype).removeprefix('torch.')}")
     return 0
@@ -103,9 +122,9 @@ def info(src: str) -> int:
     return 0
 
 
-def load_to_train(files: ModelFiles, recipe: TrainingRecipe) -> Decoder:
+def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRecipe) -> M:
     """The model as a recipe trains it: base weights, quantised or not, and the adapter."""
-    return load_model(
+    return load(
         files,
         dtype=_precision(recipe),
         quantize=recipe.quantize,
@@ -115,14 +134,38 @@ def load_to_train(files: ModelFiles, recipe: TrainingRecipe) -> Decoder:
     )
 
 
-def save_trained(folder: Path, model: Decoder, files: ModelFiles, recipe: TrainingRecipe) -> None:
-    """Write what a recipe trained: an adapter folder, or a whole model. Every rank has to call this."""
+def save_trained(
+    folder: Path,
+    model: Decoder | RewardModel,
+    files: ModelFiles,
+    recipe: TrainingRecipe,
+    statistics: tuple[float, float] | None = None,
+) -> None:
+    """Write what a recipe trained: an adapter folder, or a whole model. Every rank has to call this.
+
+    `statistics` are mean and standard deviation of a reward model's rewards.
+    """
     adapter = adapter_of(recipe, files)
-    template = recipe.model.chat_template
-    if adapter is None:
-        save_model(folder, model, files.tokenizer_dir, chat_template=template)
+    template, tokenizer = recipe.model.chat_template, files.tokenizer_dir
+    pad = None
+    if isinstance(model, RewardModel):
+        pad = pad_for_rewards(tokenizer, files.architecture, chat_template=template)
+    if adapter is not None:
+        save_adapter(
+            folder,
+            model,
+            adapter,
+            files.base,
+            tokenizer,
+            chat_template=template,
+            pad_token=pad,
+            statistics=statistics,
+        )
+    elif isinstance(model, RewardModel):
+        assert pad is not None
+        save_reward_model(folder, model, tokenizer, pad_token=pad, statistics=statistics, chat_template=template)
     else:
-        save_adapter(folder, model, adapter, files.base, files.tokenizer_dir, chat_template=template)
+        save_model(folder, model, tokenizer, chat_template=template)
 
 
 def adapter_of(recipe: TrainingRecipe, files: ModelFiles) -> Adapter | None:
@@ -132,10 +175,14 @@ def adapter_of(recipe: TrainingRecipe, files: ModelFiles) -> Adapter | None:
     return files.adapter.settings if files.adapter else None
 
 
-def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Decoder:
+def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Decoder | RewardModel:
     """The model of a recipe with the trained weights of a checkpoint."""
     saved = state.Saved(checkpoint).tensors("weights")
-    model = load_to_train(files, recipe)
+    model: Decoder | RewardModel
+    if isinstance(recipe, RewardRecipe):
+        model = load_to_train(load_reward_model, files, recipe)
+    else:
+        model = load_to_train(load_model, files, recipe)
     parameters = dict(model.named_parameters())
     names = {name.removeprefix("policy."): name for name in saved.names() if not name.startswith("reference.")}
     if odd := sorted(names.keys() - parameters.keys()):

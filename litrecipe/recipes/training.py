@@ -15,7 +15,7 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.telling import check_loggers, check_login
 from litrecipe.evaluation.run import evaluate, metrics, plan
-from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoder import Decoder, Trunk
 
 
 def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokenizer]:
@@ -38,7 +38,7 @@ def prepared(kind: Kind[Any], recipe: TrainingRecipe, files: ModelFiles, tokeniz
     return data
 
 
-def make_ready(model: Decoder, recipe: TrainingRecipe) -> None:
+def make_ready(model: Trunk, recipe: TrainingRecipe) -> None:
     """Set a model that was loaded to how the recipe trains it. Comes last: a compiled model cannot be copied."""
     model.train()
     model.activation_checkpointing = recipe.fabric.activation_checkpointing

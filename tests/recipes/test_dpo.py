@@ -193,8 +193,9 @@ LABELLED = [{"prompt": f"Say {n}.", "completion": f"It is {n}.", "label": n % 2 
 
 def test_kto_learns_from_labels(train: Train, tmp_path: Path) -> None:
     records = train(dpo__loss="kto", data__train=rows(tmp_path / "l.jsonl", *LABELLED), train__epochs=4, optim__lr=1e-3)
-    assert records[-1]["rewards/chosen"] > 0 > records[-1]["rewards/rejected"]
-    assert records[0]["kl"] == 0 <= records[-1]["kl"]
+    assert records[0]["rewards/margins"] == 0 == records[0]["kl"]
+    assert records[-1]["rewards/margins"] > 0.05
+    assert records[-1]["kl"] > 0  # of mismatched answers, which all rose
 
 
 def test_labels_are_nothing_to_compare(train: Train, tmp_path: Path) -> None:
@@ -225,9 +226,17 @@ def test_nothing_left_to_learn_is_an_error(train: Train, tmp_path: Path) -> None
         train(data__train=rows(tmp_path / "p.jsonl", same, same))
 
 
-def test_dropout_at_the_start_is_told_in_plain_words(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    train(**LORA, adapter__dropout=0.5, model__init="random", quantize__method="none")
-    assert "log 2" in capsys.readouterr().err  # a fresh adapter says nothing yet, with or without dropout
+@pytest.mark.parametrize("reference", ["copy", "cache"])
+def test_a_start_from_another_place_is_told_in_plain_words(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], reference: str
+) -> None:
+    """Dropout in a trained adapter makes the policy differ from itself: the loss of the first step is not log 2."""
+    train("first", **LORA, adapter__dropout=0.5, optim__lr=0.1)
+    assert "start: policy and reference say the same" in capsys.readouterr().err  # a fresh adapter is silent
+    train("second", model__source=tmp_path / "first" / "final", dpo__reference=reference)
+    said = capsys.readouterr().err
+    assert "start: policy and reference are the same model and yet differ by" in said
+    assert "dropout" in said
 
 
 def test_the_dry_run_shows_a_pair_and_the_copy(
