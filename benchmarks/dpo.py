@@ -23,7 +23,7 @@ import math
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def ours(model: Path, data: Path, work: Path, threads: int, batch: int = 8) -> d
         [step["loss"] for step in steps],
         reference_seconds=round(reference, 2),
         tokens=steps[-1]["tokens"],
-        margins=[step["rewards/margins"] for step in steps],
+        margins=[round(step["rewards/margins"], 7) for step in steps],
     )
 
 
@@ -112,7 +112,7 @@ def long_pairs(rows: Sequence[Mapping[str, Any]], words: int) -> list[dict[str, 
     ]
 
 
-def pieces(texts: Sequence[str], size: int) -> Any:
+def pieces(texts: Sequence[str], size: int) -> Iterator[list[str]]:
     """The words of all texts, `size` at a time."""
     words = list(chain.from_iterable(text.split() for text in texts))
     return (words[start : start + size] for start in range(0, len(words) - size + 1, size))

@@ -96,7 +96,7 @@ def main() -> None:
         "setup_seconds": setup,
         "train_seconds": train,
         "reference_seconds": trainer.reference_seconds if args.precompute else None,
-        "tokens": steps[-1]["num_tokens"],
+        "tokens": int(steps[-1]["num_tokens"]),
         "losses": [step["loss"] for step in steps],
         "margins": [step["rewards/margins"] for step in steps],
         "threads": torch.get_num_threads(),
