@@ -20,7 +20,7 @@ from torch import Tensor
 from litrecipe.config.progress import track
 from litrecipe.data.packing import pack
 from litrecipe.data.source import SampleList
-from litrecipe.model.row import Row, make_row
+from litrecipe.model.row import Row, Sample, make_row
 from litrecipe.objectives.answers import SCORES, answers_of
 
 BINS = 10
@@ -55,7 +55,7 @@ class Pair:
 @torch.no_grad()
 def compare(
     reward: Callable[[Row], Tensor],
-    samples: SampleList,
+    samples: SampleList | Sequence[Sample],
     *,
     budget: int,
     device: torch.device | str,
@@ -69,7 +69,7 @@ def compare(
     Rows hold up to `budget` tokens; samples longer than that stand in rows of their own. Of several ranks each takes
     its share and all get the pairs of all.
     """
-    lengths = [int(length) for length in samples.lengths]
+    lengths = [samples[place].length for place in range(len(samples))]
     packing = pack(lengths, max(budget, *lengths), multiple_of=world)
     mine = packing.rows[rank::world] or [[]]
     found: list[tuple[int, list[Pair]]] = []

@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.evaluation.tasks import BUILTINS, Outcome, Settings, Task
+from litrecipe.evaluation.preference import Preference
+from litrecipe.evaluation.tasks import ExactMatch, Outcome, Perplexity, Settings, Task
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.reward import RewardModel
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -29,6 +31,13 @@ if TYPE_CHECKING:
 
 Results = dict[str, Any]
 """lm-eval's layout: `results[task]["metric,filter"]`, `n-samples`, `configs`, `samples`, …"""
+
+BUILTINS: dict[str, type[Perplexity] | type[ExactMatch] | type[Preference]] = {
+    "perplexity": Perplexity,
+    "exact_match": ExactMatch,
+    "preference": Preference,
+}
+"""Name before the colon → task."""
 
 BOOTSTRAP = 1000
 """Resamplings behind lm-eval's standard errors where there is no formula."""
@@ -95,7 +104,7 @@ def _look_up(mistakes: list[str], local: list[tuple[str, str]], names: list[str]
 
 
 def evaluate(
-    model: Decoder,
+    model: Decoder | RewardModel,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,
@@ -105,21 +114,29 @@ def evaluate(
     generate: Generate | None = None,
     log_samples: bool = False,
     chatty: bool = True,
+    reference: Decoder | None = None,
+    beta: float = 0.1,
+    pictures: Path | None = None,
 ) -> Results:
     """Run the tasks (in evaluation mode) and return lm-eval's results dictionary, the built-in tasks merged in.
 
-    `limit` bounds the samples of each task; `num_fewshot` and `log_samples` are lm-eval's. Raises InputError for tasks
-    that do not exist or whose data cannot be had.
+    `limit` bounds the samples of each task; `num_fewshot` and `log_samples` are lm-eval's; `reference`, `beta` and
+    `pictures` are for `preference`. Raises InputError for tasks that do not exist, whose data cannot be had, or that a
+    reward model cannot do.
     """
     wanted = plan(tasks)
-    settings = Settings(limit, batch_tokens, generate or Generate(), chatty)
+    settings = Settings(limit, batch_tokens, generate or Generate(), chatty, reference, beta, pictures)
+    if isinstance(model, RewardModel):
+        others = [*wanted.lm_eval, *(task.spec for task in wanted.builtin if not isinstance(task, Preference))]
+        if others:
+            raise InputError(f"tasks: {others[0]}: a reward model says no words: give preference:FILE only")
     results: Results = {"results": {}, "configs": {}, "versions": {}, "n-shot": {}, "higher_is_better": {}}
     results |= {"n-samples": {}, "samples": {}, "config": {"limit": limit, "batch_tokens": batch_tokens}}
     results |= {"date": time.time(), **_describe(model, tokenizer)}
     was_training = model.training
     model.eval()
     try:
-        if wanted.lm_eval:
+        if wanted.lm_eval and isinstance(model, Decoder):
             _merge(results, _run_lm_eval(model, tokenizer, wanted, settings, num_fewshot, log_samples))
         for task in wanted.builtin:
             _merge(results, _as_results(task, task.run(model, tokenizer, settings)))
@@ -220,7 +237,7 @@ def _as_results(task: Task, outcome: Outcome) -> Results:
     }
 
 
-def _describe(model: Decoder, tokenizer: Tokenizer) -> Results:
+def _describe(model: Decoder | RewardModel, tokenizer: Tokenizer) -> Results:
     """The model's end of text and length, and the special tokens as [text, id], under lm-eval's keys."""
     ids = {"pad": tokenizer.pad_id, "eos": next(iter(tokenizer.eos_ids), None), "bos": tokenizer.bos_id}
     tokens = {

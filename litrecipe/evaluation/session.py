@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 
-from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.load import load_model, load_reward_model
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config import groups, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import say
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import accelerator_of
-from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.reward import RewardModel
+
+M = TypeVar("M", bound=Trunk)
 
 
 @dataclass(frozen=True)
-class Session:
+class Session(Generic[M]):
     """What the verbs that only read a model work with."""
 
-    model: Decoder
+    model: M
     """In evaluation mode, on its device."""
     tokenizer: Tokenizer
     source: str
@@ -30,7 +35,14 @@ class Session:
     """How its base is stored."""
 
 
-def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session:
+def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session[Decoder]:
+    """A language model; see `open_any`."""
+    return _open(load_model, model, quantize, fabric)
+
+
+def open_any(
+    model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric
+) -> Session[Decoder] | Session[RewardModel]:
     """Load a Hugging Face folder, hub id, GGUF file, PEFT adapter folder, or the final model of a run directory.
 
     The model of a run is read as it was trained: on the same date and, where `quantize` says nothing, on a base
@@ -38,6 +50,12 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
+    if open_model(model.source, tokenizer=model.tokenizer).is_reward_model:
+        return _open(load_reward_model, model, quantize, fabric)
+    return _open(load_model, model, quantize, fabric)
+
+
+def _open(load: Callable[..., M], model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session[M]:
     device = _device(fabric)
     files = open_model(model.source, tokenizer=model.tokenizer)
     run = schema.load_run(Path(model.source))
@@ -45,17 +63,17 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
         quantize = run.quantize
         say(f"{model.source}: base quantised to {quantize.method}, as in training (not so with its folder final/)")
     tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template, run.data.date if run else None)
-    decoder = load_model(
+    loaded = load(
         files,
         dtype=torch.bfloat16 if fabric.precision == "bf16-true" else torch.float32,
         device=device,
         quantize=quantize,
         init=model.init,
     )
-    decoder.eval().requires_grad_(False)
+    loaded.eval().requires_grad_(False)
     if fabric.compile:
-        decoder.compile_blocks()
-    return Session(decoder, tokenizer, model.source, quantize)
+        loaded.compile_blocks()
+    return Session(loaded, tokenizer, model.source, quantize)
 
 
 def _device(fabric: groups.Fabric) -> torch.device:

@@ -1,4 +1,4 @@
-"""The built-in tasks, which need no lm-eval: `perplexity:FILE` and `exact_match:FILE`."""
+"""What a built-in task is, and two that need no lm-eval: `perplexity:FILE` and `exact_match:FILE`."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ class Settings:
     """How answers are sampled."""
     chatty: bool = True
     """Show a progress line."""
+    reference: Decoder | None = None
+    """What a policy's implicit reward is measured against."""
+    beta: float = 0.1
+    """The β of implicit rewards."""
+    pictures: Path | None = None
+    """The results file beside which pictures are drawn; none without it."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Task(Protocol):
     def config(self) -> dict[str, Any]:
         """What was asked for, for the results file."""
 
-    def run(self, model: Decoder, tokenizer: Tokenizer, settings: Settings) -> Outcome:
+    def run(self, model: Any, tokenizer: Tokenizer, settings: Settings) -> Outcome:
         """Measure."""
 
 
@@ -220,10 +226,6 @@ class ExactMatch:
                 for index, (question, answer, hit) in enumerate(zip(used, answers, hits, strict=True))
             ],
         )
-
-
-BUILTINS: dict[str, type[Perplexity] | type[ExactMatch]] = {"perplexity": Perplexity, "exact_match": ExactMatch}
-"""Name before the colon → task."""
 
 
 def same_answer(answer: str, reference: str) -> bool:

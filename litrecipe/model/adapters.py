@@ -127,6 +127,11 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> No
     dequantize(model, dtype=dtype)
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is an adapter to switch off."""
+    return any(hasattr(module, "lora_A") for module in model.modules())
+
+
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base, bit for bit; a reward model keeps its score."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from litrecipe.config import progress
@@ -11,14 +12,17 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import try_writing
 from litrecipe.config.groups import EvaluateRecipe
 from litrecipe.config.progress import say
+from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.run import evaluate, plan, table, write
-from litrecipe.evaluation.session import open_session
+from litrecipe.evaluation.session import open_any, open_session
+from litrecipe.model.decoder import Decoder
 
 
 def main(recipe: EvaluateRecipe) -> int:
     """Open the model, run the tasks, print a table, write the results."""
     _check(recipe)
-    session = open_session(recipe.model, recipe.quantize, recipe.fabric)
+    session = open_any(recipe.model, recipe.quantize, recipe.fabric)
+    reference = _reference(recipe, recipe.reference, session.tokenizer) if recipe.reference else None
     results = evaluate(
         session.model,
         session.tokenizer,
@@ -28,6 +32,9 @@ def main(recipe: EvaluateRecipe) -> int:
         batch_tokens=recipe.batch_tokens,
         generate=recipe.generate,
         log_samples=recipe.log_samples,
+        reference=reference,
+        beta=recipe.beta,
+        pictures=Path(recipe.out) if recipe.out else None,
     )
     results["config"] |= {"model": session.source, "quantize": session.quantize.method}
     progress.console().print(table(results))
@@ -39,6 +46,15 @@ def main(recipe: EvaluateRecipe) -> int:
         for path in written:
             say(f"wrote {path}")
     return 0
+
+
+def _reference(recipe: EvaluateRecipe, source: str, tokenizer: Tokenizer) -> Decoder:
+    """The model that implicit rewards are measured against; it must read the same tokens."""
+    model = replace(recipe.model, source=source)
+    session = open_session(model, recipe.quantize, recipe.fabric)
+    if session.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise InputError(f"reference: {source}: has another tokenizer than model.source: give one with the same")
+    return session.model
 
 
 def _check(recipe: EvaluateRecipe) -> None:

@@ -89,7 +89,7 @@ def test_only_scored_places_go_through_the_last_layer() -> None:
 def test_an_empty_row_gives_zero_gradients_everywhere(adapter: bool) -> None:
     model = reward_model()
     if adapter:
-        add_adapter(model, Adapter(method="lora", r=2, targets=["q_proj", "v_proj"]))
+        add_adapter(model, Adapter(method="lora", r=2))
     rewards, gradients = rewards_and_gradients(model, [make_row([])])
     assert rewards.shape == (0,)
     assert set(gradients) == {name for name, p in model.named_parameters() if p.requires_grad}
