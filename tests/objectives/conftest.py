@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.head import predict
 from litrecipe.model.row import make_row
 from litrecipe.objectives.answers import pairs_of, sum_by_segment, tokens_by_segment
 from litrecipe.objectives.dpo import REF_LOGPS
@@ -44,7 +42,7 @@ class Reference:
             ranked(str(n), [pair["chosen"], pair["rejected"]], pair["prompt"])
             for n, pair in enumerate(numbers["inputs"]["pairs"])
         ]
-        self.scoring = WithCollisions(self.policy)
+        self.policy.with_collisions = True
         self.row = make_row(self.plain_samples)
         with torch.no_grad():
             self.ref = self.answers(self.frozen)
@@ -70,19 +68,3 @@ class Reference:
         self.policy.zero_grad()
         loss.backward()
         return float(torch.nn.utils.get_total_norm([p.grad for p in self.policy.parameters()]))
-
-
-class WithCollisions(nn.Module):
-    """A decoder whose predictions hold log_collisions."""
-
-    def __init__(self, decoder):
-        super().__init__()
-        self.decoder = decoder
-
-    def forward(self, row):
-        seen = []
-        hook = self.decoder.model.norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
-        predictions = self.decoder(row)
-        hook.remove()
-        collisions = predict(seen[0].detach(), self.decoder.lm_head.weight, row.target, collisions=True).log_collisions
-        return predictions._replace(log_collisions=collisions)

@@ -56,7 +56,7 @@ def step_of_four(reference, config, size):
     objective = make_dpo(config)
     samples = reference.samples if objective.needs_reference else reference.plain_samples
     rows = [make_row(samples[start : start + size]) for start in range(0, len(samples), size)]
-    loss, gradient, metrics = step(objective, reference.scoring, rows)
+    loss, gradient, metrics = step(objective, reference.policy, rows)
     return loss, float(torch.nn.utils.get_total_norm(gradient)), metrics
 
 
