@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,22 +144,19 @@ def _count_parameters(recipe: Any, source: Path) -> str:
     import torch
 
     from litrecipe.checkpoint.source import open_model
-    from litrecipe.model.adapters import add_adapter
+    from litrecipe.engine.memory import meta_model
     from litrecipe.model.decoder import Decoder
     from litrecipe.recipes.model import adapter_of
 
     files = open_model(str(source))
-    with torch.device("meta"):
-        model = Decoder(files.architecture)
-        count = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-        if not isinstance(recipe, TrainingRecipe):
-            return count
-        adapter = adapter_of(recipe, files)
-        if adapter is None:
-            return f"{count}, all trained"
-        add_adapter(model, adapter)
+    if not isinstance(recipe, TrainingRecipe):
+        with torch.device("meta"):
+            return f"{sum(p.numel() for p in Decoder(files.architecture).parameters()):,} parameters"
+    adapter = adapter_of(recipe, files)
+    model = meta_model(replace(recipe, adapter=adapter or recipe.adapter), files.architecture)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{count}, {trained:,} more are trained in the adapter"
+    count = f"{sum(p.numel() for p in model.parameters()) - (trained if adapter else 0):,} parameters"
+    return f"{count}, {trained:,} more are trained in the adapter" if adapter else f"{count}, all trained"
 
 
 def kind_of(path: Path) -> type:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from litrecipe.config.groups import (
     REFERENCE_FREE,
+    SORTING,
     Data,
     Dpo,
     DpoLoss,
@@ -217,6 +218,8 @@ def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
     ):
         if is_set and (deaf := [loss for loss in losses if loss not in knowing]):
             yield f"dpo.{key}", getattr(dpo, key), f"{deaf[0]} does not know it: remove it, or use {', '.join(knowing)}"
+    if dpo.weighting and SORTING.intersection(losses):
+        yield "dpo.weighting", True, "aot compares whole steps, not pairs: remove it, or use another loss"
     if losses == ["kto"]:
         for key, is_set in (
             ("nll_coef", bool(dpo.nll_coef)),

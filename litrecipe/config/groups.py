@@ -35,6 +35,8 @@ DpoLoss = Literal[
 Reference = Literal["auto", "cache", "adapter_off", "copy", "moving"]
 REFERENCE_FREE: tuple[DpoLoss, ...] = ("simpo", "cpo", "orpo")
 """Losses that hold the policy to nothing."""
+SORTING: frozenset[DpoLoss] = frozenset({"aot", "aot_unpaired"})
+"""Losses that hold sorted values of the whole step against each other: of pairs only."""
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

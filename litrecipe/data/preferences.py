@@ -188,11 +188,11 @@ def _split(conversations: list[list[Message]]) -> tuple[list[Message], list[Mess
 
 def _from_pair(fields: dict[str, Any]) -> list[_Answer]:
     scores = [_number(fields[name], name) for name in ("score_chosen", "score_rejected") if name in fields]
+    if len(scores) == 2 and scores[0] == scores[1]:  # the columns tell which is better; how much is not known
+        scores = []
     if "margin" in fields:
         scores = [_number(fields["margin"], "margin"), 0.0]
     if len(scores) < 2:
-        return [_Answer(fields["chosen"]), _Answer(fields["rejected"])]
-    if scores[0] == scores[1]:  # the columns tell which is better; how much is not known
         return [_Answer(fields["chosen"]), _Answer(fields["rejected"])]
     if scores[0] < scores[1]:
         raise RowError(f"the rejected answer is the better one, {scores[1]:g} against {scores[0]:g}: swap them")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.model.decoder import Trunk
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -76,17 +79,32 @@ def world_size(config: FabricConfig) -> int:
 
 
 def shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2 (2304.11277, per-parameter sharding): each decoder block is gathered on its own, the rest with the root."""
+    """FSDP2 (2304.11277, per-parameter sharding): each decoder block is gathered on its own, the rest of each model
+    with it, so that a policy beside its reference can be asked alone."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    for name, child in module.named_modules():
-        if name.endswith("layers") and isinstance(child, nn.ModuleList):
-            for block in child:
-                fully_shard(block, mesh=mesh["data_parallel"])
-    fully_shard(module, mesh=mesh["data_parallel"])
-    if hasattr(module, "decode"):
-        register_fsdp_forward_method(module, "decode")
-    return module
+    models = [part for part in module.modules() if isinstance(part, Trunk)]
+    unshare(models)
+    for model in models:
+        for block in model.model.layers:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        if model is not module:
+            fully_shard(model, mesh=mesh["data_parallel"])
+        if hasattr(model, "decode"):
+            register_fsdp_forward_method(model, "decode")
+    return fully_shard(module, mesh=mesh["data_parallel"])
+
+
+def unshare(models: Iterable[nn.Module]) -> None:
+    """Give each model parameters of its own, in place: FSDP2 shards no parameter twice. Those tied within one stay so."""
+    taken: dict[int, nn.Parameter] = {}
+    for model in models:
+        own: dict[int, nn.Parameter] = {}
+        for owner in model.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if id(parameter) in taken:
+                    setattr(owner, name, copy.deepcopy(parameter, own))
+        taken |= {id(parameter): parameter for parameter in model.parameters()}
 
 
 def _refuse_plain_sbatch() -> None:

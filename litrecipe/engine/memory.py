@@ -14,13 +14,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.groups import RewardRecipe, TrainingRecipe
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
-from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.head import block_size
+from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
-from litrecipe.objectives.causal_lm import CausalLM
 
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd": 4.0}
 """Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
@@ -91,11 +91,7 @@ def estimate(
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
-    predictions = len(row.target)
-    block = 4 * predictions * min(block_size(predictions, device), architecture.vocab_size)
     widest = max(architecture.intermediate_size, architecture.hidden_size)
-    head = model.lm_head.weight
-    head_gradient = head.numel() * head.element_size() if head.requires_grad else 0
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
@@ -104,7 +100,7 @@ def estimate(
         optimizer=optimizer,
         exchange=exchange,
         activations=activations,
-        scratch=2 * block + head_gradient + 6 * len(row.tokens) * widest * 4,
+        scratch=head_scratch(model, row, device) + 6 * len(row.tokens) * widest * 4,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
         parameters=parameters,
@@ -112,17 +108,27 @@ def estimate(
     )
 
 
-def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> Decoder:
+def head_scratch(model: Trunk, row: Row, device: torch.device | str) -> int:
+    """Two blocks of logits, and the gradient of a head that is trained before it is added."""
+    if not isinstance(model, Decoder):
+        return 0
+    predictions, head = len(row.target), model.lm_head.weight
+    block = 4 * predictions * min(block_size(predictions, device), len(head))
+    return 2 * block + (head.numel() * head.element_size() if head.requires_grad else 0)
+
+
+def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> Trunk:
     """The recipe's model without memory; a quantised base is a plain one here."""
+    kind = RewardModel if isinstance(recipe, RewardRecipe) else Decoder
     with torch.device("meta"):
-        model = Decoder(architecture).to(torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32)
+        model = kind(architecture).to(torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32)
     if recipe.adapter.method != "none":
         add_adapter(model, recipe.adapter)
     model.activation_checkpointing = recipe.fabric.activation_checkpointing
     return model
 
 
-def saved_bytes(model: Decoder, recipe: TrainingRecipe, row: Row) -> int:
+def saved_bytes(model: Trunk, recipe: TrainingRecipe, row: Row) -> int:
     """What autograd keeps of one forward pass. The model's parameters become fake ones."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -134,7 +140,7 @@ def saved_bytes(model: Decoder, recipe: TrainingRecipe, row: Row) -> int:
         fake = replace(row, **tensors)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.fabric.precision == "bf16-mixed")
         with saved, autocast:
-            CausalLM()(model(fake), fake)
+            model(fake)
     return saved.total
 
 

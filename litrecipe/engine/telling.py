@@ -27,7 +27,6 @@ ON_THE_LINE = {
     "rewards/accuracies": "accuracy",
     "accuracy": "accuracy",
     "rewards/margins": "margin",
-    "margin": "margin",
     "kl": "kl",
 }
 """Metrics that the progress line shows, and what it calls them."""

@@ -130,10 +130,10 @@ def summary(pairs: Sequence[Pair]) -> dict[str, tuple[float, float | None]]:
 
     `accuracy` beside `length_accuracy`, what one reaches who always takes the longer answer; `shorter_accuracy` on the
     pairs whose better answer is the shorter one; `margin`; `log_loss` and `calibration_error` of σ(margin) taken for
-    the probability that the better answer is better.
+    the probability that the better answer is better. What there are no pairs for is left out.
     """
     shorter = [pair for pair in pairs if pair.chosen_tokens < pair.rejected_tokens]
-    return {
+    found = {
         "accuracy": _mean(pairs, lambda pair: pair.right),
         "length_accuracy": _mean(pairs, lambda p: float(np.heaviside(p.chosen_tokens - p.rejected_tokens, 0.5))),
         "shorter_accuracy": _mean(shorter, lambda pair: pair.right),
@@ -141,6 +141,7 @@ def summary(pairs: Sequence[Pair]) -> dict[str, tuple[float, float | None]]:
         "log_loss": _mean(pairs, lambda pair: float(np.logaddexp(0, -pair.margin))),
         "calibration_error": (calibration_error(pairs), None),
     }
+    return {name: (value, error) for name, (value, error) in found.items() if not math.isnan(value)}
 
 
 def _mean(pairs: Sequence[Pair], value: Callable[[Pair], float]) -> tuple[float, float | None]:

@@ -13,7 +13,7 @@ from torch import nn
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import REFERENCE_FREE, Dpo, DpoRecipe, Reference
+from litrecipe.config.groups import REFERENCE_FREE, SORTING, Dpo, DpoRecipe, Reference
 from litrecipe.config.progress import say, warn
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.reference_logps import with_reference
@@ -42,7 +42,7 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
 
     fabric = make_fabric(recipe.fabric)
     data = prepared(COMPARISONS, recipe, files, tokenizer)
-    check_labels(data.train, recipe)
+    check_answers(data.train, recipe)
     policy = load_to_train(load_model, files, recipe)
     train, val = data.train, data.val
     if reference == "cache":
@@ -93,11 +93,19 @@ def choose_reference(recipe: DpoRecipe, files: ModelFiles) -> Reference | None:
     return dpo.reference
 
 
-def check_labels(train: SampleSet, recipe: DpoRecipe) -> None:
-    """Raise InputError where single answers with a label meet a loss that compares answers."""
-    if LABEL in train[0].extra and (recipe.dpo.mix or recipe.dpo.loss != "kto"):
-        names = ", ".join(recipe.dpo.mix) or recipe.dpo.loss
-        raise InputError(f"dpo.loss: {names}: data.train has single answers with a label: use kto, or give pairs")
+def check_answers(train: SampleSet, recipe: DpoRecipe) -> None:
+    """Raise InputError where the data has more or fewer answers to a prompt than the loss can take."""
+    losses = list(recipe.dpo.mix or [recipe.dpo.loss])
+    if LABEL in train[0].extra and losses != ["kto"]:
+        cure = "data.train has single answers with a label: use kto, or give pairs"
+        raise InputError(f"dpo.loss: {', '.join(losses)}: {cure}")
+    if SORTING.intersection(losses):
+        listed = next(
+            (sample.id for sample in map(train.__getitem__, range(len(train))) if len(sample.segments) > 3), None
+        )
+        if listed:
+            cure = f"{listed} has more than two answers: use another loss, or give pairs"
+            raise InputError(f"dpo.loss: {', '.join(losses)}: {cure}")
 
 
 def remembering(
@@ -144,7 +152,8 @@ def follow(module: PolicyAndReference, dpo: Dpo, step: int) -> None:
 
 def check_start(result: StepResult, recipe: DpoRecipe, files: ModelFiles) -> None:
     """Say whether the policy began as its reference: then all log-ratios were 0 and DPO's loss was log 2."""
-    off = max(abs(result.metrics[f"rewards/{answer}"]) for answer in ("chosen", "rejected")) / recipe.dpo.beta
+    rewards = (result.metrics.get(f"rewards/{answer}", 0.0) for answer in ("chosen", "rejected"))
+    off = max(map(abs, rewards)) / recipe.dpo.beta
     if off <= (1e-2 if recipe.fabric.precision == "32-true" else 1.0):
         log_2 = " = log 2" if recipe.dpo.loss == "sigmoid" and not recipe.dpo.mix and not recipe.dpo.nll_coef else ""
         say(f"start: policy and reference say the same, as they must; the loss was {result.loss:.4f}{log_2}")
