@@ -42,6 +42,8 @@ def check(recipe: Any) -> Iterator[Mistake]:
         yield from _training_combinations(plausible)
     if isinstance(recipe, DpoRecipe | RewardRecipe):
         yield from _preference_rows(recipe)
+    if isinstance(recipe, RewardRecipe) and recipe.eval.tasks:
+        yield "eval.tasks", recipe.eval.tasks, "a reward model says no words: remove it; data.val is what is measured"
     if isinstance(recipe, DpoRecipe):
         yield from _mix(recipe.dpo)
         yield from _dpo_combinations(plausible.dpo)

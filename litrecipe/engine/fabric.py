@@ -88,11 +88,12 @@ def shard(module: nn.Module, mesh: Any) -> nn.Module:
     for model in models:
         for block in model.model.layers:
             fully_shard(block, mesh=mesh["data_parallel"])
-        if model is not module:
-            fully_shard(model, mesh=mesh["data_parallel"])
+        fully_shard(model, mesh=mesh["data_parallel"])
         if hasattr(model, "decode"):
             register_fsdp_forward_method(model, "decode")
-    return fully_shard(module, mesh=mesh["data_parallel"])
+    if module not in models:
+        fully_shard(module, mesh=mesh["data_parallel"])
+    return module
 
 
 def unshare(models: Iterable[nn.Module]) -> None:

@@ -246,12 +246,17 @@ class Run:
     ) -> Iterable[Row]:
         """The rows of a step, or of an evaluation, with what the objective must know of all its samples.
 
-        It looks at rows that are `watched` on their way.
+        It looks at rows that are `watched` on their way. Of samples that fit into no row nothing is to be known. What is
+        looked at may be longer than they are (a prompt with another's answers): none of it is left out, or the numbers
+        would depend on the cut.
         """
         objective = self.job.objective
         if not isinstance(objective, StepGlobal):
             return rows
-        looked_at = watched(self.packed(objective.statistics_samples([samples[i] for i in range(len(samples))])))
+        budget = self.train_config.micro_batch_tokens
+        fitting = (sample for sample in map(samples.__getitem__, range(len(samples))) if sample.length <= budget)
+        wanted = objective.statistics_samples(list(fitting))
+        looked_at = watched(self.packed(wanted, max([budget, *(sample.length for sample in wanted)])))
         return with_statistics(rows, looked_at, self.module, objective, self.fabric.global_rank, self.writer.gather)
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
@@ -263,12 +268,12 @@ class Run:
                     f"{sample.id}: {sample.length} tokens do not fit train.micro_batch_tokens "
                     f"{self.train_config.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
                 )
-        return self.packed(samples)
+        return self.packed(samples, self.train_config.micro_batch_tokens)
 
-    def packed(self, samples: Sequence[Sample]) -> list[Row]:
+    def packed(self, samples: Sequence[Sample], budget: int) -> list[Row]:
         """This rank's rows of some samples, at least one; those too long for any row are left out."""
         world = self.fabric.world_size
-        packing = pack([s.length for s in samples], self.train_config.micro_batch_tokens, multiple_of=world)
+        packing = pack([s.length for s in samples], budget, multiple_of=world)
         mine = packing.rows[self.fabric.global_rank :: world] or [[]]
         return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litrecipe.config import stop
 from litrecipe.config.progress import track
 from litrecipe.data.packing import pack
 from litrecipe.data.source import SampleList
@@ -74,6 +75,7 @@ def compare(
     mine = packing.rows[rank::world] or [[]]
     found: list[tuple[int, list[Pair]]] = []
     for places in track(mine, progress) if progress else mine:
+        stop.poll()
         row = make_row([samples[place] for place in places]).to(device)
         found += zip(places, pairs_of_row(reward(row).tolist(), row), strict=True)
     everywhere = [pairs for of_rank in gather(found) for pairs in of_rank]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def main(recipe: RewardRecipe, *, dry_run: bool = False) -> int:
             statistics = mean_and_spread(model, demonstrations, recipe.train.micro_batch_tokens, fabric.device)
         save_trained(folder, model, files, recipe, statistics)
         if data.val is not None:
-            judge(model, data.val, recipe, fabric)
+            say(f"how held-out pairs are told apart: {picture_of(recipe)}")
 
     return fit(
         Job(
@@ -62,15 +63,20 @@ def main(recipe: RewardRecipe, *, dry_run: bool = False) -> int:
             module=model,
             objective=RewardLoss(recipe.reward),
             source=RecordedSource(data.train, recipe.train),
-            val=data.val,
             save_final=finish,
+            evaluate_tasks=partial(judge, model, data.val, recipe, fabric) if data.val is not None else None,
             identity=identity(recipe, files, tokenizer, data.train, reward=recipe.reward),
         )
     )
 
 
-def judge(model: RewardModel, val: SampleList, recipe: RewardRecipe, fabric: Fabric) -> None:
-    """Say how well held-out pairs are told apart; numbers and pictures lie in the run directory as `held_out`."""
+def picture_of(recipe: RewardRecipe) -> Path:
+    """Where the picture of the last evaluation lies, with its numbers beside it."""
+    return Path(recipe.out_dir) / "held_out.png"
+
+
+def judge(model: RewardModel, val: SampleList, recipe: RewardRecipe, fabric: Fabric) -> dict[str, float]:
+    """How well held-out pairs are told apart; numbers and pictures lie in the run directory as `held_out`."""
     writer = checkpoint_writer(fabric, sharded=False)
     with fabric.autocast():
         pairs = compare(
@@ -83,16 +89,11 @@ def judge(model: RewardModel, val: SampleList, recipe: RewardRecipe, fabric: Fab
             world=fabric.world_size,
             gather=writer.gather,
         )
-    if fabric.global_rank:
-        return
     found = summary(pairs)
-    picture = Path(recipe.out_dir) / "held_out.png"
-    numbers: dict[str, Any] = {name: {"value": value, "stderr": error} for name, (value, error) in found.items()}
-    write_json(picture.with_suffix(".json"), {"pairs": len(pairs), **numbers})
-    draw_comparison(pairs, picture, f"{recipe.out_dir}: {len(pairs)} held-out pairs")
-    accuracy, error = found["accuracy"]
-    within = f" ± {error:.3f}" if error is not None else ""
-    say(
-        f"held out: right in {accuracy:.3f}{within} of {len(pairs)} pairs (who takes the longer answer: "
-        f"{found['length_accuracy'][0]:.3f}); see {picture}"
-    )
+    if fabric.global_rank == 0:
+        picture = picture_of(recipe)
+        numbers: dict[str, Any] = {name: {"value": value, "stderr": error} for name, (value, error) in found.items()}
+        write_json(picture.with_suffix(".json"), {"pairs": len(pairs), **numbers})
+        draw_comparison(pairs, picture, f"{recipe.out_dir}: {len(pairs)} held-out pairs")
+    values = {name: value for name, (value, _) in found.items()}
+    return {"loss": values.pop("log_loss"), **values}

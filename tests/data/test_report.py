@@ -10,6 +10,7 @@ from rich.console import Console
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
+from litrecipe.data.comparisons import load_comparisons
 from litrecipe.data.report import check_conversations, leaks, look_at, render, repeats
 from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
@@ -27,13 +28,36 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 def test_a_sample_shows_its_tokens_and_what_is_learnt(tokenizer: Tokenizer, tmp_path: Path) -> None:
     source = write(tmp_path / "x.jsonl", [row("Hi <|im_end|> [bold]x[/bold]", "Yes 🤖!")])
     sample = load_supervised(Data(train=source), tokenizer, seed=0).train[0]
-    text = render(sample, tokenizer)
+    title, text, _ = render(sample, tokenizer).renderables
+    assert title.plain == f"{source}:1"
     assert text.plain == (
-        f"{source}:1\n<|im_start|>system\nYou help.<|im_end|>\n"
-        "<|im_start|>user\nHi <|im_end|> [bold]x[/bold]<|im_end|>\n<|im_start|>assistant\n⟦Yes 🤖!<|im_end|>\n⟧\n"
+        "<|im_start|>system\nYou help.<|im_end|>\n"
+        "<|im_start|>user\nHi <|im_end|> [bold]x[/bold]<|im_end|>\n<|im_start|>assistant\n⟦Yes 🤖!<|im_end|>\n⟧"
     )
     learnt = "".join(text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style))
     assert learnt == "⟦Yes 🤖!<|im_end|>\n⟧"
+
+
+@pytest.mark.parametrize(
+    ("one", "titles"),
+    [
+        ({"prompt": "Why?", "chosen": "So it is.", "rejected": "No."}, ["chosen", "rejected"]),
+        ({"prompt": "Why?", "chosen": "So it is.", "rejected": "No.", "margin": 2}, ["chosen (2)", "rejected (0)"]),
+        ({"prompt": "Why?", "completions": ["A", "B", "C"], "scores": [1, 3, 2]}, ["answer 1 (3)", "answer 3 (1)"]),
+        ({"prompt": "Why?", "completion": "So.", "label": False}, ["bad"]),
+    ],
+)
+def test_answers_stand_side_by_side(
+    tokenizer: Tokenizer, tmp_path: Path, one: dict[str, Any], titles: list[str]
+) -> None:
+    source = write(tmp_path / "x.jsonl", [one])
+    sample = load_comparisons(Data(train=source), tokenizer, seed=0).train[0]
+    console = Console(width=120, file=io.StringIO())
+    console.print(render(sample, tokenizer))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("Why?") == 1 and shown.count("⟦") == len(sample.segments) - 1
+    [header] = [line for line in shown.splitlines() if titles[0] in line]
+    assert all(title in header for title in titles)
 
 
 def test_repeats_and_leaks_are_found(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data, DataRecipe, Model
+from litrecipe.data.preferences import read_preferences
 from litrecipe.recipes.data import check, preview
 
 TEMPLATE = (
@@ -92,6 +93,42 @@ def test_preview_shows_the_first_rows_with_their_mask(
 def test_preview_of_a_generated_source(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
     assert preview(DataRecipe(model=model, data=Data(train="toy:units?n=9")), 3) == 0
     assert capsys.readouterr().out.count("⟦") == 3
+
+
+def test_preferences_are_recognised(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preview(DataRecipe(model=model, data=Data(train="toy:units-pairs?n=9")), 2) == 0
+    told = capsys.readouterr().out
+    assert told.count("chosen") == 3 and told.count("⟦") == 4  # one of the former in the last line
+
+
+def test_check_of_preferences_tells_length_repeats_and_leaks(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [
+        ("Why?", "Because.", "So."),
+        ("Why?", "So.", "Because."),
+        ("How?", "Thus it is.", "No."),
+        ("Who?", "I", "I"),
+    ]
+    rows = [{"prompt": asked, "chosen": good, "rejected": bad} for asked, good, bad in pairs]
+    for name, found in (("train", rows), ("val", rows[:1])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    data = Data(train=str(tmp_path / "train.jsonl"), val=str(tmp_path / "val.jsonl"))
+    assert check(DataRecipe(model=model, data=data)) == 0
+    told = {" ".join(line.replace("│", " ").split()) for line in capsys.readouterr().out.splitlines()}
+    assert "the longer answer is the better one 66.7 %" in told
+    assert "the same answer twice, dropped 25.0 %: 1 (train.jsonl:4)" in told
+    assert "the same pair the other way round 50.0 %: 2 (train.jsonl:1, train.jsonl:2)" in told
+    assert "prompt also in train 100.0 %: 1 (val.jsonl:1)" in told
+
+
+def test_a_column_that_nobody_knows_is_refused(model: Model, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"q": "Why?", "good": "So.", "bad": "No."}) + "\n")
+    named = Data(train=str(tmp_path / "p.jsonl"), columns={"prompt": "q", "chosen": "good", "rejcted": "bad"})
+    with pytest.raises(InputError, match=r"data\.columns: rejcted: did you mean \{rejected: bad\}"):
+        next(read_preferences(named.train, named))
+    named.columns["rejected"] = named.columns.pop("rejcted")
+    assert next(read_preferences(named.train, named)).answers[0]["content"] == "So."
 
 
 def test_data_without_rows_is_refused(model: Model, tmp_path: Path) -> None:
