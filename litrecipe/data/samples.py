@@ -3,7 +3,7 @@
 Shapes: N samples, S segments, T tokens of all of them, E values of an extra of all of them.
 
 A folder holds flat arrays (`tokens`, `weights`, `segment_starts`, `segment_parents`, `sample_starts`, and two for each
-extra), the samples' names and, written last, `complete.json` with the sha256 of every other file.
+extra), the samples' names and, written last, `complete.json` with the sha256 of every other file and of itself.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], di
     content = {name: digest for name, digest in files.items() if name != IDS}
     fingerprint = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": files, "extras": list(extras)}
-    (folder / MARKER).write_text(json.dumps(marker, indent=1), encoding="utf-8")
+    (folder / MARKER).write_text(json.dumps({**marker, "seal": _seal(marker)}, indent=1), encoding="utf-8")
 
 
 def _widen(folder: Path, weights: Any) -> np.dtype[Any]:
@@ -181,11 +181,19 @@ def is_complete(folder: str | Path) -> bool:
 
 def _read_marker(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no complete set of samples: delete this folder and run again") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         raise InputError(f"{folder / MARKER}: {error}: damaged: delete this folder and run again") from error
+    if not isinstance(marker, dict) or marker.pop("seal", None) not in (None, _seal(marker)):
+        raise InputError(f"{folder / MARKER}: altered: delete this folder and run again")
+    return marker
+
+
+def _seal(marker: dict[str, Any]) -> str:
+    """Hash of what the marker says, as it is read again."""
+    return sha256(json.dumps(json.loads(json.dumps(marker)), sort_keys=True).encode()).hexdigest()
 
 
 def _verify(folder: Path, marker: dict[str, Any]) -> None:

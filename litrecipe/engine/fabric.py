@@ -97,7 +97,7 @@ def shard(module: nn.Module, mesh: Any) -> nn.Module:
 
 
 def unshare(models: Iterable[nn.Module]) -> None:
-    """Give each model parameters of its own, in place: FSDP2 shards no parameter twice. Those tied within one stay so."""
+    """Give each model parameters of its own, in place: FSDP2 shards none twice. Those tied within a model stay so."""
     taken: dict[int, nn.Parameter] = {}
     for model in models:
         own: dict[int, nn.Parameter] = {}

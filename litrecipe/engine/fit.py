@@ -246,9 +246,9 @@ class Run:
     ) -> Iterable[Row]:
         """The rows of a step, or of an evaluation, with what the objective must know of all its samples.
 
-        It looks at rows that are `watched` on their way. Of samples that fit into no row nothing is to be known. What is
-        looked at may be longer than they are (a prompt with another's answers): none of it is left out, or the numbers
-        would depend on the cut.
+        It looks at rows that are `watched` on their way. Samples that fit into no row do not count; of the others
+        nothing is left out, however long what is looked at (a prompt with another's answers), or the numbers would
+        depend on the cut.
         """
         objective = self.job.objective
         if not isinstance(objective, StepGlobal):

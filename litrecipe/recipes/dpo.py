@@ -15,6 +15,7 @@ from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import REFERENCE_FREE, SORTING, Dpo, DpoRecipe, Reference
 from litrecipe.config.progress import say, warn
+from litrecipe.data.cache import key_of
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.reference_logps import with_reference
 from litrecipe.data.samples import SampleSet
@@ -66,7 +67,7 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
             carried=moving.moving if moving else dict,
             after_step=partial(follow, moving, recipe.dpo) if moving else None,
             check_first=partial(check_start, recipe=recipe, files=files) if reference else None,
-            identity=identity(recipe, files, tokenizer, data.train, dpo=recipe.dpo),
+            identity=identity(recipe, files, tokenizer, data.train, dpo=recipe.dpo) | start(files),
         )
     )
 
@@ -118,11 +119,9 @@ def remembering(
     policy.to(fabric.device).eval()
     now = PolicyAndReference(policy, policy if files.adapter or recipe.adapter.method == "none" else None)
     known_by: list[Any] = [files.weights_hash(), asdict(recipe.quantize), recipe.fabric.precision, fabric.device.type]
+    known_by.append(start(files))
     if recipe.model.init == "random":
         known_by.append(recipe.train.seed)
-    if files.adapter:
-        with files.adapter.weights.path.open("rb") as file:
-            known_by.append(file_digest(file, "sha256").hexdigest())
 
     def remember(samples: SampleSet) -> SampleSet:
         with fabric.autocast():
@@ -135,6 +134,16 @@ def remembering(
             )
 
     return remember
+
+
+def start(files: ModelFiles) -> dict[str, str]:
+    """Hashes of all that the model which training starts from, its reference, computes with besides base weights."""
+    hashes = {"config": key_of(asdict(files.architecture))}
+    if files.adapter:
+        with files.adapter.weights.path.open("rb") as file:
+            weights = file_digest(file, "sha256").hexdigest()
+        hashes["starting adapter"] = key_of(weights, asdict(files.adapter.settings))
+    return hashes
 
 
 def beside_reference(policy: Decoder, reference: Reference | None) -> nn.Module:

@@ -98,6 +98,22 @@ def test_altered_cut_and_missing_files_are_named(tmp_path: Path, name: str) -> N
         SampleSet(tmp_path / "set")
 
 
+def test_no_flipped_bit_of_the_marker_is_overlooked(tmp_path: Path) -> None:
+    """Whatever it makes of the file: no JSON, no UTF-8, another hash, another name."""
+    path = SampleSet.write(tmp_path / "set", SAMPLES, about=lambda: {"rows": {10: 1, 9: 2}}).folder / "complete.json"
+    good = path.read_bytes()
+    SampleSet(tmp_path / "set")
+    for place in range(len(good)):
+        for bit in (1, 128):
+            path.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+            try:
+                SampleSet(tmp_path / "set")
+            except InputError as error:
+                assert "complete.json" in str(error)
+            else:  # white space, or the name of the seal itself
+                assert good[place : place + 1].isspace() or place >= good.index(b'"seal"')
+
+
 def test_nothing_appears_before_all_is_written(tmp_path: Path) -> None:
     def failing():
         yield SAMPLES[0]

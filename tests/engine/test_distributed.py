@@ -6,6 +6,7 @@ The flight recorder is how these tests look: equal sample ids, batches and losse
 import json
 
 import pytest
+from processes import final_tensors, losses
 
 from litrecipe.engine.recorder import diff
 from litrecipe.engine.rundir import read_records
@@ -36,16 +37,6 @@ def train(litrecipe, tiny_model, cache, tmp_path):
         return out
 
     return run
-
-
-def losses(run):
-    return [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
-
-
-def final_tensors(run):
-    from safetensors.torch import load_file
-
-    return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
 @pytest.mark.slow

@@ -6,19 +6,16 @@ The runs are real processes. Their data spans two epochs with a step across the 
 import json
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from processes import assert_equal_runs, final_tensors, kill_at, losses, start, steps_done, wait_until
 
 from litrecipe.checkpoint.manifest import mistakes_of
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Fabric, FinetuneRecipe, Quantize
 from litrecipe.engine.rundir import read_records
-from litrecipe.engine.telling import TIMING
 from litrecipe.recipes import finetune
 
 STEPS = 24
@@ -43,66 +40,6 @@ def command(tiny_model, tmp_path):
     return build
 
 
-def start(command, out, log):
-    """Start it, with nothing there that an earlier kill left of a save."""
-    for draft in out.glob("checkpoints/*.tmp"):
-        shutil.rmtree(draft)
-    words = [sys.executable, "-m", "litrecipe", *map(str, command)]
-    return subprocess.Popen(words, stdout=log.open("ab"), stderr=subprocess.STDOUT)
-
-
-def wait_until(condition, process, seconds=90):
-    end = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > end:
-            return False
-        time.sleep(0.001)
-    return True
-
-
-def steps_done(out):
-    path = out / "metrics.jsonl"
-    return path.read_bytes().count(b'"grad_norm"') if path.exists() else 0
-
-
-def kill_at(kind, process, out, rng):
-    """Send SIGKILL at a moment of the given kind; False when the run was over before it came."""
-    if kind == "set-up":
-        time.sleep(rng.uniform(0.5, 4))
-    elif kind == "inside a save":
-        if not wait_until(lambda: any(out.glob("checkpoints/*.tmp")), process):
-            return False
-    else:
-        before = steps_done(out)
-        if not wait_until(lambda: steps_done(out) > before + rng.randrange(4), process):
-            return False
-        time.sleep(rng.uniform(0, 0.05))
-    if process.poll() is not None:
-        return False
-    process.kill()
-    process.wait()
-    return True
-
-
-def assert_equal_runs(a, b):
-    """Weights, optimizer, state, metrics and flight record, timing fields aside."""
-    for name in ("metrics.jsonl", "flight.jsonl"):
-        records = [
-            [{k: v for k, v in record.items() if k not in TIMING} for record in read_records(run / name)]
-            for run in (a, b)
-        ]
-        assert records[0] == records[1]
-        assert len(records[0]) >= STEPS
-    last = f"checkpoints/step-{STEPS:08d}"
-    for name in ("weights-00000.safetensors", "optimizer-00000.safetensors", "state.json"):
-        assert (a / last / name).read_bytes() == (b / last / name).read_bytes(), name
-    finals = [sorted(p.name for p in (run / "final").iterdir()) for run in (a, b)]
-    assert finals[0] == finals[1]
-    for name in finals[0]:
-        if name.endswith(".safetensors"):
-            assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "kills"),
@@ -123,7 +60,7 @@ def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command, tmp_path,
         process.wait()
     assert killed >= len(kills) - 1, (tmp_path / "log").read_text()
     litrecipe(*command(broken, *METHODS[method]))
-    assert_equal_runs(unbroken, broken)
+    assert_equal_runs(unbroken, broken, STEPS)
 
 
 @pytest.mark.slow
@@ -142,7 +79,7 @@ def test_a_signal_saves_and_the_resumed_run_is_equal(litrecipe, command, tmp_pat
         unbroken = tmp_path / "unbroken"
         litrecipe(*command(broken, "--checkpoint.every", "1000"))
         litrecipe(*command(unbroken, "--checkpoint.every", "1000"))
-        assert_equal_runs(unbroken, broken)
+        assert_equal_runs(unbroken, broken, STEPS)
 
 
 @pytest.mark.slow
@@ -187,17 +124,7 @@ def test_a_torn_newest_checkpoint_falls_back_with_a_warning(litrecipe, command, 
     assert f"warning: {weights}: torn" in done.stderr
     assert f"falling back to {older.name}" in done.stderr
     assert f"resumed {older} at step {STEPS - 3} of {STEPS}" in done.stderr
-    assert_equal_runs(unbroken, out)
-
-
-def losses(run):
-    return [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
-
-
-def final_tensors(run):
-    from safetensors.torch import load_file
-
-    return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
+    assert_equal_runs(unbroken, out, STEPS)
 
 
 ONE = ()

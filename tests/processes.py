@@ -1,0 +1,79 @@
+"""Runs as real processes: started, killed, compared. conftest.py puts this folder on the path."""
+
+import shutil
+import subprocess
+import sys
+import time
+
+from safetensors.torch import load_file
+
+from litrecipe.engine.rundir import read_records
+from litrecipe.engine.telling import TIMING
+
+
+def start(command, out, log):
+    """Start it, with nothing there that an earlier kill left of a save."""
+    for draft in out.glob("checkpoints/*.tmp"):
+        shutil.rmtree(draft)
+    words = [sys.executable, "-m", "litrecipe", *map(str, command)]
+    return subprocess.Popen(words, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+
+def wait_until(condition, process, seconds=90):
+    end = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > end:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def steps_done(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b'"grad_norm"') if path.exists() else 0
+
+
+def kill_at(kind, process, out, rng):
+    """Send SIGKILL at a moment of the given kind; False when the run was over before it came."""
+    if kind == "set-up":
+        time.sleep(rng.uniform(0.5, 4))
+    elif kind == "inside a save":
+        if not wait_until(lambda: any(out.glob("checkpoints/*.tmp")), process):
+            return False
+    else:
+        before = steps_done(out)
+        if not wait_until(lambda: steps_done(out) > before + rng.randrange(4), process):
+            return False
+        time.sleep(rng.uniform(0, 0.05))
+    if process.poll() is not None:
+        return False
+    process.kill()
+    process.wait()
+    return True
+
+
+def assert_equal_runs(a, b, steps):
+    """Weights, optimizer, state, metrics and flight record, timing fields aside."""
+    for name in ("metrics.jsonl", "flight.jsonl"):
+        records = [
+            [{k: v for k, v in record.items() if k not in TIMING} for record in read_records(run / name)]
+            for run in (a, b)
+        ]
+        assert records[0] == records[1]
+        assert len(records[0]) >= steps
+    last = f"checkpoints/step-{steps:08d}"
+    for name in ("weights-00000.safetensors", "optimizer-00000.safetensors", "state.json"):
+        assert (a / last / name).read_bytes() == (b / last / name).read_bytes(), name
+    finals = [sorted(p.name for p in (run / "final").iterdir()) for run in (a, b)]
+    assert finals[0] == finals[1]
+    for name in finals[0]:
+        if name.endswith(".safetensors"):
+            assert (a / "final" / name).read_bytes() == (b / "final" / name).read_bytes()
+
+
+def losses(run):
+    return [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
+
+
+def final_tensors(run):
+    return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
