@@ -78,6 +78,7 @@ def load_reward_model(
     with torch.device("meta"):
         model = RewardModel(files.architecture)
     _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
+    model.statistics = files.reward_statistics
     if model.score.weight.is_meta:
         model.score.to_empty(device=device)
         model.init_score(seed)

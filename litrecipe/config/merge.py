@@ -57,16 +57,17 @@ class Mistakes(list[str]):
         self.unread = True
 
 
-def merge(configs: Sequence[str | Path], flags: Iterable[tuple[str, str]], mistakes: Mistakes) -> Node:
+def merge(configs: Sequence[str | Path], flags: Iterable[tuple[str, str]], mistakes: Mistakes, verb: str = "") -> Node:
     """Lay the files over one another, later ones on top, and the flags (full key, text) over all.
 
-    What cannot be read is added to `mistakes` and left out.
+    What cannot be read is added to `mistakes` and left out. A name that fits several recipes of the hub means the one
+    of the `verb` (`finetune`, `align dpo`), if there is one.
     """
     tree = Node({})
     for config in configs:
-        path = find(str(config), None, mistakes)
+        path = find(str(config), None, mistakes, verb=verb)
         if path is not None:
-            tree = overlay(tree, read_recipe(path, mistakes))
+            tree = overlay(tree, read_recipe(path, mistakes, verb=verb))
     for key, text in flags:
         node = Node(None, text=text, is_flag=True)
         for part in reversed(key.split(".")):
@@ -87,7 +88,7 @@ def overlay(base: Node, top: Node) -> Node:
     return Node(merged, top.where)
 
 
-def read_recipe(path: Path, mistakes: Mistakes, chain: tuple[Path, ...] = ()) -> Node:
+def read_recipe(path: Path, mistakes: Mistakes, chain: tuple[Path, ...] = (), verb: str = "") -> Node:
     """A recipe file laid over what it `extends`."""
     recipe = read_file(path, mistakes)
     if "extends" not in recipe.value:
@@ -96,7 +97,7 @@ def read_recipe(path: Path, mistakes: Mistakes, chain: tuple[Path, ...] = ()) ->
     if not isinstance(extends.text, str) or extends.value is None:
         mistakes.without(f"{extends.where}extends: {show(extends)}: give the name of one recipe, or a file")
         return recipe
-    base = find(extends.text, path.parent, mistakes, f"{extends.where}extends: ")
+    base = find(extends.text, path.parent, mistakes, f"{extends.where}extends: ", verb)
     if base is None:
         return recipe
     chain = (*chain, path.resolve())
@@ -104,7 +105,7 @@ def read_recipe(path: Path, mistakes: Mistakes, chain: tuple[Path, ...] = ()) ->
         circle = " → ".join(displayed(link) for link in (*chain, base))
         mistakes.without(f"{extends.where}extends: {extends.text}: a recipe cannot extend itself ({circle})")
         return recipe
-    return overlay(read_recipe(base, mistakes, chain), recipe)
+    return overlay(read_recipe(base, mistakes, chain, verb), recipe)
 
 
 def read_file(path: Path, mistakes: Mistakes) -> Node:
@@ -251,7 +252,7 @@ def hub_names() -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def find(name: str, beside: Path | None, mistakes: Mistakes, key: str = "--config: ") -> Path | None:
+def find(name: str, beside: Path | None, mistakes: Mistakes, key: str = "--config: ", verb: str = "") -> Path | None:
     """The recipe file `name` stands for: a file (relative to `beside`), a hub name, or the unique end of one."""
     if not name:
         mistakes.without(f"{key}'': give a recipe file, or a name of `litrecipe recipes ls`")
@@ -262,14 +263,16 @@ def find(name: str, beside: Path | None, mistakes: Mistakes, key: str = "--confi
     if path.is_dir() and name not in hub_names():
         mistakes.without(f"{key}{name}: is a folder: give a recipe file")
         return None
-    return find_in_hub(name, mistakes, key)
+    return find_in_hub(name, mistakes, key, verb)
 
 
-def find_in_hub(name: str, mistakes: Mistakes, key: str = "") -> Path | None:
-    """The file of a hub name, or of the unique end of one."""
+def find_in_hub(name: str, mistakes: Mistakes, key: str = "", verb: str = "") -> Path | None:
+    """The file of a hub name, or of the unique end of one, unique perhaps among those of a verb only."""
     names = hub_names()
     wanted = name.removesuffix(".yaml")
     matches = [wanted] if wanted in names else [known for known in names if known.endswith(f"/{wanted}")]
+    of_verb = [known for known in matches if verb and known.startswith(f"{verb.replace(' ', '/')}/")]
+    matches = of_verb if len(of_verb) == 1 else matches
     if len(matches) == 1:
         return hub_folder() / f"{matches[0]}.yaml"
     if matches:

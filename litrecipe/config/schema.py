@@ -33,7 +33,8 @@ def load(
     Raises InputError with every mistake that can be found; without what is missing where this is not the `whole` line.
     """
     mistakes = Mistakes()
-    tree = merge(configs, flags, mistakes)
+    verb = next((name for name, other in RECIPES.items() if other is kind), "")
+    tree = merge(configs, flags, mistakes, verb)
     refuse_other_verb(kind, tree)
     walk = Walk(kind)
     recipe = walk.group(kind, tree, "")

@@ -90,7 +90,7 @@ class Preference:
             metrics={name: value for name, (value, _) in found.items()},
             stderrs={name: error for name, (_, error) in found.items()},
             available=len(samples),
-            samples=[_record(place, pair) for place, pair in enumerate(pairs)],
+            samples=[_record(place, pair, model) for place, pair in enumerate(pairs)],
         )
 
     def _samples(self, tokenizer: Tokenizer, max_positions: int) -> list[Sample]:
@@ -122,7 +122,9 @@ class Preference:
         return torch.no_grad()(implicit)
 
 
-def _record(place: int, pair: Pair) -> dict[str, Any]:
+def _record(place: int, pair: Pair, model: Decoder | RewardModel) -> dict[str, Any]:
+    rewards = torch.tensor([pair.chosen, pair.rejected])
+    normalised = {"normalised": model.normalised(rewards).tolist()} if isinstance(model, RewardModel) else {}
     return {
         "doc_id": place,
         "doc": {"where": pair.where, "prompt": pair.prompt},
@@ -132,4 +134,5 @@ def _record(place: int, pair: Pair) -> dict[str, Any]:
         "accuracy": pair.right,
         "margin": pair.margin,
         "weight": pair.weight,
+        **normalised,
     }

@@ -24,6 +24,8 @@ class RewardModel(Trunk):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
+        self.statistics: tuple[float, float] | None = None
+        """Mean and standard deviation of the rewards of good answers, where they were measured."""
         self.score = nn.Linear(architecture.hidden_size, 1, bias=False)
 
     def init_weights(self, seed: int) -> None:
@@ -42,6 +44,16 @@ class RewardModel(Trunk):
         generator = torch.Generator().manual_seed(random.Random(f"score {seed}").getrandbits(63))
         fresh = torch.empty(1, d, device="cpu").normal_(0, 1 / math.sqrt(d + 1), generator=generator)
         self.score.weight.copy_(fresh)
+
+    def normalised(self, rewards: Tensor) -> Tensor:
+        """Rewards whose 0 is the mean of good answers and whose unit is their spread; as they are if that is unknown.
+
+        Comparisons tell rewards up to a shift: who adds or thresholds them uses these.
+        """
+        if self.statistics is None:
+            return rewards
+        mean, std = self.statistics
+        return (rewards - mean) / std
 
     def forward(self, row: Row) -> Tensor:
         """Rewards (A,) of `row.answers`, read at each segment's last token; fp32 whatever the weights are.

@@ -102,7 +102,7 @@ def test_extends_is_a_chain_of_files_beside_one_another(tmp_path: Path, monkeypa
 
 
 def test_extends_takes_a_hub_name(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("extends: smollm2-135m/lora\nout_dir: mine\n")
+    (tmp_path / "mine.yaml").write_text("extends: finetune/smollm2-135m/lora\nout_dir: mine\n")
     tree = merged(tmp_path / "mine.yaml")
     assert isinstance(tree, dict)
     assert tree["out_dir"] == "mine"
@@ -119,10 +119,18 @@ def test_a_circle_is_told_with_all_its_links(tmp_path: Path) -> None:
 
 def test_hub_names_and_their_unique_ends() -> None:
     mistakes = Mistakes()
-    for name in ("finetune/smollm2-135m/lora", "smollm2-135m/lora", "smollm2-135m/lora.yaml", "dora"):
+    for name in ("finetune/smollm2-135m/lora", "smollm2-135m/quickstart", "smollm2-135m/quickstart.yaml", "quickstart"):
         path = find(name, None, mistakes)
         assert path is not None and path.is_file(), mistakes
     assert not mistakes
+
+
+def test_a_name_of_several_verbs_is_that_of_the_verb_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: smollm2-135m/lora\n")
+    for verb, out in (("finetune", "runs/smollm2-135m-lora"), ("align dpo", "runs/smollm2-135m-dpo-lora")):
+        for config in ("smollm2-135m/lora", tmp_path / "mine.yaml"):
+            mistakes = Mistakes()
+            assert merge([config], [], mistakes, verb).value["out_dir"].text == out, mistakes
 
 
 def test_an_ambiguous_name_lists_what_it_could_be() -> None:
