@@ -146,7 +146,7 @@ def _count_parameters(recipe: Any, source: Path) -> str:
     from litrecipe.checkpoint.source import open_model
     from litrecipe.engine.memory import meta_model
     from litrecipe.model.decoder import Decoder
-    from litrecipe.recipes.model import adapter_of
+    from litrecipe.recipes.training import adapter_of
 
     files = open_model(str(source))
     if not isinstance(recipe, TrainingRecipe):

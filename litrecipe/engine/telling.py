@@ -135,7 +135,9 @@ class Teller:
         self.log({name: value for name, value in record.items() if name != "step"}, step)
         done = step - self.first_step
         left = (now - self.started) / done * (self.total - step)
-        of_method = [f"{word} {result.metrics[name]:.3f}" for name, word in ON_THE_LINE.items() if name in result.metrics]
+        of_method = [
+            f"{word} {result.metrics[name]:.3f}" for name, word in ON_THE_LINE.items() if name in result.metrics
+        ]
         parts = [
             # What matters most stands first: a narrow terminal cuts the end off.
             f"step {step}/{self.total}",

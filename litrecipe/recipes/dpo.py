@@ -27,8 +27,16 @@ from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.dpo import make_dpo
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.model import adapter_of, load_to_train, save_trained
-from litrecipe.recipes.training import begin, identity, make_ready, prepared, task_runner
+from litrecipe.recipes.training import (
+    adapter_of,
+    begin,
+    identity,
+    load_to_train,
+    make_ready,
+    prepared,
+    save_trained,
+    task_runner,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -19,7 +19,7 @@ from litrecipe.engine.fabric import accelerator_of, world_size
 from litrecipe.engine.memory import MemoryTable, estimate
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.row import Row, make_row
-from litrecipe.recipes.model import adapter_of
+from litrecipe.recipes.training import adapter_of
 
 STEPS_LOOKED_AT = 200
 """How many steps are packed to find the largest row."""

@@ -10,8 +10,7 @@ from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.model import load_to_train, save_trained
-from litrecipe.recipes.training import begin, identity, make_ready, prepared, task_runner
+from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, prepared, save_trained, task_runner
 
 
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:

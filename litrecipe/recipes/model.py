@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -13,21 +11,20 @@ from litrecipe.checkpoint import state
 from litrecipe.checkpoint.hf import save_model, save_reward_model
 from litrecipe.checkpoint.load import load_model, load_reward_model
 from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, new_folder, refuse_foreign
-from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, save_adapter
+from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG
 from litrecipe.checkpoint.reward import pad_for_rewards
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress, schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import Adapter, FinetuneRecipe, RewardRecipe, TrainingRecipe
+from litrecipe.config.groups import FinetuneRecipe, RewardRecipe, TrainingRecipe
 from litrecipe.config.progress import say, warn
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
 from litrecipe.model.adapters import merge_adapter
-from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.decoder import Decoder
 from litrecipe.model.reward import RewardModel
 from litrecipe.recipes.model_tables import architecture_table, memory_table, parameter_table
-
-M = TypeVar("M", bound=Trunk)
+from litrecipe.recipes.training import load_to_train, precision_of, save_trained
 
 
 def import_model(src: str, out: str) -> int:
@@ -96,7 +93,7 @@ def merge(run: str, out: str) -> int:
     recipe = schema.load_run(folder.parent) or FinetuneRecipe()
     quantize = recipe.quantize
     # Quantised weights are made from those of the run's precision; others are merged before anything is rounded.
-    wide = _precision(recipe) if quantize.method != "none" else torch.float32
+    wide = precision_of(recipe) if quantize.method != "none" else torch.float32
     dtype, target, tokenizer = _stored_dtype(files), Path(out), files.tokenizer_dir
     if files.is_reward_model:
         rewards = load_reward_model(files, dtype=wide, quantize=quantize)
@@ -120,59 +117,6 @@ def info(src: str) -> int:
     for table in (architecture_table(files.architecture), parameter_table(files), memory_table(files.architecture)):
         console.print(table)
     return 0
-
-
-def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRecipe) -> M:
-    """The model as a recipe trains it: base weights, quantised or not, and the adapter."""
-    return load(
-        files,
-        dtype=_precision(recipe),
-        quantize=recipe.quantize,
-        adapter=recipe.adapter,
-        init=recipe.model.init,
-        seed=recipe.train.seed,
-    )
-
-
-def save_trained(
-    folder: Path,
-    model: Decoder | RewardModel,
-    files: ModelFiles,
-    recipe: TrainingRecipe,
-    statistics: tuple[float, float] | None = None,
-) -> None:
-    """Write what a recipe trained: an adapter folder, or a whole model. Every rank has to call this.
-
-    `statistics` are mean and standard deviation of a reward model's rewards.
-    """
-    adapter = adapter_of(recipe, files)
-    template, tokenizer = recipe.model.chat_template, files.tokenizer_dir
-    pad = None
-    if isinstance(model, RewardModel):
-        pad = pad_for_rewards(tokenizer, files.architecture, chat_template=template)
-    if adapter is not None:
-        save_adapter(
-            folder,
-            model,
-            adapter,
-            files.base,
-            tokenizer,
-            chat_template=template,
-            pad_token=pad,
-            statistics=statistics,
-        )
-    elif isinstance(model, RewardModel):
-        assert pad is not None
-        save_reward_model(folder, model, tokenizer, pad_token=pad, statistics=statistics, chat_template=template)
-    else:
-        save_model(folder, model, tokenizer, chat_template=template)
-
-
-def adapter_of(recipe: TrainingRecipe, files: ModelFiles) -> Adapter | None:
-    """The adapter's settings: the recipe's, or those of the adapter that is trained further."""
-    if recipe.adapter.method != "none":
-        return recipe.adapter
-    return files.adapter.settings if files.adapter else None
 
 
 def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Decoder | RewardModel:
@@ -221,11 +165,6 @@ def _recipe_of(run: Path) -> TrainingRecipe:
     if recipe := schema.load_run(run):
         return recipe
     raise InputError(f"{run}: no recipe.yaml in it: give a run directory")
-
-
-def _precision(recipe: TrainingRecipe) -> torch.dtype:
-    """What a recipe's base weights are loaded in."""
-    return torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
 
 
 def _stored_dtype(files: ModelFiles) -> torch.dtype:

@@ -24,8 +24,7 @@ from litrecipe.model.reward import RewardModel
 from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.reward import RewardLoss
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.model import load_to_train, save_trained
-from litrecipe.recipes.training import begin, identity, make_ready, prepared
+from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, prepared, save_trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -1,13 +1,19 @@
-"""What the recipes that train do alike: open what they start from, prepare data, know themselves again."""
+"""What the recipes that train do alike: open what they start from, prepare data, load, save, know themselves again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
+
+from litrecipe.checkpoint.hf import save_model, save_reward_model
+from litrecipe.checkpoint.peft_adapter import save_adapter
+from litrecipe.checkpoint.reward import pad_for_rewards
 from litrecipe.checkpoint.source import ModelFiles, open_model
-from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.groups import Adapter, TrainingRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.prepared import Kind, Prepared, prepare
 from litrecipe.data.samples import SampleSet
@@ -16,6 +22,9 @@ from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.telling import check_loggers, check_login
 from litrecipe.evaluation.run import evaluate, metrics, plan
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.reward import RewardModel
+
+M = TypeVar("M", bound=Trunk)
 
 
 def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokenizer]:
@@ -36,6 +45,64 @@ def prepared(kind: Kind[Any], recipe: TrainingRecipe, files: ModelFiles, tokeniz
     data = prepare(kind, recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     say(str(data.report))
     return data
+
+
+def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRecipe) -> M:
+    """The model as a recipe trains it: base weights, quantised or not, and the adapter."""
+    return load(
+        files,
+        dtype=precision_of(recipe),
+        quantize=recipe.quantize,
+        adapter=recipe.adapter,
+        init=recipe.model.init,
+        seed=recipe.train.seed,
+    )
+
+
+def save_trained(
+    folder: Path,
+    model: Decoder | RewardModel,
+    files: ModelFiles,
+    recipe: TrainingRecipe,
+    statistics: tuple[float, float] | None = None,
+) -> None:
+    """Write what a recipe trained: an adapter folder, or a whole model. Every rank has to call this.
+
+    `statistics` are mean and standard deviation of a reward model's rewards.
+    """
+    adapter = adapter_of(recipe, files)
+    template, tokenizer = recipe.model.chat_template, files.tokenizer_dir
+    pad = None
+    if isinstance(model, RewardModel):
+        pad = pad_for_rewards(tokenizer, files.architecture, chat_template=template)
+    if adapter is not None:
+        save_adapter(
+            folder,
+            model,
+            adapter,
+            files.base,
+            tokenizer,
+            chat_template=template,
+            pad_token=pad,
+            statistics=statistics,
+        )
+    elif isinstance(model, RewardModel):
+        assert pad is not None
+        save_reward_model(folder, model, tokenizer, pad_token=pad, statistics=statistics, chat_template=template)
+    else:
+        save_model(folder, model, tokenizer, chat_template=template)
+
+
+def adapter_of(recipe: TrainingRecipe, files: ModelFiles) -> Adapter | None:
+    """The adapter's settings: the recipe's, or those of the adapter that is trained further."""
+    if recipe.adapter.method != "none":
+        return recipe.adapter
+    return files.adapter.settings if files.adapter else None
+
+
+def precision_of(recipe: TrainingRecipe) -> torch.dtype:
+    """What a recipe's base weights are loaded in."""
+    return torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
 
 
 def make_ready(model: Trunk, recipe: TrainingRecipe) -> None:
