@@ -194,9 +194,9 @@ def _preference_rows(recipe: DpoRecipe | RewardRecipe) -> Iterator[Mistake]:
         yield "data.mask", recipe.data.mask, "of preferences the answers are learnt: remove it"
 
 
-SMOOTHED = ("sigmoid", "robust", "exo", "aot", "aot_unpaired", "sigmoid_norm", "simpo", "cpo")
+SMOOTHED = ("sigmoid", "cdpo", "robust", "exo", "aot", "aot_unpaired", "sigmoid_norm", "simpo", "cpo")
 """Losses that know `label_smoothing`."""
-DIVERGENT = ("sigmoid", "robust", "hinge", "exo", "nca", "sppo", "bco", "apo_zero", "apo_down", "discopop")
+DIVERGENT = ("sigmoid", "cdpo", "robust", "hinge", "exo", "nca", "sppo", "bco", "apo_zero", "apo_down", "discopop")
 """Losses of log-ratios, which `divergence` may bend."""
 
 
@@ -211,9 +211,9 @@ def _mix(dpo: Dpo) -> Iterator[Mistake]:
 
 def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
     losses = list(dpo.mix or [dpo.loss])
-    for loss in {"robust", "exo"}.intersection(losses):
+    for loss in {"cdpo", "robust", "exo"}.intersection(losses):
         if dpo.label_smoothing == 0:
-            yield "dpo.label_smoothing", 0, f"{loss} needs it above 0: try 0.1 for robust, 0.001 for exo"
+            yield "dpo.label_smoothing", 0, f"{loss} needs it above 0: try 0.001 for exo, 0.1 for the others"
     for key, is_set, knowing in (
         ("label_smoothing", dpo.label_smoothing > 0, SMOOTHED),
         ("divergence", dpo.divergence != "reverse_kl", DIVERGENT),

@@ -14,6 +14,7 @@ ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 DpoLoss = Literal[
     "sigmoid",
+    "cdpo",
     "robust",
     "hinge",
     "ipo",
@@ -115,15 +116,15 @@ class Dpo:
     """Direct preference optimisation and its kin."""
 
     loss: DpoLoss = "sigmoid"
-    """`sigmoid` (DPO), `robust`, `hinge`, `ipo`, `exo`, `nca`, `sppo`, `bco`, `aot`, `aot_unpaired`, `apo_zero`,
-    `apo_down`, `discopop`, `sigmoid_norm` (per token; try a beta of 5), without a reference `simpo`, `cpo`, `orpo`,
-    and `kto`, which also learns from single answers with a label."""
+    """`sigmoid` (DPO), `cdpo` (the same with `label_smoothing`), `robust`, `hinge`, `ipo`, `exo`, `nca`, `sppo`, `bco`,
+    `aot`, `aot_unpaired`, `apo_zero`, `apo_down`, `discopop`, `sigmoid_norm` (per token; try a beta of 5), without a
+    reference `simpo`, `cpo`, `orpo`, and `kto`, which also learns from single answers with a label."""
     mix: dict[str, float] = field(default_factory=dict)
     """Several losses with their weights instead of `loss`: `{sigmoid: 0.8, bco: 0.2}`."""
     beta: float = 0.1
     """How much a log-ratio counts; higher keeps the policy closer to the reference."""
     label_smoothing: float = 0.0
-    """Share of pairs believed to be labelled the wrong way round (cDPO; `robust` and `exo` need it above 0)."""
+    """Share of pairs believed to be labelled the wrong way round (`cdpo`, `robust` and `exo` need it above 0)."""
     nll_coef: float | None = None
     """Weight of the mean negative log-likelihood of the chosen tokens (Llama 3: 0.2; default 1 for `cpo` and `orpo`,
     else 0)."""

@@ -196,6 +196,7 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
 
     return {
         "sigmoid": of_ratios(preference.sigmoid, smoothing),
+        "cdpo": of_ratios(preference.sigmoid, smoothing),
         "robust": of_ratios(preference.robust, smoothing),
         "hinge": of_ratios(preference.hinge),
         "ipo": ipo,

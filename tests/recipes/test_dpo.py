@@ -146,7 +146,11 @@ def test_a_checkpoint_of_a_moving_reference_is_exported(train: Train, tmp_path: 
     assert torch.equal(logits(tmp_path / "out"), logits(tmp_path / "final"))
 
 
-EXTRA = {"robust": {"dpo.label_smoothing": 0.1}, "exo": {"dpo.label_smoothing": 1e-3}}
+EXTRA = {
+    "cdpo": {"dpo.label_smoothing": 0.1},
+    "robust": {"dpo.label_smoothing": 0.1},
+    "exo": {"dpo.label_smoothing": 1e-3},
+}
 
 
 @pytest.mark.parametrize("loss", get_args(DpoLoss))
