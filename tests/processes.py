@@ -1,6 +1,8 @@
 """Runs as real processes: started, killed, compared. conftest.py puts this folder on the path."""
 
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -77,3 +79,29 @@ def losses(run):
 
 def final_tensors(run):
     return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def on_two_ranks(script, folder, *words):
+    """What each rank says of a script that is given the folder, its rank and some words; they meet as torchrun's do."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(folder), str(rank), *map(str, words)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        return [rank.communicate(timeout=280)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])

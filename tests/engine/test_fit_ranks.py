@@ -1,10 +1,7 @@
 """What goes wrong on one of two ranks ends both, with the same words; otherwise the other would wait for ever."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from processes import on_two_ranks
 
 HEAD = """
 import os, sys
@@ -77,41 +74,13 @@ told(lambda: fit(Job(fabric, recipe, model, CausalLM(), source, save_final=lambd
 """
 
 
-def on_two_ranks(script, folder, *words):
-    """What each rank says. The ranks meet as torchrun's would."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
-    common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", HEAD + script, str(folder), str(rank), *map(str, words)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        return [rank.communicate(timeout=90)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["mkdir", "write"])
 def test_a_save_that_fails_on_one_rank_fails_on_both(tmp_path, where):
     """Rank 0 cannot make the folder, or rank 1 cannot write its piece."""
     if where == "mkdir":
         (tmp_path / "checkpoints").write_text("")
-    first, second = on_two_ranks(SAVE, tmp_path, where)
+    first, second = on_two_ranks(HEAD + SAVE, tmp_path, where)
     assert first.startswith(f"out_dir: {tmp_path}/checkpoints/step-00000002: could not be saved (")
     # what they say of the disk may differ: something else may have been written meanwhile
     assert first.split(";")[0] == second.split(";")[0]
@@ -121,5 +90,5 @@ def test_a_save_that_fails_on_one_rank_fails_on_both(tmp_path, where):
 @pytest.mark.slow
 def test_a_nan_on_one_rank_names_its_row_on_both(tmp_path, tiny_model):
     """Four samples in four rows, two of them on each rank; the embedding of one is NaN."""
-    for said in on_two_ranks(NAN, tmp_path, tiny_model / "config.json"):
+    for said in on_two_ranks(HEAD + NAN, tmp_path, tiny_model / "config.json"):
         assert "loss is nan at step 1, before the optimizer step, on the samples row:2: " in said
