@@ -38,6 +38,8 @@ bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-py
 	$(BIN)/python benchmarks/perplexity.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/finetune.py $(PEERS)
+	$(BIN)/python benchmarks/dpo.py $(PEERS)
+	$(BIN)/python benchmarks/preferences.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/malformed.py
 

@@ -210,7 +210,9 @@ def _mix(dpo: Dpo) -> Iterator[Mistake]:
 
 
 def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
-    losses = list(dpo.mix or [dpo.loss])
+    losses = [loss for loss in dpo.mix or [dpo.loss] if loss in get_args(DpoLoss)]
+    if dpo.mix and dpo.loss != Dpo.loss:
+        yield "dpo.loss", dpo.loss, "dpo.mix is taken instead: remove one of them"
     for loss in {"cdpo", "robust", "exo"}.intersection(losses):
         if dpo.label_smoothing == 0:
             yield "dpo.label_smoothing", 0, f"{loss} needs it above 0: try 0.001 for exo, 0.1 for the others"
@@ -231,7 +233,7 @@ def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
         ):
             if is_set:
                 yield f"dpo.{key}", getattr(dpo, key), "kto does not know it: remove it"
-    if dpo.reference != "auto" and all(loss in REFERENCE_FREE for loss in losses):
+    if dpo.reference != "auto" and losses and all(loss in REFERENCE_FREE for loss in losses):
         yield "dpo.reference", dpo.reference, f"{losses[0]} has no reference: remove it"
 
 

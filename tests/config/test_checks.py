@@ -7,7 +7,7 @@ import pytest
 from litrecipe.config import schema
 from litrecipe.config.checks import RANGES, check, parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES, EvaluateRecipe, FinetuneRecipe, GenerateRecipe
+from litrecipe.config.groups import RECIPES, DpoRecipe, EvaluateRecipe, FinetuneRecipe, GenerateRecipe, RewardRecipe
 
 GOOD = [("model.source", "m"), ("data.train", "d")]
 
@@ -156,3 +156,35 @@ def test_a_value_out_of_range_is_not_held_against_others() -> None:
 def test_a_flag_without_a_value_is_not_taken_as_null(key: str) -> None:
     [mistake] = mistakes((key, ""))
     assert mistake.startswith(f"{key}: ")
+
+
+PAIRS = (("model.source", "m"), ("data.train", "d"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ([("dpo.loss", "robust")], ["dpo.label_smoothing: 0: robust needs it above 0"]),
+        ([("dpo.mix", "{sigmoid: 1, foo: 2}"), ("dpo.divergence", "js")], ["dpo.mix: foo: give losses out of sigmoid"]),
+        ([("dpo.mix", "{sigmoid: 1, kto: 2}")], ["dpo.mix: kto: give losses out of"]),
+        ([("dpo.mix", "{sigmoid: 0}")], ["dpo.mix: sigmoid: 0: give a weight above 0"]),
+        ([("dpo.mix", "{bco: 1}"), ("dpo.loss", "ipo")], ["dpo.loss: ipo: dpo.mix is taken instead"]),
+        ([("dpo.loss", "ipo"), ("dpo.divergence", "js")], ["dpo.divergence: js: ipo does not know it"]),
+        ([("dpo.loss", "hinge"), ("dpo.label_smoothing", "0.1")], ["dpo.label_smoothing: 0.1: hinge does not know it"]),
+        ([("dpo.loss", "simpo"), ("dpo.reference", "copy")], ["dpo.reference: copy: simpo has no reference"]),
+        ([("dpo.loss", "kto"), ("dpo.nll_coef", "0.2")], ["dpo.nll_coef: 0.2: kto does not know it"]),
+        ([("dpo.loss", "aot"), ("dpo.weighting", "true")], ["dpo.weighting: True: aot compares whole steps"]),
+        ([("dpo.ref_alpha", "0"), ("dpo.beta", "-1")], ["dpo.beta: -1.0: give", "dpo.ref_alpha: 0.0: give"]),
+        ([("data.mask", "all"), ("data.format", "text")], ["data.format: text: preferences", "data.mask: all: of"]),
+    ],
+)
+def test_keys_of_preference_learning(flags: list[tuple[str, str]], found: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        schema.load(DpoRecipe, [], [*PAIRS, *flags])
+    assert len(caught.value.mistakes) == len(found)
+    assert all(told.startswith(start) for told, start in zip(sorted(caught.value.mistakes), found, strict=True))
+
+
+def test_a_reward_model_has_no_tasks() -> None:
+    with pytest.raises(InputError, match=r"eval\.tasks: .*: a reward model says no words"):
+        schema.load(RewardRecipe, [], [*PAIRS, ("eval.tasks", "piqa")])
