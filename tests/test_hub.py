@@ -10,7 +10,7 @@ import pytest
 from litrecipe import hub
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import EvaluateRecipe, FinetuneRecipe
+from litrecipe.config.groups import RECIPES, DpoRecipe, EvaluateRecipe, FinetuneRecipe, RewardRecipe
 from litrecipe.config.merge import hub_folder, hub_names
 
 
@@ -19,17 +19,35 @@ def test_a_recipe_says_what_it_is(name: str) -> None:
     path = hub_folder() / f"{name}.yaml"
     words, hardware = hub.headline(path)
     assert words and hardware
-    verb = name.split("/")[0]
+    verb = next(verb for verb in RECIPES if name.startswith(f"{verb.replace(' ', '/')}/"))
     assert f"#   litrecipe {verb} --config {name}\n" in path.read_text()
 
 
 def test_the_recipes_that_must_be_there() -> None:
-    for model, recipes in {
-        "smollm2-135m": ("full", "lora", "dora", "qlora"),
-        "llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
-        "llama-3.2-1b": ("lora", "qlora", "full-fsdp"),
+    for folder, recipes in {
+        "finetune/smollm2-135m": ("full", "lora", "dora", "qlora"),
+        "finetune/llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
+        "finetune/llama-3.2-1b": ("lora", "qlora", "full-fsdp"),
+        "align/reward/smollm2-135m": ("lora",),
+        "align/reward/llama-3.1-8b": ("lora",),
+        "align/dpo/smollm2-135m": ("full", "lora", "dora"),
+        "align/dpo/llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
     }.items():
-        assert {f"finetune/{model}/{recipe}" for recipe in recipes} <= set(hub_names())
+        assert {f"{folder}/{recipe}" for recipe in recipes} <= set(hub_names())
+
+
+def test_recipes_of_preference_learning_belong_to_their_verbs() -> None:
+    """What they hold out is never trained on, and Llama 3's settings are those of its report."""
+    for name in hub_names():
+        if not name.startswith("align/"):
+            continue
+        kind = hub.kind_of(hub_folder() / f"{name}.yaml")
+        assert kind is (RewardRecipe if name.startswith("align/reward/") else DpoRecipe)
+        data = schema.load(kind, [name]).data
+        assert data.val and "test" in data.val and "test" not in data.train
+    recipe = schema.load(DpoRecipe, ["align/dpo/llama-3.1-8b/full-fsdp"])
+    assert (recipe.dpo.beta, recipe.dpo.nll_coef, recipe.dpo.mask_format_tokens) == (0.1, 0.2, True)
+    assert recipe.optim.lr == 1e-5
 
 
 def test_all_are_valid_and_large_models_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,7 +58,13 @@ def test_all_are_valid_and_large_models_are_counted(capsys: pytest.CaptureFixtur
     assert lines["finetune/llama-3.2-1b/full-fsdp"] == "valid, 1,235,814,400 parameters, all trained"
     # rank 16 on seven projections: r * (in + out) each
     per_layer = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
-    assert f" {32 * per_layer:,} more are trained" in lines["finetune/llama-3.1-8b/lora"]
+    for verb in ("finetune", "align/dpo"):
+        assert f" {32 * per_layer:,} more are trained" in lines[f"{verb}/llama-3.1-8b/lora"]
+    # without the head of the vocabulary, with a score that trains
+    head, score = 128_256 * 4096, 4096
+    assert lines["align/reward/llama-3.1-8b/lora"] == (
+        f"valid, {8_030_261_248 - head:,} parameters, {32 * per_layer + score:,} more are trained in the adapter"
+    )
 
 
 def test_validate_tells_the_mistakes_of_all(tmp_path: Path) -> None:
@@ -98,7 +122,7 @@ def test_what_cannot_be_read_or_written_is_wrong_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="byte 7 is not UTF-8"):
         hub.show(str(tmp_path / "r.yaml"))
     with pytest.raises(InputError, match=r"/proc/x\.yaml: "):
-        hub.copy("smollm2-135m/lora", "/proc/x.yaml")
+        hub.copy("finetune/smollm2-135m/lora", "/proc/x.yaml")
 
 
 def test_the_kind_of_a_file_is_seen_by_its_keys(tmp_path: Path) -> None:
@@ -117,11 +141,13 @@ def test_ls_names_every_recipe_on_one_line(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_show_as_written_and_resolved(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    hub.show("smollm2-135m/dora")
+    hub.show("finetune/smollm2-135m/dora")
     assert capsys.readouterr().out == (hub_folder() / "finetune/smollm2-135m/dora.yaml").read_text()
-    hub.show("smollm2-135m/dora", resolved=True)
+    hub.show("finetune/smollm2-135m/dora", resolved=True)
     (tmp_path / "r.yaml").write_text(capsys.readouterr().out)
-    assert schema.load(FinetuneRecipe, [tmp_path / "r.yaml"]) == schema.load(FinetuneRecipe, ["smollm2-135m/dora"])
+    assert schema.load(FinetuneRecipe, [tmp_path / "r.yaml"]) == schema.load(
+        FinetuneRecipe, ["finetune/smollm2-135m/dora"]
+    )
 
 
 @pytest.mark.parametrize("name", hub_names())
@@ -134,11 +160,11 @@ def test_a_copy_means_the_same_away_from_the_hub(name: str, tmp_path: Path) -> N
 def test_cp_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("precious")
     with pytest.raises(InputError, match=r"mine\.yaml: exists"):
-        hub.copy("smollm2-135m/lora", str(tmp_path / "mine.yaml"))
+        hub.copy("finetune/smollm2-135m/lora", str(tmp_path / "mine.yaml"))
     assert (tmp_path / "mine.yaml").read_text() == "precious"
     with pytest.raises(InputError, match="no such folder"):
-        hub.copy("smollm2-135m/lora", str(tmp_path / "none" / "mine.yaml"))
-    hub.copy("smollm2-135m/lora", str(tmp_path))
+        hub.copy("finetune/smollm2-135m/lora", str(tmp_path / "none" / "mine.yaml"))
+    hub.copy("finetune/smollm2-135m/lora", str(tmp_path))
     assert (tmp_path / "lora.yaml").is_file()
 
 
