@@ -104,14 +104,15 @@ class Bench:
     def reward_model(self, name: str) -> Path:
         """A reward model of one of the sets."""
         if name == "alpacaeval_gpt4":
-            parts, count = (rows_of(f"{name}_train"), rows_of(f"{name}_test")), 1500
+            parts, count = (rows_of(f"{name}_train"), rows_of(f"{name}_test")), 1000
         else:
             parts, count = split(rows_of(name)), None
         train, val = (self.work / f"{name}-{part}.jsonl" for part in ("train", "val"))
         write(train, parts[0], count), write(val, parts[1])
         flags = ["--model", self.model, "--data.train", train, "--data.val", val, "--adapter.method", "lora"]
-        flags += ["--optim.lr", 1e-4, "--train.global_batch_size", 16, "--schedule.warmup_steps", 5]
-        return self.train(f"reward-{name}", "align reward", *flags)
+        flags += ["--optim.lr", 2e-4, "--train.global_batch_size", 16, "--schedule.warmup_steps", 5]
+        epochs = 2 if name == "rasbt_politeness" else 1
+        return self.train(f"reward-{name}", "align reward", *flags, "--train.epochs", epochs)
 
 
 def reward(bench: Bench) -> dict[str, Any]:
@@ -133,9 +134,9 @@ def reward(bench: Bench) -> dict[str, Any]:
 
 
 def dpo_data(bench: Bench) -> tuple[Path, Path]:
-    """320 polite against rude answers, and what is held out."""
+    """240 polite against rude answers, and what is held out."""
     train, val = split(rows_of("rasbt_politeness"))
-    return write(bench.work / "dpo-train.jsonl", train, 320), write(bench.work / "dpo-val.jsonl", val)
+    return write(bench.work / "dpo-train.jsonl", train, 240), write(bench.work / "dpo-val.jsonl", val)
 
 
 def dpo(bench: Bench, name: str, *words: object) -> dict[str, float]:

@@ -14,6 +14,7 @@ from litrecipe.data.comparisons import (
     EncodedPreference,
     encode_preferences,
     make_comparison,
+    prompt_of,
 )
 from litrecipe.data.formats import count_rows
 from litrecipe.data.preferences import Preference, read_preferences
@@ -35,6 +36,8 @@ class ComparisonCheck:
     """Prompt, best and worst answer."""
     reversed_pairs: list[bytes] = field(default_factory=list)
     """The same with the answers exchanged."""
+    roots: list[bytes] = field(default_factory=list)
+    """Prompts as the samples have them."""
     places: list[str] = field(default_factory=list)
     prompt_lengths: list[int] = field(default_factory=list)
     best: list[int] = field(default_factory=list)
@@ -51,6 +54,7 @@ class ComparisonCheck:
         self.prompts.append(hashed([prompt]))
         self.pairs.append(hashed([prompt, loosely(answers[0]), loosely(answers[-1])]))
         self.reversed_pairs.append(hashed([prompt, loosely(answers[-1]), loosely(answers[0])]))
+        self.roots.append(prompt_of(sample))
         self.places.append(sample.id)
         self.prompt_lengths.append(len(sample.segments[0].tokens))
         if LABEL not in sample.extra:
@@ -78,7 +82,7 @@ def check_comparisons(data: Data, tokenizer: Tokenizer, seed: int) -> list[Table
         val = look_at(data.val, data, tokenizer)
         tables += [_source_table("data.val", val), _leakage_table(train.prompts, val.prompts, val.places)]
     elif data.val_fraction:
-        kept, held_out = hold_out(len(train.places), data.val_fraction, seed)
+        kept, held_out = hold_out(len(train.places), data.val_fraction, seed, train.roots)
         prompts = [train.prompts[place] for place in held_out]
         places = [train.places[place] for place in held_out]
         tables.append(_leakage_table([train.prompts[place] for place in kept], prompts, places))

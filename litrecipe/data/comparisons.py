@@ -186,4 +186,9 @@ def _extra(preference: Preference, kept: list[int]) -> dict[str, np.ndarray]:
     return {SCORES: np.array([scores[place] for place in kept], dtype=np.float32)}
 
 
-COMPARISONS = Kind("comparisons", 2, read_preferences, _samples, ComparisonCounts)
+def prompt_of(sample: Sample) -> bytes:
+    """The tokens of the prompt: pairs of one prompt are not independent, whichever answers they hold."""
+    return sample.segments[0].tokens.tobytes()
+
+
+COMPARISONS = Kind("comparisons", 2, read_preferences, _samples, ComparisonCounts, prompt_of)

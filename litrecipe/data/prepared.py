@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -83,6 +83,8 @@ class Kind(Generic[C]):
     make: Callable[[Iterator[Any], Data, Tokenizer, C], Iterator[Sample]]
     """Parsed rows → samples, with a note in the counts of what became of each row."""
     counts: type[C]
+    same: Callable[[Sample], bytes] | None = None
+    """What samples have in common that must not be both trained on and held out."""
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,30 @@ def _load(kind: Kind[Any], data: Data, tokenizer: Tokenizer, seed: int) -> Prepa
         val, val_counts = _load_source(kind, "data.val", data.val, data, tokenizer)
         return Prepared(train, val, DataReport(train_counts, val_counts))
     if data.val_fraction:
-        kept, held_out = hold_out(len(train), data.val_fraction, seed)
+        same = [kind.same(train[place]) for place in range(len(train))] if kind.same else None
+        kept, held_out = hold_out(len(train), data.val_fraction, seed, same)
         report = DataReport(train_counts, held_out=len(held_out))
         return Prepared(train.subset(kept), train.subset(held_out), report)
     return Prepared(train, None, DataReport(train_counts))
 
 
-def hold_out(count: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split range(count) into what is trained on and what is held out (at least one of each), both ascending."""
-    if count < 2:
-        raise InputError(f"data.val_fraction: {fraction}: {count} sample cannot be split: give data.val")
-    held = min(max(1, round(count * fraction)), count - 1)
-    order = np.random.default_rng([seed, 0x5E1D]).permutation(count)
-    return np.sort(order[held:]), np.sort(order[:held])
+def hold_out(
+    count: int, fraction: float, seed: int, same: Sequence[bytes] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Split range(count) into what is trained on and what is held out (at least one of each), both ascending.
+
+    Those for which `same` says the same stay together; then as many of these groups are held out as hold the share.
+    """
+    groups = np.arange(count) if same is None else np.unique(np.array(same, dtype=object), return_inverse=True)[1]
+    sizes = np.bincount(groups, minlength=1)
+    if len(sizes) < 2:
+        what = "sample" if same is None else "prompt"
+        raise InputError(f"data.val_fraction: {fraction}: one {what} cannot be split: give data.val")
+    order = np.random.default_rng([seed, 0x5E1D]).permutation(len(sizes))
+    reached = np.cumsum(sizes[order])
+    held = min(max(1, int(np.searchsorted(reached, round(count * fraction))) + 1), len(sizes) - 1)
+    is_held = np.isin(groups, order[:held])
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
 def _load_source(kind: Kind[C], key: str, source: str, data: Data, tokenizer: Tokenizer) -> tuple[SampleSet, C]:

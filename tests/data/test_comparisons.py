@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config.errors import InputError
@@ -17,8 +20,10 @@ from litrecipe.data.comparisons import (
     encode_preferences,
     load_comparisons,
     make_comparison,
+    prompt_of,
 )
 from litrecipe.data.preferences import parse_preference
+from litrecipe.data.prepared import hold_out
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.row import make_row
 
@@ -224,3 +229,28 @@ def test_public_pairs_have_the_tokens_that_trl_trains_on(shared, real_model):
     samples, counts = samples_of([json.loads(line) for line in lines], tokenizer, 512)
     assert len(samples) == 64
     assert (counts.prompt_tokens, counts.chosen_tokens, counts.rejected_tokens) == (4007, 7063, 4639)
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers(0, 3))
+def test_what_is_the_same_is_held_out_together(groups: list[int], fraction: float, seed: int) -> None:
+    same = [bytes([group]) for group in groups]
+    if len(set(groups)) < 2:
+        with pytest.raises(InputError, match="one prompt cannot be split"):
+            hold_out(len(groups), fraction, seed, same)
+        return
+    kept, held_out = hold_out(len(groups), fraction, seed, same)
+    assert sorted([*kept, *held_out]) == list(range(len(groups)))
+    assert len(kept) and len(held_out)
+    assert not {groups[place] for place in kept} & {groups[place] for place in held_out}
+    fewest = len(held_out) - max(groups.count(group) for group in groups)
+    assert fewest < max(1, round(fraction * len(groups)))  # no more groups than the share asks for
+
+
+def test_a_share_is_held_out_by_prompt(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"prompt": f"Say {n // 4}.", "chosen": f"It is {n}.", "rejected": "No."} for n in range(40)]
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_comparisons(Data(train=str(path), val_fraction=0.2), tokenizer, seed=0)
+    assert data.val is not None and len(data.val) == 8
+    prompts = [{prompt_of(part[place]) for place in range(len(part))} for part in (data.train, data.val)]
+    assert not prompts[0] & prompts[1]
