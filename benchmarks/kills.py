@@ -1,10 +1,12 @@
 """Kill -9 at random moments, resume, and compare with the unbroken run to the last bit.
 
-    python benchmarks/kills.py [--kills 10] [--seed 0]
+    python benchmarks/kills.py [--kills 10] [--seed 0] [--methods align …]
 
-For full fine-tuning, LoRA and DoRA: a shrunken model trains 40 steps over packed samples, across epoch ends. A second
-run is killed again and again: while it starts, between two steps, and inside a save. Final weights, the last
-checkpoint's weights, optimizer and state, metrics (timing fields aside) and flight record must be equal.
+For full fine-tuning, LoRA and DoRA, a reward model, and DPO with every kind of reference: a shrunken model trains 40
+steps over packed samples, across epoch ends. A second run is killed again and again: while it starts, between two
+steps, and inside a save. Final weights, the last checkpoint's weights, optimizer and state, metrics (timing fields
+aside) and flight record must be equal. Preference learning is killed three times unless --kills says otherwise, and
+kept as a result of its own: `--methods align` is that alone, `--methods finetune` the rest.
 """
 
 from __future__ import annotations
@@ -25,11 +27,28 @@ from typing import Any
 
 from common import LITRECIPE, REPO, as_hf_folder, environment, print_table, read_lines, write_result
 
+FULL = ["--optim.lr", "1e-3"]
+LORA = ["--adapter.method", "lora", "--adapter.r", "8"]
+MOVING = ["--dpo.reference", "moving"]
 METHODS = {
-    "full": ["--optim.lr", "1e-3"],
-    "lora": ["--adapter.method", "lora", "--adapter.r", "8"],
-    "dora": ["--adapter.method", "dora", "--adapter.r", "8"],
+    "finetune": {
+        "full": ["finetune", *FULL],
+        "lora": ["finetune", *LORA],
+        "dora": ["finetune", "--adapter.method", "dora", "--adapter.r", "8"],
+    },
+    "align": {
+        "reward": ["align", "reward", *LORA, "--reward.centering_coef", "0.01"],
+        "dpo, cached": ["align", "dpo", *LORA],
+        "dpo, frozen copy": ["align", "dpo", *FULL, "--dpo.reference", "copy"],
+        "dpo, moving softly": ["align", "dpo", *LORA, *MOVING, "--dpo.ref_alpha", "0.6"],
+        "dpo, moving hard": ["align", "dpo", *FULL, *MOVING, "--dpo.ref_alpha", "1", "--dpo.ref_every", "3"],
+        "kto": ["align", "dpo", *LORA, "--dpo.loss", "kto"],
+        "aot": ["align", "dpo", *FULL, "--dpo.loss", "aot"],
+    },
 }
+"""Verb and flags of each method."""
+KILLS = {"finetune": 10, "align": 3}
+NAMES = {"finetune": "kills", "align": "kills-align"}
 SHRUNKEN = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -49,7 +68,7 @@ class Job:
     flags: list[str]
 
     def start(self, out: Path) -> subprocess.Popen[bytes]:
-        command = [*LITRECIPE, "finetune", *self.flags, "--out_dir", str(out), "--checkpoint.resume", "auto"]
+        command = [*LITRECIPE, *self.flags, "--out_dir", str(out), "--checkpoint.resume", "auto"]
         log = out.with_suffix(".log").open("ab")
         return subprocess.Popen(command, cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
@@ -67,14 +86,14 @@ def shrunken_job(folder: Path, method: list[str]) -> Job:
         "model.source": config,
         "model.init": "random",
         "model.tokenizer": real,
-        "data.train": "toy:fields?n=100&seed=0",
+        "data.train": f"toy:{'fields-pairs' if method[0] == 'align' else 'fields'}?n=100&seed=0",
         "data.cache_dir": folder / "cache",
         "train.max_steps": STEPS,
         "train.micro_batch_tokens": 256,
         "checkpoint.every": EVERY,
         "fabric.accelerator": "cpu",
     }
-    return Job([*(str(word) for key, value in flags.items() for word in (f"--{key}", value)), *method])
+    return Job([*method, *(str(word) for key, value in flags.items() for word in (f"--{key}", value))])
 
 
 def drafts(out: Path) -> list[Path]:
@@ -126,31 +145,39 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
+def killed_and_resumed(method: list[str], kills: int, chance: random.Random) -> dict[str, Any]:
+    """How often a run was killed at which moment, and what differs from one that was not."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = shrunken_job(Path(folder), method)
+        unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
+        job.finish(unbroken)
+        moments = {"start": 0, "step": 0, "save": 0}
+        for kill in range(kills):
+            moment = ("save", "step", "start")[kill % 3]
+            if not kill_once(job, broken, moment, chance):
+                break
+            moments[moment] += 1
+        job.finish(broken)
+        return {"killed": moments, "different": differences(unbroken, broken)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=10, help="kills of each method")
+    parser.add_argument("--kills", type=int, help="kills of each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = parser.parse_args()
-    chance = random.Random(args.seed)
-    results: dict[str, Any] = {}
-    for method in args.methods:
-        with tempfile.TemporaryDirectory() as folder:
-            job = shrunken_job(Path(folder), METHODS[method])
-            unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
-            job.finish(unbroken)
-            moments = {"start": 0, "step": 0, "save": 0}
-            for kill in range(args.kills):
-                moment = ("save", "step", "start")[kill % 3]
-                if not kill_once(job, broken, moment, chance):
-                    break
-                moments[moment] += 1
-            job.finish(broken)
-            results[method] = {"killed": moments, "different": differences(unbroken, broken)}
-    rows = [[name, *result["killed"].values(), result["different"] or "nothing"] for name, result in results.items()]
-    print_table(["method", "at start", "between steps", "inside a save", "different from the unbroken run"], rows)
-    write_result("kills", {"seed": args.seed, "steps": STEPS, "checkpoint_every": EVERY, "methods": results})
-    if any(result["different"] for result in results.values()):
+    differ = False
+    for kind in args.methods:
+        chance = random.Random(args.seed)
+        kills = args.kills or KILLS[kind]
+        results = {name: killed_and_resumed(method, kills, chance) for name, method in METHODS[kind].items()}
+        rows = [[name, *found["killed"].values(), found["different"] or "nothing"] for name, found in results.items()]
+        print_table(["method", "at start", "between steps", "inside a save", "different from the unbroken run"], rows)
+        settings = {"seed": args.seed, "steps": STEPS, "checkpoint_every": EVERY}
+        write_result(NAMES[kind], {**settings, "methods": results})
+        differ = differ or any(found["different"] for found in results.values())
+    if differ:
         sys.exit(1)
 
 

@@ -4,8 +4,8 @@
 
 Runs the real model (SmolLM2-135M-Instruct) on public comparisons: AlpacaEval annotations (held out by prompt),
 OpenAssistant rankings, and polite against rude answers (of both a fifth of the first questions is held out here).
-Accuracies on held-out pairs come with standard errors that take all pairs of a prompt for one observation. Parts that are
-not run keep their numbers.
+Accuracies on held-out pairs come with standard errors that take all pairs of a prompt for one observation. Parts that
+are not run keep their numbers.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def adapters(bench: Bench) -> dict[str, Any]:
 
 
 def tuned(bench: Bench) -> dict[str, Any]:
-    """Fine-tuning on the chosen answers first and then DPO, beside DPO alone; and which answers a reward model prefers."""
+    """Fine-tuning on the chosen answers and then DPO, beside DPO alone; and which answers a reward model prefers."""
     train, val = dpo_data(bench)
     judge = bench.reward_model("rasbt_politeness") / "final"
     chosen = [{"prompt": question(row), "completion": row["chosen"]} for row in read_lines(train)]

@@ -11,7 +11,7 @@ import torch
 
 from litrecipe.evaluation.comparing import Pair, calibration, calibration_error, compare, mean_by_prompt, summary
 from litrecipe.evaluation.pictures import draw_comparison
-from litrecipe.model.row import Sample, Segment
+from litrecipe.model.row import Row, Sample, Segment
 
 
 def pair(margin: float, prompt: str = "p", lengths: tuple[int, int] = (2, 1), weight: float = 1.0) -> Pair:
@@ -67,7 +67,7 @@ def tree(name: str, *answers: list[int], scores: list[float] | None = None) -> S
 
 
 def test_all_pairs_of_a_list_share_its_weight_and_equals_are_none() -> None:
-    def reward(row):  # noqa: ANN001, ANN202
+    def reward(row: Row) -> torch.Tensor:
         return torch.tensor([float(row.tokens[row.spans[span].stop - 1]) for span in row.answers.tolist()])
 
     samples = [
@@ -88,6 +88,7 @@ def test_all_pairs_of_a_list_share_its_weight_and_equals_are_none() -> None:
 
 
 def test_pictures_of_few_and_of_equal_margins_are_drawn(tmp_path: Path) -> None:
-    for name, pairs in {"one": [pair(1.0)], "equal": [pair(0.0)] * 5, "many": [pair(m / 7) for m in range(-9, 30)]}.items():
+    sets = {"one": [pair(1.0)], "equal": [pair(0.0)] * 5, "many": [pair(m / 7) for m in range(-9, 30)]}
+    for name, pairs in sets.items():
         draw_comparison(pairs, tmp_path / f"{name}.png", name)
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
