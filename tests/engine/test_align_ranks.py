@@ -110,7 +110,8 @@ def runs(folder: Path, jobs: Callable[..., str]) -> Path:
     """All cases, alone and with both strategies."""
     alone(folder, jobs("alone", list(CASES)))
     for strategy in ("ddp", "fsdp"):
-        said = on_two_ranks(SCRIPT, folder, jobs(strategy, list(CASES), fabric__strategy=strategy, fabric__devices=2))
+        flags = {"fabric__strategy": strategy, "fabric__devices": 2, "data__cache_dir": f"cache-{strategy}"}
+        said = on_two_ranks(SCRIPT, folder, jobs(strategy, list(CASES), **flags))
         assert [text.splitlines()[-1:] for text in said] == [["done"], ["done"]]
     return folder
 

@@ -87,3 +87,17 @@ def test_only_the_policy_learns_and_only_the_policy_drops_out(with_twin):
     first.logps.sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == name.startswith("policy.") * parameter.requires_grad
+
+
+@pytest.mark.parametrize("quantized", ["none", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_an_empty_row_still_takes_part_in_the_backward_pass(method, quantized):
+    """A rank that has nothing in a step exchanges its gradients all the same; the last o_proj then sees no place."""
+    policy = decoder(quantized)
+    add_adapter(policy, Adapter(method=method, r=4, alpha=8, targets=["q_proj", "o_proj", "down_proj"]), seed=1)
+    for reference in (None, frozen_twin(policy)):
+        policy.zero_grad()
+        found = PolicyAndReference(policy, reference)(make_row([]))
+        assert found.logps.shape == found.ref_logps.shape == (0,)
+        found.logps.sum().backward()
+        assert all(not p.grad.any() for p in policy.parameters() if p.requires_grad)
