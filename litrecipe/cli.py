@@ -275,8 +275,12 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         raise InputError(*line.mistakes)
     if verb.rows:
         from litrecipe.data.formats import check_rows
+        from litrecipe.data.preferences import misplaced
 
-        check_rows(recipe.data, found(verb.rows))
+        try:
+            check_rows(recipe.data, found(verb.rows))
+        except InputError as error:
+            raise misplaced(recipe.data, wants_preferences=verb.rows == PREFERENCES) or error from None
     try:
         return call(verb.code, recipe, **line.options)
     finally:

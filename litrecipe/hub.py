@@ -132,10 +132,11 @@ def _check_data(recipe: Any) -> None:
 
 
 def _model_at_hand(recipe: Any, path: Path) -> Path | None:
-    """The `config.json` that stands beside recipes of the hub for a model to be fetched, or a source on this disk."""
-    beside, source = path.parent / "config.json", Path(recipe.model.source).expanduser()
-    if path.is_relative_to(hub_folder()) and beside.is_file():
-        return beside
+    """The `config.json` that the hub has (under `finetune`) for a model to be fetched, or a source on this disk."""
+    known = hub_folder() / "finetune" / path.parent.name / "config.json"
+    source = Path(recipe.model.source).expanduser()
+    if path.is_relative_to(hub_folder()) and known.is_file():
+        return known
     return source if source.exists() else None
 
 

@@ -372,3 +372,10 @@ def test_a_mistake_is_told_once_on_each_machine(
     monkeypatch.setenv(variable, "3")
     assert main(["finetune", "--train.stesp", "3", "--model", "m", "--data.train", "d"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_data_for_another_verb_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    [told] = errors(capsys, "finetune", "--model", "m", "--data.train", "toy:units-pairs?n=30")
+    assert told.endswith("holds preferences: learn from them with `litrecipe align dpo` or `litrecipe align reward`")
+    [told] = errors(capsys, "align", "dpo", "--model", "m", "--data.train", "toy:units?n=30")
+    assert told.endswith("holds conversations: learn from them with `litrecipe finetune`, or give pairs")

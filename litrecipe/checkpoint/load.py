@@ -42,10 +42,7 @@ def load_model(
     of other settings on top of it is refused. Raises InputError for a reward model, and when tensors are missing,
     unexpected or of another shape than the config says.
     """
-    if files.is_reward_model:
-        raise InputError(
-            f"model.source: {files.source}: is a reward model, has no language model head: give a language model"
-        )
+    files.refuse_reward_model()
     settings = _adapter_settings(files, adapter)
     with torch.device("meta"):
         model = Decoder(files.architecture)

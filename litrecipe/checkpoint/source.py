@@ -76,6 +76,13 @@ class ModelFiles:
             return True
         return self.weights is not None and SCORE in self.weights.shapes
 
+    def refuse_reward_model(self) -> None:
+        """Raise InputError where a language model is needed and this is none."""
+        if self.is_reward_model:
+            raise InputError(
+                f"model.source: {self.source}: is a reward model, has no language model head: give a language model"
+            )
+
     @property
     def reward_statistics(self) -> tuple[float, float] | None:
         """Mean and standard deviation of a reward model's rewards of good answers, where its config tells them.

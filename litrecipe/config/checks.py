@@ -140,7 +140,11 @@ def _missing(recipe: Any) -> Iterator[Mistake]:
         if not recipe.adapter.targets and recipe.adapter.method != "none":
             yield "adapter.targets", "[]", f"name layers: {', '.join(get_args(Target))}"
     if isinstance(recipe, EvaluateRecipe) and not recipe.tasks:
-        yield "tasks", "missing", "give lm-eval names, `perplexity:FILE` or `exact_match:FILE` (`--tasks a,b`)"
+        yield (
+            "tasks",
+            "missing",
+            ("give lm-eval names, `perplexity:FILE`, `exact_match:FILE` or `preference:FILE` (`--tasks a,b`)"),
+        )
 
 
 def _texts(recipe: TrainingRecipe) -> Iterator[Mistake]:
@@ -211,6 +215,18 @@ def _mix(dpo: Dpo) -> Iterator[Mistake]:
 
 def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
     losses = [loss for loss in dpo.mix or [dpo.loss] if loss in get_args(DpoLoss)]
+    for key, is_heard, hearer in (
+        ("gamma", "simpo" in losses, "dpo.loss simpo"),
+        ("length_normalize", "ipo" in losses, "dpo.loss ipo"),
+        ("desirable_weight", "kto" in losses, "dpo.loss kto"),
+        ("undesirable_weight", "kto" in losses, "dpo.loss kto"),
+        ("divergence_alpha", dpo.divergence == "alpha", "dpo.divergence alpha"),
+        ("ref_alpha", dpo.reference == "moving", "dpo.reference moving"),
+        ("ref_every", dpo.reference == "moving", "dpo.reference moving"),
+    ):
+        value = getattr(dpo, key)
+        if value != getattr(Dpo, key) and not is_heard:
+            yield f"dpo.{key}", value, f"only {hearer} knows it: remove it, or use that"
     if dpo.mix and dpo.loss != Dpo.loss:
         yield "dpo.loss", dpo.loss, "dpo.mix is taken instead: remove one of them"
     for loss in {"cdpo", "robust", "exo"}.intersection(losses):

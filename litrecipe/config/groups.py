@@ -149,7 +149,7 @@ class Dpo:
     reference: Reference = "auto"
     """What the policy is held to: the model it starts from, as `cache` (log-probabilities computed once and kept on
     disk), `adapter_off` (the base under a fresh adapter), `copy` (a frozen one); or `moving`, a copy that follows the
-    policy (TR-DPO). `auto` is `cache` wherever that is possible."""
+    policy (TR-DPO). `auto` is `cache` wherever that is possible, but for fsdp."""
     ref_alpha: float = 0.6
     """`moving`: at an update the reference becomes ref_alpha times the policy and the rest itself (1: hard updates)."""
     ref_every: int = 1

@@ -28,7 +28,7 @@ class ComparisonCounts(Counts):
 
     prompt_tokens: int = 0
     chosen_tokens: int = 0
-    """Of the best answers, or of all that have a label."""
+    """Of the best answers, and of those labelled as good."""
     rejected_tokens: int = 0
     """Of all other answers."""
     truncated: Trouble = field(default_factory=Trouble)
@@ -150,8 +150,10 @@ def make_comparison(encoded: EncodedPreference, max_length: int, counts: Compari
     best, *others = branches.values()
     counts.samples += 1
     counts.prompt_tokens += start
-    counts.chosen_tokens += int(best.weights.sum())
-    counts.rejected_tokens += sum(int(segment.weights.sum()) for segment in others)
+    tokens = [int(segment.weights.sum()) for segment in (best, *others)]
+    good = 0 if encoded.preference.label is False else 1
+    counts.chosen_tokens += sum(tokens[:good])
+    counts.rejected_tokens += sum(tokens[good:])
     prompt = np.array(encoded.prompt[:start], dtype=np.int32)
     root = Segment(prompt, np.zeros(start, dtype=np.float32))
     return Sample(where, (root, best, *others), extra)
@@ -191,4 +193,4 @@ def prompt_of(sample: Sample) -> bytes:
     return sample.segments[0].tokens.tobytes()
 
 
-COMPARISONS = Kind("comparisons", 2, read_preferences, _samples, ComparisonCounts, prompt_of)
+COMPARISONS = Kind("comparisons", 3, read_preferences, _samples, ComparisonCounts, prompt_of)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.data.formats import (
     Conversation,
@@ -21,6 +22,7 @@ from litrecipe.data.formats import (
     check_messages,
     from_messages,
     from_sharegpt,
+    parse_rows,
     system_message,
 )
 from litrecipe.data.readers import Mistakes, read_rows
@@ -76,11 +78,13 @@ class _Answer(NamedTuple):
     score: float | None = None
 
 
-def read_preferences(source: str, data: Data, mistakes: Mistakes | None = None) -> Iterator[Preference | Mismatch]:
+def read_preferences(
+    source: str, data: Data, mistakes: Mistakes | None = None, split: str = "train"
+) -> Iterator[Preference | Mismatch]:
     """The preferences of a source in order; wrong rows are noted in `mistakes`, or raised together at the end."""
     gathered = Mistakes() if mistakes is None else mistakes
     check_columns(data.columns, COLUMNS)
-    for row, where in read_rows(source, gathered):
+    for row, where in read_rows(source, gathered, split):
         try:
             yield parse_preference(row, where, data.columns)
         except MismatchError:
@@ -117,10 +121,26 @@ def parse_preference(row: dict[str, Any], where: str, columns: dict[str, str] | 
     )
 
 
-def holds_preferences(source: str, data: Data) -> bool:
+def holds_preferences(source: str, data: Data, split: str = "train") -> bool:
     """Whether the first row of a source has the columns of a preference."""
-    row, _ = next(read_rows(source, Mistakes()), ({}, ""))
+    row, _ = next(read_rows(source, Mistakes(), split), ({}, ""))
     return _reader(_named(row, data.columns)) is not None
+
+
+def misplaced(data: Data, *, wants_preferences: bool) -> InputError | None:
+    """What to say, once, of rows that cannot be read because they are for another verb; None where they are not."""
+    source = f"data.train: {data.train}"
+    try:
+        if holds_preferences(data.train, data):
+            cure = "learn from them with `litrecipe align dpo` or `litrecipe align reward`"
+            return None if wants_preferences else InputError(f"{source}: holds preferences: {cure}")
+        if wants_preferences and next(parse_rows(read_rows(data.train, Mistakes()), data, Mistakes()), None):
+            return InputError(
+                f"{source}: holds conversations: learn from them with `litrecipe finetune`, or give pairs"
+            )
+    except InputError:  # there are no rows to be read: whoever asks knows why
+        return None
+    return None
 
 
 def _named(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from litrecipe.data.readers import check_sources
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.comparing import Pair, compare, summary
 from litrecipe.evaluation.pictures import draw_comparison
-from litrecipe.evaluation.tasks import Outcome, Settings
+from litrecipe.evaluation.tasks import SPLIT, Outcome, Settings
 from litrecipe.model.adapters import has_adapter
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference
@@ -35,8 +35,7 @@ from litrecipe.objectives.answers import LABEL, sum_by_segment
 class Preference:
     """`preference:FILE`: rewards of better and worse answers.
 
-    FILE is anything that `litrecipe align` trains on: pairs or ranked lists (of a data set with splits `train`, or what
-    `?split=` says). A reward model gives its score at an
+    FILE is anything that `litrecipe align` trains on: pairs or ranked lists. A reward model gives its score at an
     answer's last token; a policy its implicit reward β (log π(y | x) - log π_ref(y | x)) (2305.18290), where π_ref is
     `reference`, or the base under an adapter.
 
@@ -60,10 +59,10 @@ class Preference:
         """Read the part after the name; raises InputError when there is no such data."""
         source = spec.partition(":")[2]
         try:
-            check_sources({f"tasks: {spec}": source})
+            check_sources({f"tasks: {spec}": source}, SPLIT)
         except InputError as error:
             raise InputError(*error.mistakes) from None
-        if not holds_preferences(source, Data()):
+        if not holds_preferences(source, Data(), SPLIT):
             raise InputError(f"tasks: {spec}: its first row compares no answers: give chosen and rejected, or a list")
         return cls(spec, source)
 
@@ -96,7 +95,7 @@ class Preference:
     def _samples(self, tokenizer: Tokenizer, max_positions: int) -> list[Sample]:
         """Whole answers, cut where the model cannot read on; says what became of the rows."""
         data, counts = Data(max_length=max_positions), ComparisonCounts(self.source)
-        samples = list(COMPARISONS.make(read_preferences(self.source, data), data, tokenizer, counts))
+        samples = list(COMPARISONS.make(read_preferences(self.source, data, split=SPLIT), data, tokenizer, counts))
         say(str(counts))
         if not samples:
             raise InputError(f"tasks: {self.spec}: nothing to compare ({counts}): look with `litrecipe data preview`")

@@ -46,6 +46,7 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
     """Build policy, reference, data and objective, and hand them to `fit`."""
     files, tokenizer = begin(recipe, dry_run=dry_run)
     reference = choose_reference(recipe, files)
+    advise(recipe.dpo)
     if dry_run:
         return show(recipe, files, tokenizer, COMPARISONS, frozen_copy=reference in ("copy", "moving"))
 
@@ -89,7 +90,9 @@ def choose_reference(recipe: DpoRecipe, files: ModelFiles) -> Reference | None:
     # KTO asks for answers to other prompts, which change with every step: nothing to keep on disk.
     recorded = dpo.loss != "kto" or bool(dpo.mix)
     if dpo.reference == "auto":
-        return "cache" if recorded else "adapter_off" if has_fresh_adapter else "copy"
+        # What is kept is computed before the model is sharded, by one device that would have to hold all of it.
+        cached = recorded and recipe.fabric.strategy != "fsdp"
+        return "cache" if cached else "adapter_off" if has_fresh_adapter else "copy"
     if dpo.reference == "cache" and not recorded:
         raise InputError("dpo.reference: cache: kto pairs answers with other prompts in every step: use auto")
     if dpo.reference == "adapter_off" and not has_fresh_adapter:
@@ -100,6 +103,14 @@ def choose_reference(recipe: DpoRecipe, files: ModelFiles) -> Reference | None:
         )
         raise InputError(f"dpo.reference: adapter_off: {why}: use cache or copy")
     return dpo.reference
+
+
+def advise(dpo: Dpo) -> None:
+    """Say when β is far from what a loss of log-probabilities per token needs."""
+    per_token = [loss for loss in dpo.mix or [dpo.loss] if loss in ("simpo", "sigmoid_norm")]
+    if per_token and dpo.beta < 1:
+        usual = {"simpo": "2 to 10", "sigmoid_norm": "about 5"}[per_token[0]]
+        warn(f"dpo.beta {dpo.beta:g}: {per_token[0]} compares log-probabilities per token, where {usual} is usual")
 
 
 def check_answers(train: SampleSet, recipe: DpoRecipe) -> None:

@@ -13,7 +13,7 @@ from litrecipe.checkpoint.hf import save_model, save_reward_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.reward import pad_for_rewards
 from litrecipe.checkpoint.source import ModelFiles, open_model
-from litrecipe.config.groups import Adapter, TrainingRecipe
+from litrecipe.config.groups import Adapter, RewardRecipe, TrainingRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.prepared import Kind, Prepared, prepare
 from litrecipe.data.samples import SampleSet
@@ -36,6 +36,8 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
+    if not isinstance(recipe, RewardRecipe):
+        files.refuse_reward_model()
     return files, Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
 
 

@@ -174,6 +174,8 @@ PAIRS = (("model.source", "m"), ("data.train", "d"))
         ([("dpo.loss", "simpo"), ("dpo.reference", "copy")], ["dpo.reference: copy: simpo has no reference"]),
         ([("dpo.loss", "kto"), ("dpo.nll_coef", "0.2")], ["dpo.nll_coef: 0.2: kto does not know it"]),
         ([("dpo.loss", "aot"), ("dpo.weighting", "true")], ["dpo.weighting: True: aot compares whole steps"]),
+        ([("dpo.gamma", "2")], ["dpo.gamma: 2.0: only dpo.loss simpo knows it"]),
+        ([("dpo.ref_every", "9")], ["dpo.ref_every: 9: only dpo.reference moving knows it"]),
         ([("dpo.ref_alpha", "0"), ("dpo.beta", "-1")], ["dpo.beta: -1.0: give", "dpo.ref_alpha: 0.0: give"]),
         ([("data.mask", "all"), ("data.format", "text")], ["data.format: text: preferences", "data.mask: all: of"]),
     ],

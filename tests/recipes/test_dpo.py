@@ -203,6 +203,22 @@ def test_kto_learns_from_labels(train: Train, tmp_path: Path) -> None:
     assert records[-1]["kl"] > 0  # of mismatched answers, which all rose
 
 
+def test_good_and_bad_labels_are_counted_apart(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(dpo__loss="kto", data__train=rows(tmp_path / "l.jsonl", *LABELLED), train__max_steps=1)
+    [counted] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train ")]
+    assert counted.endswith("8 samples, 184 tokens of prompts, 32 chosen, 32 rejected")
+
+
+@pytest.mark.parametrize(("loss", "beta", "said"), [("simpo", 0.1, True), ("simpo", 2, False), ("sigmoid", 0.1, False)])
+def test_a_beta_of_sums_is_told_of_with_losses_per_token(
+    make: Callable[..., DpoRecipe], capsys: pytest.CaptureFixture[str], loss: str, beta: float, said: bool
+) -> None:
+    dpo.main(make(dpo__loss=loss, dpo__beta=beta), dry_run=True)
+    assert ("compares log-probabilities per token" in capsys.readouterr().err) == said
+
+
 def test_labels_are_nothing_to_compare(train: Train, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dpo\.loss: sigmoid: data\.train has single answers with a label: use kto"):
         train(data__train=rows(tmp_path / "l.jsonl", *LABELLED))
