@@ -47,6 +47,10 @@ METHODS = {
     },
 }
 """Verb and flags of each method."""
+DATA = {
+    "finetune": {"data.train": "toy:fields?n=100&seed=0"},
+    "align": {"data.train": "toy:units-pairs?n=100&seed=0", "train.global_batch_size": 4},
+}
 KILLS = {"finetune": 10, "align": 3}
 NAMES = {"finetune": "kills", "align": "kills-align"}
 SHRUNKEN = {
@@ -70,7 +74,9 @@ class Job:
     def start(self, out: Path) -> subprocess.Popen[bytes]:
         command = [*LITRECIPE, *self.flags, "--out_dir", str(out), "--checkpoint.resume", "auto"]
         log = out.with_suffix(".log").open("ab")
-        return subprocess.Popen(command, cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, cwd=REPO, env=environment(threads=1), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
 
     def finish(self, out: Path) -> None:
         if self.start(out).wait():
@@ -86,7 +92,7 @@ def shrunken_job(folder: Path, method: list[str]) -> Job:
         "model.source": config,
         "model.init": "random",
         "model.tokenizer": real,
-        "data.train": f"toy:{'fields-pairs' if method[0] == 'align' else 'fields'}?n=100&seed=0",
+        **DATA[method[0]],
         "data.cache_dir": folder / "cache",
         "train.max_steps": STEPS,
         "train.micro_batch_tokens": 256,

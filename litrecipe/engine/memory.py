@@ -38,7 +38,7 @@ class MemoryTable:
 
     weights: int
     reference: int
-    """A frozen copy of what is trained."""
+    """A frozen copy of what is trained, or where nothing can be shared of the whole model."""
     gradients: int
     optimizer: int
     exchange: int
@@ -75,7 +75,7 @@ def estimate(
 ) -> MemoryTable:
     """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step.
 
-    `frozen_copy`: a reference stands beside the policy, which shares what is not trained.
+    `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
     """
     model = meta_model(recipe, architecture)
     sizes = {name: stored_bytes(name, p, recipe) for name, p in model.named_parameters()}
@@ -95,7 +95,7 @@ def estimate(
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
-        reference=gradients if frozen_copy else 0,
+        reference=(weights if strategy == "fsdp" else gradients) if frozen_copy else 0,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,

@@ -75,6 +75,7 @@ def frozen_twin(model: Decoder) -> Decoder:
     """The model as it is now, frozen: with copies of what learns, sharing what does not.
 
     Of a model with an adapter this is a second adapter on the same base; of one that trains whole, a second model.
+    FSDP2 shares no parameters: `engine.fabric.shard` copies them.
     """
     shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
     twin = copy.deepcopy(model, dict(shared))

@@ -29,14 +29,20 @@ def table(tiny_model: Path):
     architecture = replace(architecture, num_layers=4)
 
     def make(
-        tokens: int = 100, rows: int = 1, world_size: int = 1, vocabulary: int = 320, device: str = "cpu", **flags: Any
+        tokens: int = 100,
+        rows: int = 1,
+        world_size: int = 1,
+        vocabulary: int = 320,
+        device: str = "cpu",
+        frozen_copy: bool = False,
+        **flags: Any,
     ):
         given = {"model.source": "m", "data.train": "d"} | {key.replace("__", "."): v for key, v in flags.items()}
         recipe = schema.load(FinetuneRecipe, [], [(key, str(value)) for key, value in given.items()])
         row = make_row([sample(tokens)])
-        return estimate(
-            recipe, replace(architecture, vocab_size=vocabulary), row, rows=rows, world_size=world_size, device=device
-        )
+        shrunken = replace(architecture, vocab_size=vocabulary)
+        ranks = {"rows": rows, "world_size": world_size, "device": device}
+        return estimate(recipe, shrunken, row, **ranks, frozen_copy=frozen_copy)
 
     return make
 
@@ -83,6 +89,14 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(table) -> None:
     assert sharded.held == full.gradients // 4  # each row ends with its shard
     copied = table(world_size=4, fabric__devices=4)
     assert (copied.weights, copied.exchange) == (full.weights, full.gradients)
+
+
+def test_a_frozen_copy_shares_the_base_unless_it_is_sharded(table) -> None:
+    lora = {"adapter__method": "lora", "frozen_copy": True}
+    alone, sharded = table(**lora), table(**lora, fabric__strategy="fsdp", world_size=2)
+    assert alone.reference == 4 * alone.trained
+    assert sharded.reference == sharded.weights == 4 * alone.parameters // 2
+    assert table(**lora).peak - table(adapter__method="lora").peak == alone.reference
 
 
 def test_a_gpu_takes_larger_blocks_of_logits(table) -> None:
