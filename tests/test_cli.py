@@ -54,7 +54,7 @@ def recipe_given(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["finetune", "--help", "train"], 1.5),
         (["evaluate", "--help"], 1.5),
         (["model", "import", "--help"], 0.5),
-        (["recipes", "show", "smollm2-135m/lora"], 1.5),
+        (["recipes", "show", "finetune/smollm2-135m/lora"], 1.5),
     ],
 )
 def test_help_is_fast_and_imports_nothing_heavy(line: list[str], seconds: float) -> None:
@@ -339,7 +339,7 @@ def test_what_is_unexpected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch)
 def test_a_closed_pipe_is_no_failure() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    line = [sys.executable, "-m", "litrecipe", "recipes", "show", "smollm2-135m/lora"]
+    line = [sys.executable, "-m", "litrecipe", "recipes", "show", "finetune/smollm2-135m/lora"]
     done = subprocess.run(line, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +21,9 @@ from litrecipe.engine.rundir import RunDir
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+SAME = "resume with the same, or start a new out_dir"
+"""The cure for a checkpoint of another run."""
 
 
 @dataclass
@@ -114,17 +118,12 @@ class Checkpoints:
 
     def mismatches(self, folder: Path, was: dict[str, str], shapes: dict[str, torch.Size]) -> list[str]:
         """What differs between this run and the checkpoint's: settings by name, then the trained weights' shapes."""
-        where, cure = f"checkpoint.resume: {folder}", "resume with the same, or start a new out_dir"
-        mistakes = [
-            f"{where}: made with other {name} ({brief(was.get(name))}, now {brief(value)}): {cure}"
-            for name, value in self.identity.items()
-            if was.get(name) != value
-        ]
+        mistakes = other_settings(folder, was, self.identity)
         ours = {name: list(parameter.shape) for name, parameter in self.changed.items()}
         theirs = {name: list(shape) for name, shape in shapes.items()}
         if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
             first = f"{odd[0]}: {theirs.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"
-            mistakes.append(f"{where}: trains other weights ({first}; {len(odd)} in all): {cure}")
+            mistakes.append(f"checkpoint.resume: {folder}: trains other weights ({first}; {len(odd)} in all): {SAME}")
         return mistakes
 
     @property
@@ -132,6 +131,30 @@ class Checkpoints:
         """Fused and plain kernels differ in the last bit, so the kind is part of the state."""
         fused = bool(self.optimizer.param_groups[0].get("fused"))
         return self.optimizer_name + (" (fused)" if fused else "")
+
+
+def other_settings(folder: Path, was: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What is not as it was, by name."""
+    return [
+        f"checkpoint.resume: {folder}: made with other {name} ({brief(was.get(name))}, now {brief(value)}): {SAME}"
+        for name, value in now.items()
+        if was.get(name) != value
+    ]
+
+
+def refuse_other_run(run_dir: RunDir, resume: str | None, identity: dict[str, str]) -> None:
+    """Raise InputError where the checkpoint to go on from was made by another run, before anything slow is done.
+
+    A first look only, at the newest: `Checkpoints.load` reads all of it and decides.
+    """
+    newest = training_state.all_checkpoints(run_dir.checkpoints)[:1] if resume == "auto" else [Path(resume or "")]
+    for folder in newest:
+        try:
+            was = json.loads((folder / "state.json").read_text())["identity"]
+        except (OSError, ValueError, KeyError):  # damaged perhaps: told, or passed over, when it is loaded
+            continue
+        if mistakes := other_settings(folder, was, identity):
+            raise InputError(*mistakes)
 
 
 def brief(value: str | None) -> str:

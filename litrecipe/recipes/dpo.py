@@ -20,8 +20,10 @@ from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.reference_logps import with_reference
 from litrecipe.data.samples import SampleSet
 from litrecipe.data.source import RecordedSource
+from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, StepResult, fit
+from litrecipe.engine.rundir import RunDir
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.answers import LABEL
@@ -53,6 +55,8 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
     fabric = make_fabric(recipe.fabric)
     data = prepared(COMPARISONS, recipe, files, tokenizer)
     check_answers(data.train, recipe)
+    known = identity(recipe, files, tokenizer, data.train, dpo=recipe.dpo) | start(files)
+    refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
     policy = load_to_train(load_model, files, recipe)
     train, val = data.train, data.val
     if reference == "cache":
@@ -76,7 +80,7 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
             carried=moving.moving if moving else dict,
             after_step=partial(follow, moving, recipe.dpo) if moving else None,
             check_first=partial(check_start, recipe=recipe, files=files) if reference else None,
-            identity=identity(recipe, files, tokenizer, data.train, dpo=recipe.dpo) | start(files),
+            identity=known,
         )
     )
 

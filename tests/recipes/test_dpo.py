@@ -125,6 +125,13 @@ def test_a_cache_of_other_weights_is_refused(train: Train, tmp_path: Path) -> No
         train("b", **LORA)
 
 
+def test_another_run_is_refused_before_the_reference_is_computed(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(**LORA, train__max_steps=1)
+    monkeypatch.setattr("litrecipe.recipes.dpo.remembering", None)
+    with pytest.raises(InputError, match=r"made with other dpo\.beta \(0\.1, now 0\.2\): resume with the same"):
+        train(**LORA, checkpoint__resume="auto", dpo__beta=0.2)
+
+
 def test_the_moving_reference_follows(train: Train, tmp_path: Path) -> None:
     """With α 1 in every step it is the policy before the step: rewards are 0 whenever they are looked at."""
     for records in (
