@@ -147,8 +147,8 @@ def refuse_other_run(run_dir: RunDir, resume: str | None, identity: dict[str, st
 
     A first look only, at the newest: `Checkpoints.load` reads all of it and decides.
     """
-    newest = training_state.all_checkpoints(run_dir.checkpoints)[:1] if resume == "auto" else [Path(resume or "")]
-    for folder in newest:
+    named = [Path(resume)] if resume else []
+    for folder in training_state.all_checkpoints(run_dir.checkpoints)[:1] if resume == "auto" else named:
         try:
             was = json.loads((folder / "state.json").read_text())["identity"]
         except (OSError, ValueError, KeyError):  # damaged perhaps: told, or passed over, when it is loaded

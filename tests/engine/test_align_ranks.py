@@ -20,24 +20,24 @@ from litrecipe.engine.recorder import diff
 from litrecipe.engine.rundir import read_records
 
 LORA = {"adapter.method": "lora", "adapter.r": 4, "optim.lr": 5e-3}
-MOVING = {"dpo.reference": "moving"}
+CACHE, MOVING = {"dpo.reference": "cache"}, {"dpo.reference": "moving"}
 TASK = {"eval.every": 2, "eval.tasks": '["exact_match:toy:units?n=2&seed=0&split=test"]'}
 RANKED, RATED = {"data.train": "ranked.jsonl"}, {"data.train": "rated.jsonl"}
 CASES: dict[str, dict[str, Any]] = {
     "reward": {},
     "reward-lora": {**LORA, "optim.lr": 2e-3},
     "reward-ranked": {**RANKED, "reward.centering_coef": 0.1},
-    "dpo-cache": {"dpo.reference": "cache"},
-    "dpo-cache-lora": LORA,
+    "dpo-cache": CACHE,
+    "dpo-cache-lora": {**LORA, **CACHE},
     "dpo-off": {**LORA, "dpo.reference": "adapter_off"},
     "dpo-copy": {"dpo.reference": "copy", **TASK},
     "dpo-copy-dora": {**LORA, "adapter.method": "dora", "dpo.reference": "copy"},
     "dpo-copy-nf4": {**LORA, "quantize.method": "nf4", "dpo.reference": "copy"},
     "dpo-soft": {**LORA, **MOVING, "dpo.ref_alpha": 0.6},
     "dpo-hard": {**MOVING, "dpo.ref_alpha": 1, "dpo.ref_every": 3, "data.val": "toy:units-pairs?n=3&split=test"},
-    "dpo-ranked": {**LORA, **RANKED, "dpo.nll_coef": 0.2, "dpo.weighting": "true"},
-    "dpo-aot": {**LORA, "dpo.loss": "aot"},
-    "dpo-aot_unpaired": {"dpo.loss": "aot_unpaired"},
+    "dpo-ranked": {**LORA, **RANKED, **CACHE, "dpo.nll_coef": 0.2, "dpo.weighting": "true"},
+    "dpo-aot": {**LORA, **CACHE, "dpo.loss": "aot"},
+    "dpo-aot_unpaired": {**CACHE, "dpo.loss": "aot_unpaired"},
     "dpo-kto": {"dpo.loss": "kto"},
     "dpo-kto-rated": {**LORA, **RATED, "dpo.loss": "kto"},
 }
