@@ -189,7 +189,7 @@ def kept(folder: Path, make: Callable[[], SampleSet]) -> SampleSet:
             try:
                 return SampleSet(folder)
             except InputError as error:
-                warn(f"tokenised data is damaged and made anew ({error})")
+                warn(f"what was kept in the cache is damaged and made anew ({error})")
         return make()
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from litrecipe.config.groups import REFERENCE_FREE, Dpo
+from litrecipe.config.groups import REFERENCE_FREE, SORTING, Dpo
 from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row, Sample
 from litrecipe.objectives import preference
@@ -262,5 +262,5 @@ def make_dpo(config: Dpo, format_ids: Collection[int] = ()) -> DPO | KTO:
         return KTO(config)
     if "kto" in losses:
         raise ValueError("dpo.mix: kto takes rated answers, the others pairs: it cannot be one of several")
-    kind = DistributionalDPO if {"aot", "aot_unpaired"} & losses else DPO
+    kind = DistributionalDPO if SORTING & losses else DPO
     return kind(config, format_ids if config.mask_format_tokens else ())
