@@ -38,7 +38,7 @@ COMMON = [
     "--checkpoint.every",
     "null",
 ]
-LEARNING_RATES = (5e-5, 1e-4, 2e-4)
+LEARNING_RATES = (2e-4, 5e-4, 1e-3)
 SEEDS = range(5)
 T_4 = 2.776
 """Quantile .975 of Student's t with the four degrees of freedom of five seeds."""
