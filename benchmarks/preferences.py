@@ -38,7 +38,9 @@ COMMON = [
     "--checkpoint.every",
     "null",
 ]
-LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+TUNED_LR = 2e-4
+"""Of DPO after fine-tuning, and of DPO alone beside it."""
 SEEDS = range(5)
 T_4 = 2.776
 """Quantile .975 of Student's t with the four degrees of freedom of five seeds."""
@@ -185,9 +187,9 @@ def tuned(bench: Bench) -> dict[str, Any]:
     lora = ["--adapter.method", "lora"]
     words = ["--model", bench.model, "--data.train", sft, "--optim.lr", 2e-4, "--train.global_batch_size", 16]
     first = bench.train("sft", "finetune", *words, *lora) / "final"
-    lr = ["--optim.lr", 1e-4]
+    lr, alone = ["--optim.lr", TUNED_LR], f"dpo-lora-{TUNED_LR:g}-0"
     found: dict[str, Any] = {
-        "dpo": dpo(bench, "dpo-lora-0.0001-0", "--model", bench.model, *lora, *lr),
+        "dpo": dpo(bench, alone, "--model", bench.model, *lora, *lr),
         "sft_then_dpo": dpo(bench, "sft-dpo", "--model", first, *lr),
     }
     asked = [{"prompt": question(row), "answer": row["chosen"]} for row in read_lines(val)[:ASKED]]
@@ -195,7 +197,7 @@ def tuned(bench: Bench) -> dict[str, Any]:
     models = {
         "base": bench.model,
         "sft": first,
-        "dpo": bench.work / "dpo-lora-0.0001-0",
+        "dpo": bench.work / alone,
         "sft_then_dpo": bench.work / "sft-dpo",
     }
     answers = {}
