@@ -38,7 +38,7 @@ COMMON = [
     "--checkpoint.every",
     "null",
 ]
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 TUNED_LR = 2e-4
 """Of DPO after fine-tuning, and of DPO alone beside it."""
 SEEDS = range(5)
