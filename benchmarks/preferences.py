@@ -106,7 +106,7 @@ class Bench:
     def reward_model(self, name: str) -> Path:
         """A reward model of one of the sets."""
         if name == "alpacaeval_gpt4":
-            parts, count = (rows_of(f"{name}_train"), rows_of(f"{name}_test")), 1000
+            parts, count = (rows_of(f"{name}_train"), rows_of(f"{name}_test")), 600
         else:
             parts, count = split(rows_of(name)), None
         train, val = (self.work / f"{name}-{part}.jsonl" for part in ("train", "val"))
