@@ -106,11 +106,11 @@ class Bench:
     def reward_model(self, name: str) -> Path:
         """A reward model of one of the sets."""
         if name == "alpacaeval_gpt4":
-            parts, count = (rows_of(f"{name}_train"), rows_of(f"{name}_test")), 600
+            parts, counts = (rows_of(f"{name}_train"), rows_of(f"{name}_test")), (600, 500)
         else:
-            parts, count = split(rows_of(name)), None
+            parts, counts = split(rows_of(name)), (None, None)
         train, val = (self.work / f"{name}-{part}.jsonl" for part in ("train", "val"))
-        write(train, parts[0], count), write(val, parts[1])
+        write(train, parts[0], counts[0]), write(val, parts[1], counts[1])
         flags = ["--model", self.model, "--data.train", train, "--data.val", val, "--adapter.method", "lora"]
         flags += ["--optim.lr", 2e-4, "--train.global_batch_size", 16, "--schedule.warmup_steps", 5]
         epochs = 2 if name == "rasbt_politeness" else 1
