@@ -1,4 +1,4 @@
-"""Prompts in, texts out: batches, stop strings, and text as it appears."""
+"""Prompts in, texts out: stop strings, and text as it appears."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from litrecipe.config.groups import Generate
 from litrecipe.config.progress import track
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.decoding import generate
+from litrecipe.model.decoding import Ended, sample
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,11 @@ class Completion:
     text: str
     """Without special tokens, cut before the first stop string."""
     tokens: list[int]
-    """As sampled, up to the one that completed a stop string; without the end token."""
+    """As sampled, up to the one that completed a stop string; without the one that ended it by itself."""
+    ended: Ended
+    """By an end token, by a stop string, or for want of room."""
+    stop_id: int | None = None
+    """The token that ended it by itself: an end token, or a control token among the stop strings."""
 
 
 def complete(
@@ -29,59 +33,52 @@ def complete(
     prompts: Sequence[list[int]],
     settings: Generate,
     *,
+    completions: int = 1,
+    streams: Sequence[int] | None = None,
     batch_tokens: int = 8192,
     progress: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> list[Completion]:
-    """Continue every prompt until its end token, a stop string or the token limit; results in the order of `prompts`.
+    """Continue every prompt until its end token, a stop string or the token limit, `completions` times.
 
-    Prompts of like length share a batch, whose cache holds at most `batch_tokens` tokens (or one prompt). With one
-    prompt `on_text` is given the answer piece by piece, each piece certain to be in the final text. Raises InputError
-    when a prompt leaves no room for `settings.max_new_tokens`.
+    Results are in the order of `prompts`, those of one prompt together; `streams` numbers their random streams
+    (default: their places). They are sampled as one batch that is refilled as answers end, with a cache of at most
+    `batch_tokens` places (or those of one answer). With one answer `on_text` is given it piece by piece, each piece
+    certain to be in the final text. Raises InputError when a prompt leaves no room for `settings.max_new_tokens`.
     """
     _check_room(model, prompts, settings.max_new_tokens)
-    answers = [Completion("", [])] * len(prompts)
-    batches = _batches([len(prompt) for prompt in prompts], settings.max_new_tokens, batch_tokens)
-    for batch in track(batches, f"{progress}: batch") if progress else batches:
-        texts = _complete_batch(model, tokenizer, {index: prompts[index] for index in batch}, settings, on_text)
-        for index, text in zip(batch, texts, strict=True):
-            answers[index] = Completion(text.text, text.tokens)
-    return answers
+    texts = [TextStream(tokenizer, settings.stop) for _ in range(len(prompts) * completions)]
+    answers = [Completion("", [], "length")] * len(texts)
 
-
-def _complete_batch(
-    model: Decoder,
-    tokenizer: Tokenizer,
-    prompts: dict[int, list[int]],
-    settings: Generate,
-    on_text: Callable[[str], None] | None,
-) -> list[TextStream]:
-    """The answers to the prompts, which are given by their place among all prompts."""
-    texts = [TextStream(tokenizer, settings.stop) for _ in prompts]
-
-    def on_token(row: int, token: int) -> bool:
-        give(texts[row].add(token))
-        return texts[row].stopped
+    def on_token(index: int, token: int) -> bool:
+        give(texts[index].add(token))
+        return texts[index].stopped
 
     def give(text: str) -> None:
         if on_text is not None and text:
             on_text(text)
 
-    generate(
+    sampled = sample(
         model,
-        list(prompts.values()),
+        prompts,
+        completions=completions,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
         stop_ids=_stop_ids(tokenizer, settings.stop),
         seed=settings.seed,
-        streams=list(prompts),
+        streams=streams,
+        cache_tokens=batch_tokens,
         on_token=on_token,
     )
-    for text in texts:
-        give(text.end())
-    return texts
+    for index, found in track(sampled, progress, len(texts)) if progress else sampled:
+        give(texts[index].end())
+        by_string = found.ended == "eos" and found.stop_id not in tokenizer.eos_ids
+        answers[index] = Completion(
+            texts[index].text, found.tokens, "stop" if by_string else found.ended, found.stop_id
+        )
+    return answers
 
 
 def _stop_ids(tokenizer: Tokenizer, stop: Sequence[str]) -> set[int]:
@@ -146,14 +143,3 @@ def _check_room(model: Decoder, prompts: Sequence[list[int]], new_tokens: int) -
             f"generate.max_new_tokens: {new_tokens}: "
             f"the longest prompt has {longest} tokens and the model reads {reads}: {cure}"
         )
-
-
-def _batches(lengths: list[int], new_tokens: int, budget: int) -> list[list[int]]:
-    """Indices, longest first, in batches of at most `budget` places of the cache."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] + new_tokens) <= budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    return batches

@@ -1,76 +1,126 @@
 """Keys and values of the tokens that were already read, for decoding.
 
-Shapes: B sequences, G key/value heads, S slots, D head dimension, t new tokens, R query heads a key/value head.
+Shapes: L layers, B sequences, P prompts, T tokens of a step, G key/value heads, S slots that are looked at,
+D head dimension, H query heads, R of them a key/value head.
 
-All sequences use the same slots; shorter prompts are padded on the left, so that the next token of every sequence goes
-to the same slot. A token's position is its slot minus the sequence's padding.
+Each sequence has a row of its own and fills it from the left: a token's slot is its position, so there is nothing to
+align when sequences of other lengths come and go. What stands in a row behind its sequence is stale and never seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from litrecipe.model.architecture import Architecture
+from litrecipe.model.attention import Forest
+from litrecipe.model.row import Span
 
 
 class KVCache:
-    """Keys and values in tensors that are made once and filled from the left."""
+    """Rows of slots in one tensor a layer; sequences stand in the first rows. Has no room until `resize`."""
 
     def __init__(
-        self,
-        architecture: Architecture,
-        batch: int,
-        max_length: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, architecture: Architecture, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
-        shape = (architecture.num_layers, batch, architecture.num_kv_heads, max_length, architecture.head_dim)
-        self.keys = list(torch.zeros(shape, dtype=dtype, device=device))
-        self.values = list(torch.zeros(shape, dtype=dtype, device=device))
-        self.length = 0
-        """Slots that are filled."""
+        empty = torch.empty(2, 0, architecture.num_kv_heads, 0, architecture.head_dim, dtype=dtype, device=device)
+        self.layers = [empty] * architecture.num_layers
+        """L tensors (2, rows, G, slots, D): keys, and values."""
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with some of the sequences only, given by their indices."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+    @property
+    def rows(self) -> int:
+        """Sequences there is room for."""
+        return self.layers[0].shape[1]
 
-    def mask(self, positions: Tensor) -> Tensor:
-        """What new tokens at `positions` (B, t) may see: (B, 1, t, slots), boolean.
+    @property
+    def slots(self) -> int:
+        """Tokens a row has room for."""
+        return self.layers[0].shape[3]
 
-        Padding (negative positions) sees itself, so that its values stay finite; nobody else sees it.
-        """
-        batch, t = positions.shape
-        stop = self.length + t
-        padding = stop - 1 - positions[:, -1].view(batch, 1, 1, 1)
-        slot = torch.arange(stop, device=positions.device)
-        query = slot[-t:].view(t, 1)
-        return (slot <= query) & ((slot >= padding) | (slot == query))
+    def resize(self, rows: int, slots: int) -> None:
+        """Have so many rows and slots, and keep what fits of what is there; takes the memory of one layer besides."""
+        for index, old in enumerate(self.layers):
+            new = old.new_zeros(2, rows, old.shape[2], slots, old.shape[4])
+            kept = slice(None), slice(min(rows, old.shape[1])), slice(None), slice(min(slots, old.shape[3]))
+            new[kept] = old[kept]
+            self.layers[index] = new
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], slots: int) -> None:
+        """Copy the first slots of some rows into as many others."""
+        for layer in self.layers:
+            layer[:, targets, :, :slots] = layer[:, sources, :, :slots]
 
 
 class CacheStep:
-    """One layer's attention in a decoding step: stores the new keys and values, and looks at all so far."""
+    """What one forward pass reads: a token each of the first B sequences, then P prompts, all end to end.
 
-    def __init__(self, cache: KVCache, layer: int, mask: Tensor) -> None:
-        self.keys, self.values = cache.keys[layer], cache.values[layer]
-        self.start = cache.length
-        self.mask = mask
+    A prompt fills the rows behind those of the B sequences, as many of them as it has completions.
+    """
+
+    def __init__(
+        self, cache: KVCache, positions: Sequence[int], prompts: Sequence[int] = (), copies: Sequence[int] | None = None
+    ) -> None:
+        """`positions` of the B tokens, and of each prompt its length and its rows (default: one)."""
+        B, device = len(positions), cache.layers[0].device
+        bounds = [0, *accumulate(prompts)]
+        rows = [B, *accumulate(copies or [1] * len(prompts), initial=B)][1:]
+        whole = [torch.tensor(positions, dtype=torch.int64), *(torch.arange(n) for n in prompts)]
+        self.positions = torch.cat(whole).to(device)
+        """(T,)"""
+        self.places = torch.tensor([*range(B), *(B + stop - 1 for stop in bounds[1:])]).to(device)
+        """(B + P,) where the next token is predicted."""
+        self.count = B
+        self.window = max(positions, default=-1) + 1
+        """S"""
+        self.row = torch.arange(B, device=device)
+        self.slot = self.positions[:B]
+        self.mask = self._mask(cache.layers[0].dtype) if len(set(positions)) > 1 else None
+        self.spans = [Span(start, stop, -1) for start, stop in pairwise(bounds)]
+        self.rows = list(pairwise(rows))
+        """Of each prompt, first and last but one."""
+        self.forest = Forest(self.spans, device) if self.spans else None
+        self.layers = [CachedAttention(self, layer) for layer in cache.layers]
+
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """(B, 1, 1, S), added to the scores. One mask for all layers: made of booleans, each layer would convert it."""
+        unseen = torch.arange(self.window, device=self.slot.device) > self.slot[:, None, None, None]
+        return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
+
+
+class CachedAttention:
+    """One layer's attention in a step: stores the new keys and values, and looks at all so far."""
+
+    def __init__(self, step: CacheStep, layer: Tensor) -> None:
+        self.step = step
+        self.keys, self.values = layer
 
     @torch.compiler.disable  # the number of filled slots changes with every step
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (B t, H, D), k and v (B t, G, D) → (B t, H, D)."""
-        (tokens, H, D), (B, G) = q.shape, self.keys.shape[:2]
-        t = tokens // B
-        stop = self.start + t
-        self.keys[:, :, self.start : stop] = k.view(B, t, G, D).transpose(1, 2)
-        self.values[:, :, self.start : stop] = v.view(B, t, G, D).transpose(1, 2)
-        keys, values = self.keys[:, :, :stop], self.values[:, :, :stop]
+        """q (T, H, D), k and v (T, G, D) → (T, H, D)."""
+        B = self.step.count
+        if self.step.forest is None:
+            return self._continue(q, k, v)
+        read = self._read(q[B:], k[B:], v[B:], self.step.forest)
+        return torch.cat((self._continue(q[:B], k[:B], v[:B]), read)) if B else read
+
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A token of each sequence: q (B, H, D), k and v (B, G, D) → (B, H, D)."""
+        step = self.step
+        self.keys[step.row, :, step.slot] = k.to(self.keys.dtype)
+        self.values[step.row, :, step.slot] = v.to(self.values.dtype)
+        keys, values = (x[: step.count, :, : step.window] for x in (self.keys, self.values))
         # The R query heads of a key/value head are laid out as R queries of it, so no key is repeated.
-        query = q.view(B, t, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * t, D)
-        mask = self.mask if t == 1 else self.mask.repeat(1, 1, H // G, 1)
-        output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-        return output.view(B, G, H // G, t, D).permute(0, 3, 1, 2, 4).reshape(tokens, H, D)
+        query = q.view(step.count, keys.shape[1], -1, q.shape[2])
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=step.mask).reshape(q.shape)
+
+    def _read(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
+        """Whole prompts, end to end."""
+        for span, (first, end) in zip(self.step.spans, self.step.rows, strict=True):
+            n = span.stop - span.start
+            self.keys[first:end, :, :n] = k[span.start : span.stop].transpose(0, 1)
+            self.values[first:end, :, :n] = v[span.start : span.stop].transpose(0, 1)
+        return forest.attend(q, k, v)

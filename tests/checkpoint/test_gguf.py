@@ -374,7 +374,7 @@ def test_the_real_model_answers(smollm2) -> None:
     model, tokenizer, _ = smollm2
     ids = tokenizer.encode_prompt([{"role": "user", "content": "What is the capital of France?"}])
     (answer,) = generate(model, [ids], max_new_tokens=20, stop_ids=tokenizer.eos_ids)
-    assert tokenizer.decode(answer) == "The capital of France is Paris."
+    assert tokenizer.decode(answer.tokens) == "The capital of France is Paris."
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Answers: batches, stop strings, and text as it appears."""
+"""Answers: stop strings, and text as it appears."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
-from litrecipe.evaluation.sampling import TextStream, _batches, complete, plain_prompt
+from litrecipe.evaluation import sampling
+from litrecipe.evaluation.sampling import TextStream, complete, plain_prompt
 
 PROMPTS = ["The quick", "How do I ready a guinea pig cage for its new occupants?", "a", "🎈", "Answer: yes no", "12 km"]
 
@@ -91,16 +92,59 @@ def test_sampled_answers_do_not_depend_on_the_batches(tiny) -> None:
     assert together[: len(PROMPTS)] != together[len(PROMPTS) :]
 
 
-def test_an_answer_that_met_a_stop_string_is_not_decoded_on(tiny, monkeypatch) -> None:
+def test_an_answer_that_met_a_stop_string_leaves_the_batch(tiny, monkeypatch) -> None:
+    """The first forward pass reads the prompts, each later one a token of every answer that goes on."""
     prompts = [plain_prompt(tiny.tokenizer, prompt) for prompt in PROMPTS]
     read = []
     decode = tiny.model.decode
-    monkeypatch.setattr(tiny.model, "decode", lambda tokens, *rest: read.append(len(tokens)) or decode(tokens, *rest))
+    monkeypatch.setattr(tiny.model, "decode", lambda tokens, step: read.append(len(tokens)) or decode(tokens, step))
     answers = complete(tiny.model, tiny.tokenizer, prompts, Generate(max_new_tokens=40, stop=["e", "o", "a"]))
     lengths = sorted(len(answer.tokens) for answer in answers)
     assert lengths[-1] > 2 * lengths[2]
-    for step, rows in enumerate(read):
-        assert rows <= 2 * sum(length > step for length in lengths)
+    assert read[0] == sum(map(len, prompts))
+    assert read[1:] == [sum(length > step for length in lengths) for step in range(1, lengths[-1])]
+
+
+def test_how_an_answer_ended(tiny) -> None:
+    """By an end token, by a control token among the stop strings, by a stop string, or by the limit."""
+    prompts = [plain_prompt(tiny.tokenizer, prompt) for prompt in PROMPTS]
+    hot = {"max_new_tokens": 200, "temperature": 3.0}
+    eos, control = tiny.tokenizer.eos_ids[0], "<|im_start|>"
+    [start] = tiny.tokenizer.encode(control, specials=True)
+    ended = complete(tiny.model, tiny.tokenizer, prompts * 4, Generate(**hot))
+    assert {(answer.ended, answer.stop_id) for answer in ended} == {("eos", eos), ("length", None)}
+    assert all(len(answer.tokens) == 200 for answer in ended if answer.ended == "length")
+    stopped = complete(tiny.model, tiny.tokenizer, prompts * 4, Generate(**hot, stop=["e", control]))
+    kinds = {(answer.ended, answer.stop_id) for answer in stopped}
+    assert kinds >= {("stop", start), ("stop", None)} and kinds <= {("stop", start), ("stop", None), ("eos", eos)}
+
+
+def test_several_answers_to_each_prompt(tiny) -> None:
+    prompts = [plain_prompt(tiny.tokenizer, prompt) for prompt in PROMPTS]
+    settings = Generate(max_new_tokens=12, temperature=1.0)
+    thrice = [prompt for prompt in prompts for _ in range(3)]
+    answers = complete(tiny.model, tiny.tokenizer, prompts, settings, completions=3, batch_tokens=90)
+    assert answers == complete(tiny.model, tiny.tokenizer, thrice, settings)
+    streams = list(range(len(thrice)))[::-1]
+    backwards = complete(tiny.model, tiny.tokenizer, thrice[::-1], settings, streams=streams)
+    assert backwards == answers[::-1]
+
+
+def test_the_cache_keeps_to_its_places(tiny, monkeypatch) -> None:
+    read = []
+    decode = tiny.model.decode
+    monkeypatch.setattr(
+        tiny.model, "decode", lambda tokens, step: read.append(len(step.places)) or decode(tokens, step)
+    )
+    complete(tiny.model, tiny.tokenizer, [[5] * 10] * 9, Generate(max_new_tokens=11), batch_tokens=3 * (10 + 11))
+    assert max(read) == 3
+
+
+def test_progress_is_told_by_answers(tiny, monkeypatch) -> None:
+    told = []
+    monkeypatch.setattr(sampling, "track", lambda items, label, total: told.append((label, total)) or items)
+    complete(tiny.model, tiny.tokenizer, [[5], [6]], Generate(max_new_tokens=2), completions=2, progress="asking")
+    assert told == [("asking", 4)]
 
 
 def test_a_prompt_that_leaves_no_room(tiny) -> None:
@@ -108,9 +152,3 @@ def test_a_prompt_that_leaves_no_room(tiny) -> None:
         complete(tiny.model, tiny.tokenizer, [[5] * 250], Generate(max_new_tokens=20))
     with pytest.raises(InputError, match="shorten the prompt"):
         complete(tiny.model, tiny.tokenizer, [[5] * 300], Generate(max_new_tokens=20))
-
-
-def test_batches_keep_to_the_cache() -> None:
-    assert _batches([5, 100, 7, 90], new_tokens=10, budget=220) == [[1, 3], [2, 0]]
-    assert _batches([5, 100], new_tokens=10, budget=1) == [[1], [0]]
-    assert _batches([], new_tokens=10, budget=1) == []
