@@ -1,7 +1,7 @@
 """The decoder: one config-driven transformer whose module names are those of Hugging Face's Llama.
 
 Shapes: T tokens of a row, P predictions, d hidden size, H query heads, G key/value heads, D head dimension,
-B sequences of a decoding batch, t new tokens of each, V vocabulary.
+B sequences of a decoding batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.attention import Forest
-from litrecipe.model.cache import CacheStep, KVCache
-from litrecipe.model.head import Predictions, predict, widen
+from litrecipe.model.cache import CacheStep
+from litrecipe.model.head import Entropy, Predictions, predict, widen
 from litrecipe.model.row import Row, Span
 
 
@@ -60,6 +60,11 @@ class Trunk(nn.Module):
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
 
+    def hidden(self, row: Row, places: Tensor) -> Tensor:
+        """What heads read: the normalised output (P, d) of the last layer at some places (P,) of a row."""
+        forest = Forest(row.spans, row.tokens.device)
+        return self.model.norm(self._hidden(row.tokens, row.positions, [forest], places))
+
     def _hidden(
         self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
     ) -> Tensor:
@@ -86,6 +91,8 @@ class Decoder(Trunk):
         super().__init__(architecture)
         self.with_collisions = False
         """Whether predictions bring `log_collisions`."""
+        self.with_entropy: Entropy = "none"
+        """Whether predictions bring their `entropy`, and with gradient."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.tie_weights()
 
@@ -101,10 +108,12 @@ class Decoder(Trunk):
 
     def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
         """Log-probabilities (P,) of the row's targets under logits / temperature."""
-        forest = Forest(row.spans, row.tokens.device)
-        hidden = self._hidden(row.tokens, row.positions, [forest], row.predict_from)
-        hidden = self.model.norm(hidden)
-        return predict(hidden, self.lm_head.weight, row.target, temperature, self.with_collisions)
+        return self.said(self.hidden(row, row.predict_from), row, temperature)
+
+    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0) -> Predictions:
+        """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
+        wanted = self.with_collisions, self.with_entropy
+        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
@@ -112,17 +121,9 @@ class Decoder(Trunk):
         positions = torch.arange(len(tokens), device=tokens.device)
         return self.lm_head(self.model.norm(self._hidden(tokens, positions, [forest])))
 
-    def decode(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        """Read tokens (B, t) behind what the cache holds; returns the logits (B, V) after the last.
-
-        `positions` (B, t) ends each sequence at its right position; negative ones mark padding on the left.
-        """
-        B, t = tokens.shape
-        mask = cache.mask(positions)
-        steps = [CacheStep(cache, index, mask) for index in range(self.architecture.num_layers)]
-        last = torch.arange(t - 1, B * t, t, device=tokens.device)
-        hidden = self._hidden(tokens.flatten(), positions.flatten(), steps, last)
-        cache.length += t
+    def decode(self, tokens: Tensor, step: CacheStep) -> Tensor:
+        """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
+        hidden = self._hidden(tokens, step.positions, step.layers, step.places)
         return self.lm_head(self.model.norm(hidden))
 
 

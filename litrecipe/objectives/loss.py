@@ -7,6 +7,7 @@ samples are cut into rows, micro-batches or ranks.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -38,6 +39,8 @@ class Loss:
     terms: tuple[Term, ...]
     metrics: dict[str, tuple[Tensor, Tensor | float]] = field(default_factory=dict)
     """name → (sum, count); reported as the quotient over the step. Without gradient."""
+    maxima: dict[str, Tensor] = field(default_factory=dict)
+    """name → () of which the largest over the step is reported; left out where there is nothing. Without gradient."""
 
 
 class Samples(Protocol):
@@ -92,7 +95,7 @@ def step_loss(loss: Loss, counts: dict[str, float]) -> Tensor:
 def detached(loss: Loss) -> Loss:
     """The same numbers without the graph behind them."""
     terms = tuple(Term(term.name, term.sum.detach(), term.weight) for term in loss.terms)
-    return Loss(terms, loss.metrics)
+    return Loss(terms, loss.metrics, loss.maxima)
 
 
 def metric_sums(losses: list[Loss]) -> dict[str, float]:
@@ -103,6 +106,15 @@ def metric_sums(losses: list[Loss]) -> dict[str, float]:
         for name, (total, count) in loss.metrics.items()
     ]
     return add_up(parts)
+
+
+def metric_maxima(losses: list[Loss]) -> dict[str, float]:
+    """The largest over some rows of each of their `maxima`."""
+    largest: dict[str, float] = {}
+    for loss in losses:
+        for name, value in loss.maxima.items():
+            largest[name] = max(float(value), largest.get(name, -math.inf))
+    return largest
 
 
 def quotients(totals: dict[str, float]) -> dict[str, float]:

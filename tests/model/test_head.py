@@ -117,7 +117,7 @@ def test_autocast_multiplies_in_bf16_and_gives_fp32_gradients() -> None:
 def test_collisions_equal_those_of_all_probabilities_and_change_nothing_else(trained: bool, temperature: float) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct, _, log_collisions = predict(hidden, weight, target, temperature, collisions=True)
+    logps, correct, _, log_collisions, _ = predict(hidden, weight, target, temperature, collisions=True)
     assert log_collisions is not None
     probabilities = (hidden @ weight.T / temperature).softmax(1)
     torch.testing.assert_close(log_collisions, probabilities.square().sum(1).log().detach())
@@ -144,12 +144,122 @@ def test_collisions_of_known_distributions() -> None:
     assert found.tolist() == pytest.approx([math.log(5 / 9), 0.0], rel=1e-6)
 
 
+def entropy_of_all_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logps = (hidden @ weight.T / temperature).log_softmax(1)
+    return -(logps.exp() * logps).sum(1)
+
+
+@pytest.mark.parametrize("block", [1, 4, V])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_learnt_entropy_equals_that_of_all_logits(
+    trained: bool, temperature: float, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and gradient, together with that of the log-probabilities, however the vocabulary is cut."""
+    monkeypatch.setattr(head, "block_size", lambda predictions, device: block)
+    hidden, weight, target = inputs()
+    weight.requires_grad_(trained)
+    found = predict(hidden, weight, target, temperature, entropy="learnt")
+    right = entropy_of_all_logits(hidden, weight, temperature)
+    assert found.entropy is not None
+    assert found.entropy.dtype == torch.float32
+    torch.testing.assert_close(found.entropy, right, rtol=1e-5, atol=1e-6)
+    a, b = torch.randn(2, P)
+    leaves = (hidden, weight) if trained else (hidden,)
+    grads = torch.autograd.grad((found.logps, found.entropy), leaves, (a, b))
+    expected = torch.autograd.grad((with_all_logits(hidden, weight, target, temperature), right), leaves, (a, b))
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradient_of_the_entropy_in_fp64(trained: bool) -> None:
+    hidden, weight, target = inputs(torch.float64)
+    weight.requires_grad_(trained)
+
+    def both(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = predict(h, w, target, 0.7, entropy="learnt")
+        return found.logps, found.entropy
+
+    assert torch.autograd.gradcheck(both, (hidden, weight))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_measured_entropy_has_no_gradient_and_changes_nothing_else(trained: bool) -> None:
+    hidden, weight, target = inputs()
+    weight.requires_grad_(trained)
+    plain = predict(hidden, weight, target, 0.7, collisions=True)
+    measured = predict(hidden, weight, target, 0.7, collisions=True, entropy="measured")
+    assert plain.entropy is None
+    assert measured.entropy is not None
+    assert not measured.entropy.requires_grad
+    torch.testing.assert_close(measured.entropy, entropy_of_all_logits(hidden, weight, 0.7).detach())
+    assert torch.equal(plain.logps, measured.logps)
+    assert plain.log_collisions is not None
+    assert measured.log_collisions is not None
+    assert torch.equal(plain.log_collisions, measured.log_collisions)
+    leaves = (hidden, weight) if trained else (hidden,)
+    grads = torch.autograd.grad(measured.logps.sum(), leaves)
+    for grad, right in zip(grads, torch.autograd.grad(plain.logps.sum(), leaves), strict=True):
+        assert torch.equal(grad, right)
+
+
+def test_entropies_of_known_distributions() -> None:
+    """Even over V tokens: log V. Probabilities 2/3 and 1/3: log 3 - 2/3 log 2. All on one: 0, with logits of 1000 too,
+    whichever block they are in."""
+    even = predict(torch.zeros(1, 1), torch.ones(V, 1), torch.tensor([0]), entropy="measured").entropy
+    assert even is not None
+    assert even.tolist() == pytest.approx([math.log(V)], rel=1e-6)
+    weight = torch.tensor([[math.log(2)], [0.0]])
+    found = predict(torch.tensor([[1.0], [1000.0]]), weight, torch.tensor([1, 1]), entropy="measured").entropy
+    assert found is not None
+    assert found.tolist() == pytest.approx([math.log(3) - 2 / 3 * math.log(2), 0.0], rel=1e-6)
+    weight = torch.zeros(V, 1)
+    weight[9] = 1000
+    hidden = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    late = predict(hidden, weight, torch.tensor([1, 1]), entropy="learnt").entropy
+    assert late is not None
+    assert late.tolist() == pytest.approx([0.0, math.log(V - 1)], rel=1e-6)
+    late.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_bf16_gives_an_entropy_in_fp32(trained: bool) -> None:
+    hidden, weight, target = inputs(torch.bfloat16)
+    weight.requires_grad_(trained)
+    found = predict(hidden, weight, target, entropy="learnt").entropy
+    logps = (hidden @ weight.T).float().log_softmax(1)
+    expected = -(logps.exp() * logps).sum(1)
+    assert found is not None
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected)
+    (grad,) = torch.autograd.grad(found.sum(), hidden)
+    (right,) = torch.autograd.grad(expected.sum(), hidden)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad, right, rtol=0.02, atol=0.03)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_without_predictions_there_is_an_empty_entropy_on_the_graph(trained: bool) -> None:
+    hidden, weight, target = inputs()
+    weight.requires_grad_(trained)
+    found = predict(hidden[:0], weight, target[:0], entropy="learnt").entropy
+    assert found is not None
+    assert found.shape == (0,)
+    found.sum().backward()
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
 class Largest(TorchDispatchMode):
-    """Most elements of any tensor made, and products with something of size V."""
+    """Most elements of any tensor made, products with something of size V, and logits that are kept beside their
+    exponentials."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements, self.products = 0, 0
+        self.elements, self.products, self.kept = 0, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -157,19 +267,34 @@ class Largest(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())
         self.products += func.overloadpacket is torch.ops.aten.mm
+        self.kept += func.overloadpacket is torch.ops.aten.exp and result.ndim == 2
         return result
 
 
-@pytest.mark.parametrize("collisions", [False, True])
-@pytest.mark.parametrize(("trained", "products_a_block"), [(False, 2), (True, 4)])
-def test_never_all_logits_and_no_product_too_many(trained: bool, products_a_block: int, collisions: bool) -> None:
+@pytest.mark.parametrize(
+    ("trained", "wanted", "products_a_block"),
+    [
+        (False, {}, 2),
+        (False, {"collisions": True}, 2),
+        (False, {"entropy": "measured"}, 2),
+        (False, {"entropy": "learnt"}, 3),
+        (True, {}, 4),
+        (True, {"collisions": True}, 4),
+        (True, {"entropy": "measured"}, 4),
+        (True, {"entropy": "learnt"}, 4),
+    ],
+)
+def test_never_all_logits_and_no_product_too_many(trained: bool, wanted: Any, products_a_block: int) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
     with Largest() as largest:
-        predict(hidden, weight, target, collisions=collisions).logps.sum().backward()
+        found = predict(hidden, weight, target, **wanted)
+        values = [x for x in (found.logps, found.entropy) if x is not None and x.requires_grad]
+        torch.stack(values).sum().backward()
     assert largest.elements == (D * V if trained else P * D)  # the weight's gradient, the Jacobian
     assert largest.elements < P * V
     assert largest.products == 4 * products_a_block
+    assert bool(largest.kept) == ("entropy" in wanted)
 
 
 def test_no_gradient_no_second_product() -> None:

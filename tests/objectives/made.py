@@ -33,6 +33,15 @@ class Table(nn.Module):
         return Predictions(self.logps[row.target], torch.ones_like(row.target, dtype=torch.bool), ref, collisions)
 
 
+def float64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def flat(rows, lengths):
+    """The first so many numbers of each row, end to end."""
+    return torch.cat([float64(*row[:length]) for row, length in zip(rows, lengths.tolist(), strict=True)])
+
+
 def alone(value):
     """The gather of a single rank."""
     return [value]
