@@ -32,7 +32,7 @@ class RecipeVerb:
 
     summary: str
     kind: str
-    """Name of the recipe's dataclass in `config.groups`."""
+    """`module:name` of the recipe's dataclass, below `litrecipe.config`."""
     code: str
     """`module:function` below `litrecipe`, called with the recipe and the options."""
     rows: str = ""
@@ -62,20 +62,52 @@ RUN = {"help": "a run directory"}
 OUT = {"help": "the folder to write"}
 
 CONVERSATIONS, PREFERENCES = "data.formats:read_conversations", "data.preferences:read_preferences"
+PROMPTS = "data.openings:read_prompts"
 
 VERBS: dict[str, RecipeVerb | PlainVerb] = {
     "finetune": RecipeVerb(
-        "fine-tune a model: full, LoRA or DoRA", "FinetuneRecipe", "recipes.finetune:main", CONVERSATIONS, True, DRY_RUN
+        "fine-tune a model: full, LoRA or DoRA",
+        "groups:FinetuneRecipe",
+        "recipes.finetune:main",
+        CONVERSATIONS,
+        True,
+        DRY_RUN,
     ),
     "align reward": RecipeVerb(
-        "train a reward model on preferences", "RewardRecipe", "recipes.reward:main", PREFERENCES, True, DRY_RUN
+        "train a reward model on preferences", "groups:RewardRecipe", "recipes.reward:main", PREFERENCES, True, DRY_RUN
     ),
     "align dpo": RecipeVerb(
-        "train on preferences directly: DPO and its kin", "DpoRecipe", "recipes.dpo:main", PREFERENCES, True, DRY_RUN
+        "train on preferences directly: DPO and its kin",
+        "groups:DpoRecipe",
+        "recipes.dpo:main",
+        PREFERENCES,
+        True,
+        DRY_RUN,
     ),
-    "evaluate": RecipeVerb("measure a model on tasks", "EvaluateRecipe", "recipes.evaluate:main", preemptible=True),
-    "generate": RecipeVerb("answer one prompt", "GenerateRecipe", "recipes.generate:main"),
-    "chat": RecipeVerb("talk with a model", "GenerateRecipe", "recipes.chat:main"),
+    "align ppo": RecipeVerb(
+        "learn from sampled answers by PPO", "online:PpoRecipe", "recipes.ppo:main", PROMPTS, True, DRY_RUN
+    ),
+    "align grpo": RecipeVerb(
+        "learn from groups of sampled answers: GRPO and its kin",
+        "online:GrpoRecipe",
+        "recipes.grpo:main",
+        PROMPTS,
+        True,
+        DRY_RUN,
+    ),
+    "align rloo": RecipeVerb(
+        "the same with the other answers as baseline: RLOO, MDLOO",
+        "online:RlooRecipe",
+        "recipes.grpo:main",
+        PROMPTS,
+        True,
+        DRY_RUN,
+    ),
+    "evaluate": RecipeVerb(
+        "measure a model on tasks", "groups:EvaluateRecipe", "recipes.evaluate:main", preemptible=True
+    ),
+    "generate": RecipeVerb("answer one prompt", "groups:GenerateRecipe", "recipes.generate:main"),
+    "chat": RecipeVerb("talk with a model", "groups:GenerateRecipe", "recipes.chat:main"),
     "recipes ls": PlainVerb("list the recipes that ship with litrecipe", "hub:ls"),
     "recipes show": PlainVerb(
         "print a recipe",
@@ -95,10 +127,10 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         "hub:validate",
         {"names": {"nargs": "*", "metavar": "NAME", "help": "recipes or files (default: the whole hub)"}},
     ),
-    "data check": RecipeVerb("look for trouble in training data", "DataRecipe", "recipes.data:check"),
+    "data check": RecipeVerb("look for trouble in training data", "groups:DataRecipe", "recipes.data:check"),
     "data preview": RecipeVerb(
         "show samples with what is learnt of them",
-        "DataRecipe",
+        "groups:DataRecipe",
         "recipes.data:preview",
         options={"n": (int, 3, "how many samples")},
     ),
@@ -257,9 +289,9 @@ def run_plain(name: str, verb: PlainVerb, argv: list[str]) -> int:
 
 def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
     """Run a verb that reads a recipe."""
-    from litrecipe.config import groups, schema, stop
+    from litrecipe.config import schema, stop
 
-    kind = getattr(groups, verb.kind)
+    kind = found(f"config.{verb.kind}")
     line = Line(schema.keys(kind), verb.options)
     line.read(argv)
     if line.help is not None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES, EvaluateRecipe, TrainingRecipe
+from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import (
     Mistakes,
     displayed,
@@ -18,6 +18,7 @@ from litrecipe.config.merge import (
     hub_names,
     read_text,
 )
+from litrecipe.config.recipes import RECIPES
 
 
 def ls() -> int:

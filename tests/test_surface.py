@@ -12,8 +12,8 @@ from typing import Any
 
 from litrecipe.cli import VERBS, WRONG_INPUT, RecipeVerb
 from litrecipe.config import schema, stop
-from litrecipe.config.groups import RECIPES
 from litrecipe.config.merge import SCHEMA_VERSION
+from litrecipe.config.recipes import RECIPES
 
 FROZEN = Path(__file__).with_name("surface.json")
 

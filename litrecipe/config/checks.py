@@ -22,6 +22,8 @@ from litrecipe.config.groups import (
     TrainingRecipe,
 )
 from litrecipe.config.merge import SCHEMA_VERSION
+from litrecipe.config.online import OnlineRecipe
+from litrecipe.config.online_checks import ONLINE_RANGES, check_online
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
@@ -44,6 +46,8 @@ def check(recipe: Any) -> Iterator[Mistake]:
         yield from _preference_rows(recipe)
     if isinstance(recipe, RewardRecipe) and recipe.eval.tasks:
         yield "eval.tasks", recipe.eval.tasks, "a reward model says no words: remove it; data.val is what is measured"
+    if isinstance(recipe, OnlineRecipe):
+        yield from check_online(plausible)
     if isinstance(recipe, DpoRecipe):
         yield from _mix(recipe.dpo)
         yield from _dpo_combinations(plausible.dpo)
@@ -125,6 +129,7 @@ RANGES: dict[str, Range] = {
     "num_fewshot": _at_least(0),
     "batch_tokens": _at_least(1),
     "schema_version": (lambda value: value == SCHEMA_VERSION, f"{SCHEMA_VERSION}, the version this litrecipe knows"),
+    **ONLINE_RANGES,
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 

@@ -187,6 +187,8 @@ class Optim:
     """Adam's decay rates; the first is the momentum of `sgd`."""
     eps: float = 1e-8
     """Adam's epsilon."""
+    adam_style: Literal["torch", "tf"] = "torch"
+    """`tf` keeps epsilon out of the bias correction, as PPO's first programs did; matters from 1e-5 on."""
     weight_decay: float = 0.0
     """Weight decay on matrices, decoupled from the gradient (`sgd` adds it to the gradient); vectors (norms, biases,
     DoRA magnitudes) are left alone."""
@@ -411,14 +413,3 @@ class GenerateRecipe:
     """Continue the prompt as plain text, without the chat template."""
     schema_version: int = 1
     """Version of these keys."""
-
-
-RECIPES: dict[str, type] = {
-    "finetune": FinetuneRecipe,
-    "align reward": RewardRecipe,
-    "align dpo": DpoRecipe,
-    "evaluate": EvaluateRecipe,
-    "generate": GenerateRecipe,
-    "chat": GenerateRecipe,
-}
-"""Verb → the dataclass its recipes are read into."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
+    from rich.table import Table
 
 T = TypeVar("T")
 PATIENCE = 2.0
@@ -45,6 +46,15 @@ def console() -> Console:
 
     folds = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if folds else WIDE)
+
+
+def show_table(table: Table) -> None:
+    """A table to the user while work goes on, on standard error."""
+    if is_first_process():
+        from rich.console import Console
+
+        folds = sys.stderr.isatty() or "COLUMNS" in os.environ
+        Console(stderr=True, width=None if folds else WIDE).print(table)
 
 
 def duration(seconds: float) -> str:

@@ -13,8 +13,9 @@ import yaml
 
 from litrecipe.config.checks import check, parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES, TrainingRecipe
+from litrecipe.config.groups import TrainingRecipe
 from litrecipe.config.merge import Mistakes, Node, merge, plain, read_recipe, read_yaml, show
+from litrecipe.config.recipes import RECIPES
 
 __all__ = ["dump", "keys", "kind_of", "load", "load_run", "parse_duration"]
 

@@ -50,6 +50,21 @@ class SampleList(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+class Order:
+    """In which order recorded things are gone through, epoch after epoch: a pure function of (seed, epoch, index)."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, cursor: int) -> int:
+        """The cursor-th of the run."""
+        epoch, place = divmod(cursor, self.count)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count))
+        return int(self._epoch[1][place])
+
+
 class RecordedSource:
     """Epochs over recorded samples, each in an order of its own; a step may span the end of an epoch.
 
@@ -68,21 +83,14 @@ class RecordedSource:
         unlimited = train.epochs is None and train.max_steps is None and train.max_tokens is None
         epochs = 1.0 if unlimited else train.epochs
         self.limit = None if epochs is None else max(1, round(epochs * len(samples)))
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
-
-    def index_at(self, cursor: int) -> int:
-        """Which sample is the cursor-th of the run."""
-        epoch, place = divmod(cursor, len(self.samples))
-        if self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.samples)))
-        return int(self._order[1][place])
+        self.order = Order(len(samples), train.seed)
 
     def indices_from(self, cursor: int) -> list[int]:
         """The `global_batch_size` samples (fewer at the end of the last epoch) of the step that begins at a cursor."""
         stop = cursor + self.batch
         if self.limit is not None:
             stop = min(stop, self.limit)
-        return [self.index_at(place) for place in range(cursor, stop)]
+        return [self.order[place] for place in range(cursor, stop)]
 
     def next_step(self) -> list[Sample]:
         """The samples of the step that begins at the cursor."""
@@ -111,7 +119,7 @@ class RecordedSource:
         whole_epochs, rest = divmod(tokens, int(lengths.sum()))
         cursor = whole_epochs * len(self.samples)
         while rest > 0:
-            rest -= int(lengths[self.index_at(cursor)])
+            rest -= int(lengths[self.order[cursor]])
             cursor += 1
         return max(1, self._steps_until(cursor))
 

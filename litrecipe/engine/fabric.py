@@ -6,6 +6,8 @@ import atexit
 import copy
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,6 +151,12 @@ def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def maxima(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
+    """Each value's maximum over the ranks; some may bring fewer names than others."""
+    of_ranks = gather(fabric, values)
+    return {name: max(found[name] for found in of_ranks if name in found) for name in sorted(set().union(*of_ranks))}
+
+
 def stop_requested(fabric: Fabric) -> int | None:
     """The signal any rank was sent, agreed on by all."""
     mine = stop.requested() or 0
@@ -159,14 +167,39 @@ def stop_requested(fabric: Fabric) -> int | None:
     return int(flag) or None
 
 
+def gather(fabric: Fabric, value: Any) -> list[Any]:
+    """What each rank brings, on all of them."""
+    if fabric.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
+    return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
 
-    def gather(value: Any) -> list[Any]:
-        if fabric.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * fabric.world_size
-        torch.distributed.all_gather_object(values, value)
-        return values
 
-    return Writer(rank=fabric.global_rank, sharded=sharded, gather=gather)
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that share a piece of work which takes each of them another time (sampling), and put it together."""
+
+    fabric: Fabric
+
+    @property
+    def rank(self) -> int:
+        """This process's place."""
+        return self.fabric.global_rank
+
+    @property
+    def world(self) -> int:
+        """Processes."""
+        return self.fabric.world_size
+
+    def agree(self, value: Any) -> list[Any]:
+        """What each rank brings, on all of them. Raises `Stopped` on all when one was asked to stop."""
+        found = gather(self.fabric, (value, stop.requested()))
+        if self.world > 1 and (signals := [number for _, number in found if number is not None]):
+            raise stop.Stopped(max(signals))
+        return [brought for brought, _ in found]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +28,7 @@ from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
-from litrecipe.engine.optim import make_optimizer, trained_parameters
+from litrecipe.engine.optim import Role, make_optimizer, set_rates, trained_parameters
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
@@ -36,7 +36,17 @@ from litrecipe.engine.schedule import lr_factor
 from litrecipe.engine.statistics import with_statistics
 from litrecipe.engine.telling import Teller
 from litrecipe.model.row import Row, Sample, make_row
-from litrecipe.objectives.loss import Loss, Objective, StepGlobal, add_up, detached, metric_sums, quotients, step_loss
+from litrecipe.objectives.loss import (
+    Loss,
+    Objective,
+    StepGlobal,
+    add_up,
+    detached,
+    metric_maxima,
+    metric_sums,
+    quotients,
+    step_loss,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -63,8 +73,18 @@ class Job:
     carried: Callable[[], dict[str, nn.Parameter]] = dict
     """Weights that no gradient moves and that the run changes nevertheless (a moving reference), asked for once the
     module is set up; saved and restored with the trained ones."""
-    after_step: Callable[[int], None] | None = None
-    """Called after each optimizer step with the number of steps done."""
+    roles: Sequence[Role] = ()
+    """Parts of the module with learning rates and clipping of their own, which together are all that is trained.
+    Empty: `optim.lr` and `train.grad_clip` for everything."""
+    rests: Callable[[int], Collection[str]] = lambda _: ()
+    """Names of the roles that learn nothing in the step after so many."""
+    told: Callable[[], dict[str, float]] = dict
+    """What else the record of a step says, asked for after it: of the samples' making, for example."""
+    after_step: Callable[[int, StepResult], None] | None = None
+    """Called after each optimizer step with the number of steps done and what the last one told."""
+    online: bool = False
+    """Whether samples are made from the module as it stands: an evaluation comes before the first step too, and the
+    progress line makes room for what is said meanwhile."""
     check_first: Callable[[StepResult], None] | None = None
     """Looks at what the first step of a run told, which is of the weights as they were before it."""
     identity: dict[str, str] = field(default_factory=dict)
@@ -126,7 +146,8 @@ class Run:
         self.module = self.fabric.setup_module(job.module)
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
-        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim)
+        self.roles = job.roles or [Role("", job.recipe.optim.lr, self.train_config.grad_clip)]
+        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.lr = 0.0
         self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
@@ -179,7 +200,15 @@ class Run:
                 self.save_and_stop(signal_number)
             if self.at.step >= self.at.total_steps or self.out_of_time(started):
                 break
-            samples = self.job.source.next_step()
+            if self.job.online:
+                self.teller.line.clear()
+            try:
+                # Samples that are made, not read, take their time; what has begun of them is dropped. Several ranks
+                # are not in lockstep there: they must agree on their own.
+                with stop.interruptible(stop.requested if self.fabric.world_size == 1 else lambda: None):
+                    samples = self.job.source.next_step()
+            except stop.Stopped as stopped:
+                self.save_and_stop(stopped.signal_number)
             if not samples:
                 break
             rng = hash_rng()
@@ -188,8 +217,9 @@ class Run:
                 self.job.check_first(result)
             self.at.step += 1
             if self.job.after_step is not None:
-                self.job.after_step(self.at.step)
+                self.job.after_step(self.at.step, result)
             self.at.tokens += sum(s.length for s in samples if s.length <= self.train_config.micro_batch_tokens)
+            result.metrics.update(self.job.told())
             flight = flight_record(self.at.step, samples, rng, result.loss, result.grad_norm)
             self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight)
             if self.recipe.checkpoint.every and self.at.step % self.recipe.checkpoint.every == 0:
@@ -215,17 +245,30 @@ class Run:
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
         self.stop_if_not_finite("loss", total, samples, bad)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        self.stop_if_not_finite("gradient norm", float(norm), samples)
-        if self.train_config.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.train_config.grad_clip, norm)
-        self.lr = self.recipe.optim.lr * lr_factor(self.recipe.schedule, self.at.step, self.at.total_steps)
-        for group in self.raw_optimizer.param_groups:
-            group["lr"] = self.lr
+        norms = {role.name: self.clip(role, samples) for role in self.roles}
+        factor = lr_factor(self.recipe.schedule, self.at.step, self.at.total_steps)
+        self.lr = self.recipe.optim.lr * factor
+        set_rates(self.raw_optimizer, self.recipe.optim, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepResult(total, float(norm), quotients(ranks.sums(self.fabric, metric_sums(losses))))
+        metrics = quotients(ranks.sums(self.fabric, metric_sums(losses)))
+        metrics |= ranks.maxima(self.fabric, metric_maxima(losses))
+        if len(norms) > 1:
+            metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
+        return StepResult(total, math.hypot(*norms.values()), metrics)
+
+    def clip(self, role: Role, samples: list[Sample]) -> float:
+        """Clip a role's gradient by its norm, and return what that was."""
+        parameters = role.parameters(self.parameters)
+        if role.name in self.job.rests(self.at.step):
+            for parameter in parameters:
+                parameter.grad = None  # of zeros the optimizer would still move by its momentum
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.stop_if_not_finite("gradient norm", float(norm), samples)
+        if role.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, role.grad_clip, norm)
+        return float(norm)
 
     def learn(self, row: Row, counts: dict[str, float], exchange: bool) -> Loss:
         """Forward and backward of one row; the ranks `exchange` their gradients now, or with a later row.
@@ -294,7 +337,8 @@ class Run:
     def evaluation_due(self) -> bool:
         """Whether this step ends with an evaluation that has not been done (a resumed run may owe one)."""
         every = self.recipe.eval.every
-        due = bool(every) and 0 < self.at.step < self.at.total_steps and self.at.step % every == 0
+        begun = self.at.step > 0 or self.job.online
+        due = bool(every) and begun and self.at.step < self.at.total_steps and self.at.step % every == 0
         return due and self.evaluated_at != self.at.step
 
     @torch.no_grad()

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from litrecipe.config.groups import RewardRecipe, TrainingRecipe
+from litrecipe.config.online import PpoRecipe
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
-from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.critic import ActorAndCritic, critic_beside
+from litrecipe.model.decoder import Decoder
 from litrecipe.model.head import block_size
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
@@ -52,6 +54,10 @@ class MemoryTable:
     """Gradients of a step's earlier rows, which lie beside the activations of the next."""
     parameters: int
     trained: int
+    judges: int = 0
+    """Reward models beside what is trained."""
+    cache: int = 0
+    """Keys and values while completions are sampled, which is over when something is learnt."""
 
     @property
     def peak(self) -> int:
@@ -59,8 +65,9 @@ class MemoryTable:
 
         In a step of one row gradients grow while activations are freed, so it holds the larger of the two, not both.
         """
-        backward = max(self.held + self.activations, self.gradients)
-        return self.weights + self.reference + self.optimizer + self.exchange + self.scratch + self.holes + backward
+        backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
+        always = self.weights + self.reference + self.judges + self.optimizer + self.exchange
+        return always + max(backward, self.cache)
 
 
 def estimate(
@@ -108,27 +115,32 @@ def estimate(
     )
 
 
-def head_scratch(model: Trunk, row: Row, device: torch.device | str) -> int:
+def head_scratch(model: nn.Module, row: Row, device: torch.device | str) -> int:
     """Two blocks of logits, and the gradient of a head that is trained before it is added."""
-    if not isinstance(model, Decoder):
+    decoder = next((part for part in model.modules() if isinstance(part, Decoder)), None)
+    if decoder is None:
         return 0
-    predictions, head = len(row.target), model.lm_head.weight
+    predictions, head = len(row.target), decoder.lm_head.weight
     block = 4 * predictions * min(block_size(predictions, device), len(head))
     return 2 * block + (head.numel() * head.element_size() if head.requires_grad else 0)
 
 
-def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> Trunk:
-    """The recipe's model without memory; a quantised base is a plain one here."""
+def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
+    """What the recipe trains, without memory; a quantised base is a plain one here."""
     kind = RewardModel if isinstance(recipe, RewardRecipe) else Decoder
     with torch.device("meta"):
         model = kind(architecture).to(torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32)
     if recipe.adapter.method != "none":
         add_adapter(model, recipe.adapter)
     model.activation_checkpointing = recipe.fabric.activation_checkpointing
+    if isinstance(recipe, PpoRecipe) and isinstance(model, Decoder):
+        critic = critic_beside(model, joined=recipe.ppo.layout == "joined")
+        critic.activation_checkpointing = model.activation_checkpointing
+        return ActorAndCritic(model, critic)
     return model
 
 
-def saved_bytes(model: Trunk, recipe: TrainingRecipe, row: Row) -> int:
+def saved_bytes(model: nn.Module, recipe: TrainingRecipe, row: Row) -> int:
     """What autograd keeps of one forward pass. The model's parameters become fake ones."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -146,14 +158,14 @@ def saved_bytes(model: Trunk, recipe: TrainingRecipe, row: Row) -> int:
 
 def stored_bytes(name: str, parameter: nn.Parameter, recipe: TrainingRecipe) -> int:
     """A parameter as it lies in memory: frozen matrices of the layers may be quantised."""
-    is_linear = name.startswith(LAYERS) and parameter.ndim == 2 and not parameter.requires_grad
+    is_linear = LAYERS in name and parameter.ndim == 2 and not parameter.requires_grad
     quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[recipe.quantize.method]
     return int(parameter.numel() * (quantised if is_linear else parameter.element_size()))
 
 
 def gathered(sizes: dict[str, int], architecture: Architecture, blocks: int) -> int:
     """Bytes of everything outside the layers, and of some layers."""
-    layers = sum(size for name, size in sizes.items() if name.startswith(LAYERS))
+    layers = sum(size for name, size in sizes.items() if LAYERS in name)
     return int(sum(sizes.values()) - layers + blocks * layers / architecture.num_layers)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +20,36 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], config: Optim) -> torch.optim.Optimizer:
-    """Build the optimizer; decay applies to matrices only (norms, biases and DoRA magnitudes are left alone)."""
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    vectors = [p for p in parameters.values() if p.dim() < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+@dataclass(frozen=True)
+class Role:
+    """Weights that have a learning rate of their own and are clipped together, such as a policy's or a critic's."""
+
+    name: str
+    """The module that holds them, as a name in what is trained; empty for everything."""
+    lr: float
+    """Peak learning rate."""
+    grad_clip: float | None
+    """Largest gradient norm."""
+
+    def parameters(self, of_all: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+        """Those of the role, out of name → parameter."""
+        return [p for name, p in of_all.items() if not self.name or name.startswith(f"{self.name}.")]
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter], config: Optim, roles: Sequence[Role] = ()
+) -> torch.optim.Optimizer:
+    """Build the optimizer; decay applies to matrices only (norms, biases and DoRA magnitudes are left alone).
+
+    Each group says its `peak_lr`: that of its role, or `config.lr` where there are none.
+    """
+    groups: list[dict[str, Any]] = []
+    for role in roles or [Role("", config.lr, None)]:
+        of_role = role.parameters(parameters)
+        matrices, vectors = [p for p in of_role if p.dim() >= 2], [p for p in of_role if p.dim() < 2]
+        for some, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
+            if some:
+                groups.append({"params": some, "weight_decay": decay, "lr": role.lr, "peak_lr": role.lr})
     adam: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)
@@ -35,6 +59,19 @@ def make_optimizer(parameters: dict[str, nn.Parameter], config: Optim) -> torch.
 
     kind = bnb.optim.AdamW8bit if config.name == "adamw8bit" else bnb.optim.PagedAdamW8bit
     return kind(groups, **adam)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, config: Optim, factor: float) -> None:
+    """Set what the next step depends on: each group's share of its peak learning rate, and Adam's epsilon.
+
+    With `adam_style` tf, epsilon stands outside of the bias correction, as in the programs that PPO on language models
+    was first published with (1909.08593): (√v + ε) / √(1 - β₂ᵗ) is √v̂ + ε / √(1 - β₂ᵗ).
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+        if config.adam_style == "tf":
+            taken = max((int(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state), default=0)
+            group["eps"] = config.eps / math.sqrt(1 - config.betas[1] ** (taken + 1))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
     from litrecipe.engine.fit import StepResult
 
-TIMING = ("tokens_per_second", "memory")
+TIMING = ("tokens_per_second", "memory", "time/rollout")
 """Fields of metrics.jsonl that differ between two runs that do the same."""
 ON_THE_LINE = {
     "rewards/accuracies": "accuracy",
     "accuracy": "accuracy",
     "rewards/margins": "margin",
     "kl": "kl",
+    "reward": "reward",
 }
 """Metrics that the progress line shows, and what it calls them."""
 LOGGER_PACKAGES = {

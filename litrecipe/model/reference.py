@@ -24,22 +24,24 @@ class PolicyAndReference(nn.Module):
     was trained before needs a frozen twin, or the policy would be held to a model it never was.
     """
 
-    def __init__(self, policy: Decoder, reference: Decoder | None = None) -> None:
+    def __init__(self, policy: Decoder, reference: Decoder | None = None, temperature: float = 1.0) -> None:
         super().__init__()
         self.policy = policy
         self.reference = reference
+        self.temperature = temperature
+        """Of every log-probability: that at which completions are sampled."""
 
     def forward(self, row: Row) -> Predictions:
         """Log-probabilities (P,) of the row's targets."""
-        return self.policy(row)._replace(ref_logps=self.ref_logps(row))
+        return self.policy(row, self.temperature)._replace(ref_logps=self.ref_logps(row))
 
     @torch.no_grad()
     def ref_logps(self, row: Row) -> torch.Tensor:
         """The reference's log-probabilities (P,)."""
         if self.reference is not None:
-            return self.reference(row).logps
+            return self.reference(row, self.temperature).logps
         with adapter_off(self.policy):
-            return self.policy(row).logps
+            return self.policy(row, self.temperature).logps
 
     def moving(self) -> dict[str, nn.Parameter]:
         """The reference's copies of what the policy learns, by their names in this module."""

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litrecipe.model.architecture import Architecture
-from litrecipe.model.attention import Forest
 from litrecipe.model.decoder import Trunk
 from litrecipe.model.head import widen
 from litrecipe.model.row import Row
@@ -60,9 +59,15 @@ class RewardModel(Trunk):
 
         A may be 0; the result still hangs on the graph.
         """
-        device = row.tokens.device
-        ends = torch.tensor([span.stop - 1 for span in row.spans], device=device)
-        hidden = self._hidden(row.tokens, row.positions, [Forest(row.spans, device)], ends[row.answers])
-        hidden = widen(self.model.norm(hidden))
-        with torch.autocast(device.type, enabled=False):
+        ends = torch.tensor([span.stop - 1 for span in row.spans], device=row.tokens.device)
+        return self.read(row, ends[row.answers])
+
+    def read(self, row: Row, places: Tensor) -> Tensor:
+        """The score of what was read up to each of some places (n,) of a row: (n,) in fp32."""
+        return self.scores(self.hidden(row, places))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The scores (n,) in fp32 of hidden states (n, d)."""
+        hidden = widen(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden, self.score.weight.to(hidden.dtype))[:, 0]

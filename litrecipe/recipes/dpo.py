@@ -176,7 +176,7 @@ def beside_reference(policy: Decoder, reference: Reference | None) -> nn.Module:
     return PolicyAndReference(policy, None if reference == "adapter_off" else frozen_twin(policy))
 
 
-def follow(module: PolicyAndReference, dpo: Dpo, step: int) -> None:
+def follow(module: PolicyAndReference, dpo: Dpo, step: int, _: StepResult) -> None:
     """Move the reference when it is time (TR-DPO, 2404.09656)."""
     if step % dpo.ref_every == 0:
         module.follow(dpo.ref_alpha)

@@ -32,26 +32,14 @@ def show(
 
     `frozen_copy`: a reference stands beside the policy.
     """
-    console = progress.console()
-    world = world_size(recipe.fabric)
-    console.print("[bold]recipe[/bold]")
-    console.print(schema.dump(recipe), highlight=False, markup=False)
+    console, world = progress.console(), world_size(recipe.fabric)
+    show_recipe(recipe)
     longest = files.architecture.max_positions
     data = prepare(kind, recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
     load = heaviest(recipe, source, steps, world)
-    with progress.patience("working out the memory"):
-        table = estimate(
-            replace(recipe, adapter=adapter_of(recipe, files) or recipe.adapter),
-            files.architecture,
-            load.row,
-            rows=load.rows,
-            world_size=world,
-            device=accelerator_of(recipe.fabric),
-            frozen_copy=frozen_copy,
-        )
-    console.print(parameter_and_memory_table(recipe, table, load, world))
+    console.print(parameter_and_memory_table(recipe, memory_of(recipe, files, load, frozen_copy), load, world))
     final = recipe.optim.lr * lr_factor(recipe.schedule, steps - 1, steps)
     console.print(
         f"[bold]steps[/bold] {steps} of {recipe.train.global_batch_size} samples, about {load.tokens:.0f} tokens a "
@@ -60,8 +48,29 @@ def show(
     )
     console.print(f"[bold]data[/bold]\n{data.report}", highlight=False)
     console.print("[bold]one sample[/bold] (what is learnt is coloured)")
-    console.print(render(data.train[source.index_at(0)], tokenizer))
+    console.print(render(data.train[source.order[0]], tokenizer))
     return 0
+
+
+def show_recipe(recipe: TrainingRecipe) -> None:
+    """With all defaults filled in."""
+    console = progress.console()
+    console.print("[bold]recipe[/bold]")
+    console.print(schema.dump(recipe), highlight=False, markup=False)
+
+
+def memory_of(recipe: TrainingRecipe, files: ModelFiles, load: Load, frozen_copy: bool) -> MemoryTable:
+    """Of one rank."""
+    with progress.patience("working out the memory"):
+        return estimate(
+            replace(recipe, adapter=adapter_of(recipe, files) or recipe.adapter),
+            files.architecture,
+            load.row,
+            rows=load.rows,
+            world_size=world_size(recipe.fabric),
+            device=accelerator_of(recipe.fabric),
+            frozen_copy=frozen_copy,
+        )
 
 
 class Load(NamedTuple):
@@ -103,6 +112,7 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
     notes = {
         "weights": f"{table.parameters:,} parameters",
         "reference": "a frozen copy of what is trained",
+        "judges": "reward models",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
@@ -111,11 +121,13 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
-    if not table.reference:
-        del notes["reference"]
+    for name in ("reference", "judges"):
+        if not getattr(table, name):
+            del notes[name]
     for name, note in notes.items():
         out.add_row(name, f"{getattr(table, name) / 1e9:.3f}", note, style="bold" if name == "peak" else "")
-    out.add_row("KV cache", "0.000", "not used in training")
+    note = "while completions are sampled, before anything is learnt" if table.cache else "not used in training"
+    out.add_row("KV cache", f"{table.cache / 1e9:.3f}", note)
     return out
 
 

@@ -16,6 +16,7 @@ from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config.groups import Adapter, RewardRecipe, TrainingRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.prepared import Kind, Prepared, prepare
+from litrecipe.data.prompts import PromptSet
 from litrecipe.data.samples import SampleSet
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.rundir import RunDir
@@ -130,7 +131,7 @@ def task_runner(model: Decoder, tokenizer: Tokenizer, recipe: TrainingRecipe) ->
 
 
 def identity(
-    recipe: TrainingRecipe, files: ModelFiles, tokenizer: Tokenizer, train: SampleSet, **groups: Any
+    recipe: TrainingRecipe, files: ModelFiles, tokenizer: Tokenizer, train: SampleSet | PromptSet, **groups: Any
 ) -> dict[str, str]:
     """What must be the same when a run goes on; `groups` are the recipe's own, all of whose keys count."""
     return {

@@ -7,7 +7,8 @@ import pytest
 from litrecipe.config import schema
 from litrecipe.config.checks import RANGES, check, parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import RECIPES, DpoRecipe, EvaluateRecipe, FinetuneRecipe, GenerateRecipe, RewardRecipe
+from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, GenerateRecipe, RewardRecipe
+from litrecipe.config.recipes import RECIPES
 
 GOOD = [("model.source", "m"), ("data.train", "d")]
 

@@ -1,0 +1,19 @@
+"""Which verb reads which recipe."""
+
+from __future__ import annotations
+
+from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, GenerateRecipe, RewardRecipe
+from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
+
+RECIPES: dict[str, type] = {
+    "finetune": FinetuneRecipe,
+    "align reward": RewardRecipe,
+    "align dpo": DpoRecipe,
+    "align ppo": PpoRecipe,
+    "align grpo": GrpoRecipe,
+    "align rloo": RlooRecipe,
+    "evaluate": EvaluateRecipe,
+    "generate": GenerateRecipe,
+    "chat": GenerateRecipe,
+}
+"""Verb → the dataclass its recipes are read into."""

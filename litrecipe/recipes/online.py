@@ -1,0 +1,155 @@
+"""What the recipes that sample from the model they train do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litrecipe.checkpoint.load import load_model
+from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.config.online import OnlineRecipe, method_of
+from litrecipe.config.progress import say, warn
+from litrecipe.data.prompts import PromptSet, load_prompts
+from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.checkpoints import refuse_other_run
+from litrecipe.engine.fabric import Ranks, make_fabric
+from litrecipe.engine.fit import Job, StepResult, fit
+from litrecipe.engine.optim import Role
+from litrecipe.engine.rundir import RunDir
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.reference import PolicyAndReference, frozen_twin
+from litrecipe.objectives.loss import Objective
+from litrecipe.recipes.dpo import start
+from litrecipe.recipes.dry_run_online import show_online
+from litrecipe.recipes.training import (
+    begin,
+    identity,
+    load_to_train,
+    make_ready,
+    save_trained,
+    task_runner,
+)
+from litrecipe.rollout.held_out import measure_held_out
+from litrecipe.rollout.lessons import Lesson
+from litrecipe.rollout.practice import Practice
+from litrecipe.rollout.rewards import Scorer
+from litrecipe.rollout.source import Rollouts
+from litrecipe.rollout.sources import MODEL, check_columns_of, make_sources
+
+
+@dataclass
+class Course:
+    """What one method adds: how its module is built, what it makes of a rollout, and what it minimises."""
+
+    build: Callable[[Decoder, Decoder | None], PolicyAndReference]
+    """The module to train, from the policy and its reference (None: the policy with its adapter off, or none)."""
+    draw: Callable[[Any, dict[str, Any], Any, float], Lesson]
+    objective: Objective[Any]
+    roles: Callable[[PolicyAndReference], list[Role]] = lambda _: []
+    rests: Callable[[int], list[str]] = lambda _: []
+    save_beside: Callable[[Path, PolicyAndReference], None] = lambda _, __: None
+    """Writes what else was trained into the folder of the policy."""
+
+
+def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dry_run: bool) -> int:
+    """Build policy, reference, prompts and reward sources, and hand them to `fit`."""
+    files, tokenizer = begin(recipe, dry_run=dry_run)
+    name, config = method_of(recipe)
+    prompts = load_prompts(
+        recipe.data,
+        tokenizer,
+        max_new_tokens=config.max_new_tokens,
+        max_positions=files.architecture.max_positions,
+        seed=recipe.train.seed,
+    )
+    say(str(prompts.report))
+    if dry_run:
+        return show_online(recipe, files, tokenizer, prompts, frozen_copy=needs_copy(files, recipe))
+
+    fabric = make_fabric(recipe.fabric)
+    budget = recipe.train.micro_batch_tokens
+    sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget)
+    check_columns_of(sources, prompts.train)
+    known = known_by(recipe, files, tokenizer, prompts)
+    refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
+
+    policy = load_to_train(load_model, files, recipe)
+    chosen = course(files)
+    module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
+    make_ready(policy, recipe)
+    policy.with_entropy = "learnt" if config.entropy_coef else "measured"
+    ranks = Ranks(fabric)
+    scorer = Scorer(sources, recipe.rewards, config, ranks.agree)
+    practice = Practice(module, tokenizer, scorer, config, recipe.train.seed, budget, fabric, chosen.draw)
+    source = Rollouts(practice, prompts.train, config, recipe.train, Path(recipe.out_dir), ranks, name)
+
+    def finish(folder: Path) -> None:
+        save_trained(folder, policy, files, recipe)
+        chosen.save_beside(folder, module)
+
+    return fit(
+        Job(
+            fabric=fabric,
+            recipe=recipe,
+            module=module,
+            objective=chosen.objective,
+            source=source,
+            save_final=finish,
+            evaluate_tasks=examiner(recipe, practice, prompts, tokenizer, policy),
+            roles=chosen.roles(module),
+            rests=chosen.rests,
+            told=source.told,
+            carried=module.moving if config.ref_ema else dict,
+            after_step=lambda _, result: source.after_step(result.metrics.get("policy/approxkl", 0.0)),
+            check_first=check_start,
+            online=True,
+            identity=known,
+        )
+    )
+
+
+def needs_copy(files: ModelFiles, recipe: OnlineRecipe) -> bool:
+    """Whether the reference is a frozen twin of the policy. Its base is as good under an adapter that starts from
+    nothing, unless the reference moves."""
+    _, config = method_of(recipe)
+    has_fresh_adapter = recipe.adapter.method != "none" and files.adapter is None
+    return config.kl_coef > 0 and (not has_fresh_adapter or config.ref_ema > 0)
+
+
+def known_by(recipe: OnlineRecipe, files: ModelFiles, tokenizer: Tokenizer, prompts: PromptSet) -> dict[str, str]:
+    """What must be the same when a run goes on."""
+    name, config = method_of(recipe)
+    judges = [spec.removeprefix(MODEL) for spec in recipe.rewards.sources if spec.startswith(MODEL)]
+    hashes = {f"reward model {judge}": open_model(judge).weights_hash() for judge in judges}
+    groups = {name: config, "rewards": recipe.rewards}
+    seed = {"train.seed": str(recipe.train.seed)}
+    return identity(recipe, files, tokenizer, prompts, **groups) | start(files) | hashes | seed
+
+
+def examiner(
+    recipe: OnlineRecipe, practice: Practice, prompts: PromptSet, tokenizer: Tokenizer, policy: Decoder
+) -> Callable[[], dict[str, float]] | None:
+    """Answers held-out prompts, and runs `eval.tasks`; None where there are neither."""
+    run_tasks = task_runner(policy, tokenizer, recipe)
+    if not prompts.val:
+        return run_tasks
+
+    def examine() -> dict[str, float]:
+        return measure_held_out(practice, prompts.val, recipe.eval) | (run_tasks() if run_tasks else {})
+
+    return examine
+
+
+def check_start(result: StepResult) -> None:
+    """Say whether the policy that learns says what the one that sampled said: then all ratios are 1."""
+    off = abs(result.metrics.get("policy/ratio_max", 1.0) - 1)
+    spread = (2 * result.metrics.get("policy/approxkl", 0.0)) ** 0.5
+    if max(off, spread) <= 1e-4:
+        say(f"start: the policy says of its completions what it said when it sampled them (ratio 1 ± {off:.0e})")
+        return
+    warn(
+        f"start: of its own completions the policy says something else than when it sampled them: the ratio of both is "
+        f"up to {1 + off:.4f} and should be 1: set adapter.dropout to 0, or try fabric.precision 32-true"
+    )

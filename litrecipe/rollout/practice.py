@@ -1,0 +1,159 @@
+"""A policy at practice: it answers prompts, its answers are scored, and lessons are drawn from them.
+
+Shapes: A completions of a rollout; P tokens of all of them, completion after completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from litrecipe.config.groups import Generate
+from litrecipe.config.online import Online
+from litrecipe.data.prompts import Prompt
+from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import Ranks
+from litrecipe.evaluation.sampling import complete
+from litrecipe.model.critic import ActorAndCritic
+from litrecipe.model.reference import PolicyAndReference
+from litrecipe.model.row import Row
+from litrecipe.objectives.answers import REF_LOGPS
+from litrecipe.rollout.experience import Rollout, measure
+from litrecipe.rollout.lessons import ENTROPY, LOGPS, VALUES, Lesson
+from litrecipe.rollout.rewards import Scorer, Scores
+from litrecipe.rollout.sources import Completions
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+CACHE_TOKENS = 8192
+"""Places of the cache that completions are sampled with."""
+
+
+@dataclass
+class Practice:
+    """Samples from a module's policy, scores, and measures what policy, reference and critic say of each token."""
+
+    module: PolicyAndReference
+    """What is trained."""
+    tokenizer: Tokenizer
+    scorer: Scorer
+    config: Online
+    seed: int
+    budget: int
+    """Tokens of a row."""
+    fabric: Fabric
+    draw: Callable[[Any, dict[str, Tensor], Any, float], Lesson]
+    """What the method makes of a scored rollout: `ppo_lesson` or `group_lesson`."""
+    ranks: Ranks = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ranks = Ranks(self.fabric)
+
+    def sample(self, prompts: Sequence[Prompt], streams: Sequence[int]) -> Completions:
+        """`completions_per_prompt` completions of each prompt, each from a random stream of its own."""
+        config = self.config
+        settings = Generate(
+            config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.stop, self.seed
+        )
+        with self.at_rest():
+            return answers(
+                self.module.policy,
+                self.tokenizer,
+                prompts,
+                settings,
+                config.completions_per_prompt,
+                streams,
+                "sampling",
+            )
+
+    def score(self, completions: Completions) -> Scores:
+        """What the reward sources say."""
+        with self.at_rest():
+            return self.scorer(completions)
+
+    def learn(self, rollout: Rollout, kl_coef: float) -> Lesson:
+        """Log-probabilities by the forward pass of the training, not by that which sampled: the two differ in the last
+        digits, and the ratio of new to old policy must start at 1. Then the method's advantages."""
+        with self.at_rest():
+            said = measure(
+                self.ask,
+                rollout.samples,
+                budget=self.budget,
+                device=self.fabric.device,
+                ranks=self.ranks,
+                progress="log-probabilities of the rollout",
+            )
+        return self.draw(rollout.scored, said, self.config, kl_coef)
+
+    def ask(self, row: Row) -> dict[str, Tensor]:
+        """What is said of each prediction (P,) of a row."""
+        module = self.module
+        if isinstance(module, ActorAndCritic):
+            predictions, values = module(row)
+            said = {LOGPS: predictions.logps, VALUES: values}
+        else:
+            predictions = module(row)
+            said = {LOGPS: predictions.logps}
+        assert predictions.entropy is not None
+        said[ENTROPY] = predictions.entropy
+        if self.config.kl_coef:
+            said[REF_LOGPS] = module.ref_logps(row)
+        return said
+
+    def finished(self) -> None:
+        """A rollout was learnt: the reference follows the policy (2404.10719), if it is to."""
+        if self.config.ref_ema:
+            self.module.follow(self.config.ref_ema)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the scorer remembers."""
+        return self.scorer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        self.scorer.load_state_dict(state)
+
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Inside, nothing learns and nothing is dropped out."""
+        self.module.eval()
+        try:
+            with torch.no_grad(), self.fabric.autocast():
+                yield
+        finally:
+            self.module.train()
+
+
+def answers(
+    policy: Any,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    settings: Generate,
+    completions: int,
+    streams: Sequence[int],
+    progress: str,
+) -> Completions:
+    """Completions of prompts, those of one side by side, each with the token that ended it."""
+    found = complete(
+        policy,
+        tokenizer,
+        [prompt.tokens.tolist() for prompt in prompts],
+        settings,
+        completions=completions,
+        streams=streams,
+        batch_tokens=CACHE_TOKENS,
+        progress=f"{progress}: completion",
+    )
+    return Completions(
+        [prompt for prompt in prompts for _ in range(completions)],
+        [one.text for one in found],
+        [[*one.tokens, one.stop_id] if one.stop_id is not None else one.tokens for one in found],
+        [one.ended for one in found],
+    )

@@ -1,0 +1,211 @@
+"""`litrecipe align ppo`, `grpo` and `rloo` from recipe to final model, on the tiny model with rules for rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litrecipe.checkpoint.load import load_model, load_reward_model
+from litrecipe.checkpoint.source import open_model
+from litrecipe.config import schema
+from litrecipe.config.errors import InputError
+from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
+from litrecipe.engine.rundir import read_records
+from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.recipes import grpo, ppo
+
+FULL = {"adapter.method": "none"}
+LORA = {"adapter.r": 4}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "separate": {**FULL, "ppo.layout": "separate", "ppo.value_lr": 1e-3},
+    "lora": LORA,
+    "dora": {**LORA, "adapter.method": "dora"},
+    "joined": {**LORA, "ppo.layout": "joined"},
+    "joined-full": {**FULL, "ppo.layout": "joined"},
+}
+KINDS = {"ppo": (PpoRecipe, ppo), "grpo": (GrpoRecipe, grpo), "rloo": (RlooRecipe, grpo)}
+Train = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def train(tiny_model: Path, tmp_path: Path) -> Train:
+    """Run it; returns the records of its steps."""
+
+    def run(verb: str, out: str = "run", **flags: object) -> list[dict[str, Any]]:
+        kind, recipe = KINDS[verb]
+        given = {
+            "model.source": tiny_model,
+            "data.train": "toy:units?n=64&seed=0",
+            "rewards.sources": '{"regex?pattern=[aeiou]": 1.0}',
+            f"{verb}.rollout_batch_size": 8,
+            f"{verb}.max_new_tokens": 6,
+            "train.micro_batch_tokens": 400,
+            "train.max_steps": 4,
+            "optim.lr": 1e-3,
+            "log.loggers": [],
+            "fabric.accelerator": "cpu",
+            "out_dir": tmp_path / out,
+        } | {key.replace("__", "."): value for key, value in flags.items()}
+        assert recipe.main(schema.load(kind, [], [(key, str(value)) for key, value in given.items()])) == 0
+        return [record for record in read_records(tmp_path / out / "metrics.jsonl") if "grad_norm" in record]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_ppo_starts_at_ratio_1_and_leaves_policy_and_critic(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
+    """Both are models that anybody loads; the critic's scores are what it said of the last tokens."""
+    records = train("ppo", **LAYOUTS[layout])
+    said = capsys.readouterr().err
+    assert "start: the policy says of its completions what it said when it sampled them" in said
+    assert records[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert records[0]["policy/approxkl"] < 1e-10
+    assert records[3]["policy/approxkl"] > 0
+    assert records[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert {"reward", "value/explained_variance", "objective/entropy", "completions/mean_length"} <= records[0].keys()
+    assert load_model(open_model(str(tmp_path / "run" / "final"))) is not None
+    critic = load_reward_model(open_model(str(tmp_path / "run" / "final" / "critic")))
+    assert critic.score.weight.abs().max() > 0
+    apart = "grad_norm/critic" in records[0]
+    assert apart != layout.startswith("joined")
+
+
+def test_lora_shares_its_base_between_policy_critic_and_reference(train: Train, tmp_path: Path) -> None:
+    """What is trained and saved are two adapters and a score: the base is in no checkpoint."""
+    train("ppo", **LORA)
+    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    from safetensors import safe_open
+
+    with safe_open(str(checkpoint / "weights-00000.safetensors"), "pt") as file:
+        names = set(file.keys())
+    assert {name.partition(".")[0] for name in names} == {"policy", "critic"}
+    assert "critic.score.weight" in names
+    assert all("lora_" in name for name in names - {"critic.score.weight"})
+
+
+def test_the_critic_warms_up_alone(train: Train, tmp_path: Path) -> None:
+    """For two of three steps the policy stays as it was, to the bit; the critic learns."""
+    records = train("ppo", **FULL, ppo__layout="separate", ppo__critic_warmup=4)
+    assert [record["grad_norm/policy"] for record in records] == [0.0] * 4
+    assert all(record["grad_norm/critic"] > 0 for record in records)
+    assert all(record["policy/approxkl"] < 1e-10 for record in records)
+    again = train("ppo", "after", **FULL, ppo__layout="separate", ppo__critic_warmup=2)
+    assert [record["grad_norm/policy"] > 0 for record in again] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("grpo", {}),
+        ("grpo", {"grpo.kl_coef": 0.1}),
+        ("grpo", {"grpo.advantage": "centered", "grpo.aggregate": "constant", "grpo.ratio": "sequence_mean"}),
+        ("grpo", {"grpo.advantage": "batch", "grpo.loss": "cispo", "grpo.kl_in": "reward", "grpo.kl_estimator": "k1"}),
+        ("grpo", {"grpo.entropy_coef": 0.01, "grpo.clip_high": 0.28, "grpo.dual_clip": 3}),
+        ("grpo", {"grpo.zero_variance": "resample", "grpo.soft_limit": 2}),
+        ("rloo", {"rloo.ref_ema": 0.5}),
+        ("rloo", {"rloo.loss": "mirror", "rloo.ratio": "token", "rloo.epochs": 2}),
+    ],
+)
+def test_groups_without_a_critic(train: Train, tmp_path: Path, verb: str, flags: dict[str, Any]) -> None:
+    records = train(verb, **LORA, **{f"{verb}.completions_per_prompt": 4}, **flags)
+    assert len(records) == 4
+    assert records[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert all(0 <= record["frac_reward_zero_std"] <= 1 for record in records)
+    assert ("kl" in records[0]) == (verb == "rloo" or "grpo.kl_coef" in flags)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("ppo", {"ppo.layout": "separate", "ppo.kl_coef": 0, "train.max_steps": 80}),
+        ("grpo", {"train.max_steps": 24}),
+        ("rloo", {"rloo.kl_coef": 0, "train.max_steps": 24}),
+    ],
+)
+def test_what_is_rewarded_becomes_likelier(train: Train, verb: str, flags: dict[str, Any]) -> None:
+    """About one in seven completions of a random model has an e in it; those score 1."""
+    common = {f"{verb}.rollout_batch_size": 64, "train.epochs": 99, "rewards.sources": '{"regex?pattern=e": 1.0}'}
+    records = train(verb, **FULL, **common, **{"optim.lr": 3e-3, "schedule.name": "constant"}, **flags)
+    rewards = [record["reward"] for record in records]
+    assert sum(rewards[-8:]) / 8 > sum(rewards[:4]) / 4 + 0.2, rewards
+
+
+def test_a_held_out_prompt_is_answered_before_the_first_step_and_on_the_way(train: Train, tmp_path: Path) -> None:
+    """Greedily and sampled; and what the run learns is the same with and without."""
+    flags = {"data.val": "toy:units?n=5&seed=0&split=test", "eval.every": 2, "eval.samples": 4, "eval.success": 1}
+    told = train("grpo", **LORA, **flags, grpo__completions_per_prompt=4)
+    evaluated = [one for one in read_records(tmp_path / "run" / "metrics.jsonl") if "eval_reward" in one]
+    assert [one["step"] for one in evaluated] == [0, 2, 4]
+    assert evaluated[0].keys() >= {"eval_success", "eval_sampled/reward", "eval_pass@1", "eval_pass@2", "eval_pass@4"}
+    for one in evaluated:
+        assert one["eval_pass@1"] <= one["eval_pass@2"] <= one["eval_pass@4"]
+        assert one["eval_pass@1"] == pytest.approx(one["eval_sampled/success"])
+    without = train("grpo", "without", **LORA, grpo__completions_per_prompt=4)
+    assert [one["loss"] for one in told] == [one["loss"] for one in without]
+
+
+def test_an_adapter_that_was_trained_before_is_held_to_itself(train: Train, tmp_path: Path) -> None:
+    """Not to its base, which it never was: at the start the KL is 0."""
+    train("grpo", "first", **LORA, optim__lr=1e-2, grpo__completions_per_prompt=4)
+    second = train("ppo", "second", **FULL, **{"model.source": tmp_path / "first" / "final"})
+    assert second[0]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_reward_model_is_a_source(train: Train, tmp_path: Path, tiny_model: Path) -> None:
+    """Its score of a completion, with the end of the turn behind it, is what a rollout's record says."""
+    from litrecipe.config.groups import RewardRecipe
+    from litrecipe.recipes import reward
+
+    flags = {
+        "model.source": tiny_model,
+        "data.train": "toy:units-pairs?n=8&seed=0",
+        "data.cache_dir": tmp_path / "cache",
+        "train.max_steps": 1,
+        "log.loggers": [],
+        "fabric.accelerator": "cpu",
+        "out_dir": tmp_path / "judge",
+    }
+    assert reward.main(schema.load(RewardRecipe, [], [(key, str(value)) for key, value in flags.items()])) == 0
+    train("ppo", **LORA, **{"rewards.sources": f'{{"model:{tmp_path / "judge"}": 1.0}}'})
+    lines = (tmp_path / "run" / "rollouts" / "000001.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    judge = load_reward_model(open_model(str(tmp_path / "judge" / "final")))
+    from litrecipe.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(tiny_model)
+    for record in records[:3]:
+        saved = record["completion"]
+        ids = [*tokenizer.encode_prompt(record["prompt"]), *tokenizer.encode(saved)]
+        ids += tokenizer.encode("<|im_end|>\n", specials=True)
+        weights = torch.zeros(len(ids))
+        weights[-1] = 1
+        row = make_row([Sample("", (Segment(torch.tensor(ids).numpy(), weights.numpy()),))])
+        if "\ufffd" not in saved and record["stop"] == "length":
+            assert record["reward"] == pytest.approx(float(judge.normalised(judge(row))[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "words"),
+    [
+        ("ppo", {"rewards.sources": "{}"}, "rewards.sources: missing"),
+        ("ppo", {"ppo.top_k": 5}, "ppo.top_k: 5: cuts off what the log-probabilities know of"),
+        ("ppo", {"ppo.layout": "separate"}, "adapter.method: lora: ppo.layout separate trains all weights"),
+        ("ppo", {"train.global_batch_size": 4}, "a step takes ppo.rollout_batch_size / ppo.minibatches completions"),
+        ("ppo", {"ppo.rollout_batch_size": 9, "ppo.completions_per_prompt": 2}, "must be divisible by"),
+        ("grpo", {"grpo.completions_per_prompt": 1}, "grpo.completions_per_prompt: 1: a completion by itself"),
+        ("grpo", {"rewards.sources": '{"exact?column=nothing": 1}'}, "nothing: no row has this column"),
+        ("ppo", {"ppo.truncated": "mask"}, "all completions were cut at ppo.max_new_tokens 6, none is learnt"),
+        ("rloo", {"fabric.strategy": "fsdp"}, "sampling from a sharded model is not there yet"),
+    ],
+)
+def test_mistakes_are_told_at_once(train: Train, verb: str, flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as told:
+        train(verb, **flags)
+    assert words in str(told.value)
