@@ -16,7 +16,7 @@ from pathlib import Path
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import open_model
-from litrecipe.config.groups import RECIPES
+from litrecipe.config.recipes import RECIPES
 from litrecipe.config.schema import load
 from litrecipe.data.comparisons import load_comparisons
 from litrecipe.data.source import RecordedSource
