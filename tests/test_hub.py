@@ -11,8 +11,8 @@ from litrecipe import hub
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, RewardRecipe
-from litrecipe.config.recipes import RECIPES
 from litrecipe.config.merge import hub_folder, hub_names
+from litrecipe.config.recipes import RECIPES
 
 
 @pytest.mark.parametrize("name", hub_names())

@@ -85,6 +85,8 @@ class Job:
     online: bool = False
     """Whether samples are made from the module as it stands: an evaluation comes before the first step too, and the
     progress line makes room for what is said meanwhile."""
+    evaluated: Callable[[int, dict[str, float]], None] | None = None
+    """Called on every rank with step and numbers of each evaluation, before they are told: again if that never was."""
     check_first: Callable[[StepResult], None] | None = None
     """Looks at what the first step of a run told, which is of the weights as they were before it."""
     identity: dict[str, str] = field(default_factory=dict)
@@ -371,6 +373,8 @@ class Run:
         finally:
             self.raw.train()
             restore_rng(rng)
+        if metrics and self.job.evaluated is not None:
+            self.job.evaluated(self.at.step, metrics)
         if metrics:
             self.teller.tell_evaluation(self.at.step, metrics)
         self.evaluated_at = self.at.step

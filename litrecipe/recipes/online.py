@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles, open_model
-from litrecipe.config.online import OnlineRecipe, method_of
+from litrecipe.config.online import Online, OnlineRecipe, method_of
 from litrecipe.config.progress import say, warn
+from litrecipe.data.prepared import prepare
 from litrecipe.data.prompts import PromptSet, load_prompts
+from litrecipe.data.source import RecordedSource
+from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.fabric import Ranks, make_fabric
 from litrecipe.engine.fit import Job, StepResult, fit
 from litrecipe.engine.optim import Role
 from litrecipe.engine.rundir import RunDir
+from litrecipe.model.average import Average
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.loss import Objective
 from litrecipe.recipes.dpo import start
 from litrecipe.recipes.dry_run_online import show_online
+from litrecipe.recipes.examination import examiner, keep_best
 from litrecipe.recipes.training import (
     begin,
     identity,
     load_to_train,
     make_ready,
     save_trained,
-    task_runner,
 )
-from litrecipe.rollout.held_out import measure_held_out
 from litrecipe.rollout.lessons import Lesson
 from litrecipe.rollout.practice import Practice
 from litrecipe.rollout.rewards import Scorer
@@ -73,8 +79,6 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget)
     check_columns_of(sources, prompts.train)
     known = known_by(recipe, files, tokenizer, prompts)
-    refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
-
     policy = load_to_train(load_model, files, recipe)
     chosen = course(files)
     module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
@@ -85,9 +89,23 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     practice = Practice(module, tokenizer, scorer, config, recipe.train.seed, budget, fabric, chosen.draw)
     source = Rollouts(practice, prompts.train, config, recipe.train, Path(recipe.out_dir), ranks, name)
 
+    known |= add_plain_text(source, recipe, config, tokenizer)
+    refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
+    average = Average(policy, config.policy_ema) if config.policy_ema is not None else None
+
     def finish(folder: Path) -> None:
         save_trained(folder, policy, files, recipe)
         chosen.save_beside(folder, module)
+        if average is not None:
+            save_trained(folder / "ema", average.model, files, recipe)
+
+    def after_step(_: int, result: StepResult) -> None:
+        source.after_step(result.metrics.get("policy/approxkl", 0.0))
+        if average is not None:
+            average.follow()
+
+    def carried() -> dict[str, nn.Parameter]:
+        return (module.moving() if config.ref_ema else {}) | (average.begin() if average else {})
 
     return fit(
         Job(
@@ -101,8 +119,9 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
             roles=chosen.roles(module),
             rests=chosen.rests,
             told=source.told,
-            carried=module.moving if config.ref_ema else dict,
-            after_step=lambda _, result: source.after_step(result.metrics.get("policy/approxkl", 0.0)),
+            carried=carried,
+            after_step=after_step,
+            evaluated=partial(keep_best, recipe, policy, files, fabric),
             check_first=check_start,
             online=True,
             identity=known,
@@ -128,18 +147,17 @@ def known_by(recipe: OnlineRecipe, files: ModelFiles, tokenizer: Tokenizer, prom
     return identity(recipe, files, tokenizer, prompts, **groups) | start(files) | hashes | seed
 
 
-def examiner(
-    recipe: OnlineRecipe, practice: Practice, prompts: PromptSet, tokenizer: Tokenizer, policy: Decoder
-) -> Callable[[], dict[str, float]] | None:
-    """Answers held-out prompts, and runs `eval.tasks`; None where there are neither."""
-    run_tasks = task_runner(policy, tokenizer, recipe)
-    if not prompts.val:
-        return run_tasks
-
-    def examine() -> dict[str, float]:
-        return measure_held_out(practice, prompts.val, recipe.eval) | (run_tasks() if run_tasks else {})
-
-    return examine
+def add_plain_text(source: Rollouts, recipe: OnlineRecipe, config: Online, tokenizer: Tokenizer) -> dict[str, str]:
+    """Let conversations be learnt along, as many a step as completions; returns what must stay the same of them."""
+    if config.ptx_data is None:
+        return {}
+    data = replace(recipe.data, train=config.ptx_data, val=None, val_fraction=0.0, columns={})
+    texts = prepare(SUPERVISED, data, tokenizer, seed=recipe.train.seed)
+    say(str(texts.report))
+    size = config.rollout_batch_size // config.minibatches
+    endless = replace(recipe.train, global_batch_size=size, epochs=None, max_steps=1)
+    source.beside = RecordedSource(texts.train, endless)
+    return {"ptx_data": texts.train.fingerprint}
 
 
 def check_start(result: StepResult) -> None:

@@ -25,12 +25,13 @@ from litrecipe.config.groups import Train
 from litrecipe.config.online import Online
 from litrecipe.config.progress import show_table
 from litrecipe.data.prompts import Prompt
+from litrecipe.data.reference_logps import predictions
 from litrecipe.data.samples import SampleSet, is_complete
-from litrecipe.data.source import Order
+from litrecipe.data.source import Order, RecordedSource
 from litrecipe.engine.fabric import Ranks
 from litrecipe.model.row import Sample
 from litrecipe.objectives.advantages import steered, zero_variance
-from litrecipe.objectives.online import ADVANTAGES, COUNTED
+from litrecipe.objectives.online import ADVANTAGES, COUNTED, PTX
 from litrecipe.rollout.experience import Rollout, Scored, joined, samples_of, with_extras
 from litrecipe.rollout.lessons import Lesson
 from litrecipe.rollout.rewards import Scores
@@ -122,6 +123,8 @@ class Rollouts:
         """Which of them each minibatch takes."""
         self.metrics: dict[str, float] = {}
         """About it."""
+        self.beside: RecordedSource | None = None
+        """Plain text that is learnt along (PPO-ptx, 2203.02155)."""
 
     @property
     def groups(self) -> int:
@@ -135,7 +138,11 @@ class Rollouts:
         places = self.plan[self.at.minibatch]
         self.at.minibatch += 1
         self.at.steps += 1
-        return [self.samples[place] for place in places]
+        taken = [self.samples[place] for place in places]
+        if self.beside is None:
+            return taken
+        rollout = [replace(one, extra={**one.extra, PTX: np.zeros(predictions(one))}) for one in taken]
+        return rollout + [plain(one, rollout[0].extra) for one in self.beside.next_step()]
 
     def after_step(self, kl: float) -> None:
         """Told after each step how far the policy is from the one that sampled, nats a token: too far, and what is left
@@ -158,7 +165,8 @@ class Rollouts:
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is, what scoring remembers, and what both depend on."""
-        return {**asdict(self.at), "scoring": self.method.state_dict(), "of_prompts": len(self.prompts)}
+        beside = {"beside": self.beside.state_dict()} if self.beside else {}
+        return {**asdict(self.at), "scoring": self.method.state_dict(), "of_prompts": len(self.prompts), **beside}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there. Raises InputError when it stands among other prompts or its rollout is missing."""
@@ -167,6 +175,8 @@ class Rollouts:
             raise InputError(f"data.train: {len(self.prompts)} prompts: {was}")
         self.at = Place(**{name: state[name] for name in asdict(self.at)})
         self.method.load_state_dict(state["scoring"])
+        if self.beside is not None:
+            self.beside.load_state_dict(state["beside"])
         if self.at.minibatch < self.at.minibatches:
             saved = SampleSet(self._saved(self.at.rollout))
             self.samples = [saved[place] for place in range(len(saved))]
@@ -307,6 +317,12 @@ def steps_of(config: Online, train: Train, prompts: int, taken: int = 0, steps: 
         rollouts = -(-(in_all - taken) // (config.rollout_batch_size // config.completions_per_prompt))
         limits.append(steps + rollouts * config.minibatches * config.epochs)
     return min(limits)
+
+
+def plain(sample: Sample, like: Mapping[str, Any]) -> Sample:
+    """Plain text beside a rollout: it has the same extras, which mean nothing there."""
+    zeros = np.zeros(predictions(sample))
+    return replace(sample, extra={**dict.fromkeys(like, zeros), GROUP: np.array([-1]), PTX: zeros + 1})
 
 
 def counted(extras: Mapping[str, Any]) -> Any:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import EvaluateRecipe, FinetuneRecipe, GenerateRecipe
-from litrecipe.config.recipes import RECIPES
 from litrecipe.config.merge import Mistakes, merge
+from litrecipe.config.recipes import RECIPES
 
 GOOD = {"model.source": "m", "data.train": "d"}
 

@@ -209,3 +209,32 @@ def test_mistakes_are_told_at_once(train: Train, verb: str, flags: dict[str, Any
     with pytest.raises(InputError) as told:
         train(verb, **flags)
     assert words in str(told.value)
+
+
+def test_plain_text_is_learnt_along(train: Train, tmp_path: Path) -> None:
+    """As many conversations a step as completions; the policy's own part of the loss is what it is without."""
+    flags = {**LORA, "data.cache_dir": tmp_path / "cache"}
+    alone = train("grpo", "alone", **flags)
+    ptx = {"grpo.ptx_coef": 0.5, "grpo.ptx_data": "toy:fields?n=6&seed=0"}
+    beside = train("grpo", **flags, **ptx, **{"train.micro_batch_tokens": 2000})
+    assert beside[0]["tokens"] > alone[0]["tokens"]
+    assert beside[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert beside[0]["loss"] - alone[0]["loss"] > 1  # half of the 5.8 nats a token that a random model needs
+    assert beside[-1]["loss"] < beside[0]["loss"]
+
+
+def test_the_mean_of_the_policy_and_the_best_policy_are_saved(train: Train, tmp_path: Path) -> None:
+    """With decay 0 the mean is the policy itself; with .5 it lies between the last two policies and more."""
+    val = {"data.val": "toy:units?n=5&seed=0&split=test", "eval.every": 1}
+    train("grpo", **FULL, **val, grpo__policy_ema=0.0, optim__lr=1e-2)
+    final, mean = (load_model(open_model(str(tmp_path / "run" / "final" / name))) for name in ("", "ema"))
+    assert all(torch.equal(a, b) for a, b in zip(final.parameters(), mean.parameters(), strict=True))
+    evaluated = [one for one in read_records(tmp_path / "run" / "metrics.jsonl") if "eval_reward" in one]
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    highest = max(one["eval_reward"] for one in evaluated)
+    assert best["eval_reward"] == highest
+    assert best["step"] == next(one["step"] for one in evaluated if one["eval_reward"] == highest)
+    load_model(open_model(str(tmp_path / "run" / "best")))
+    train("grpo", "slow", **FULL, grpo__policy_ema=0.5, optim__lr=1e-2)
+    slow = load_model(open_model(str(tmp_path / "slow" / "final" / "ema")))
+    assert not all(torch.equal(a, b) for a, b in zip(final.parameters(), slow.parameters(), strict=True))
