@@ -156,7 +156,7 @@ def final_number(text: str) -> Decimal | None:
 class Json(Checked):
     """The mean of what is asked for: the answer parses as JSON, fits a schema, has the right fields.
 
-    `schema` is a JSON Schema file, see `Schema`. With `column` the share of the fields of that column's object that are
+    `schema` is a JSON Schema file. With `column` the share of the fields of that column's object that are
     right counts as a third part (of another value: 1 when it is equal). What does not parse gets 0.
     """
 
@@ -168,9 +168,20 @@ class Json(Checked):
             _ = self._checker
 
     @cached_property
-    def _checker(self) -> Schema:
+    def _checker(self) -> Any:
         assert self.schema is not None
-        return Schema.read(Path(self.schema))
+        try:
+            from jsonschema.exceptions import SchemaError
+            from jsonschema.validators import validator_for
+        except ImportError as error:
+            raise ValueError("schema: needs a package: pip install 'litrecipe[rewards]'") from error
+        rules = read_json(Path(self.schema))
+        kind = validator_for(rules)
+        try:
+            kind.check_schema(rules)
+        except SchemaError as error:
+            raise InputError(f"{self.schema}: {error.json_path}: {error.message}: no JSON Schema: mend it") from error
+        return kind(rules)
 
     def score(self, answer: Answer) -> float | None:
         wanted = answer.row.get(self.column) if self.column is not None else None
@@ -180,103 +191,12 @@ class Json(Checked):
         try:
             value = json.loads(answer.text, parse_constant=_refuse)
             if self.schema is not None:
-                parts.append(float(self._checker.fits(value)))
+                parts.append(float(self._checker.is_valid(value)))
             if wanted is not None:
                 parts.append(_share_right(value, _as_json(wanted)))
         except (ValueError, RecursionError):  # a model may well open ten thousand brackets
             return 0.0
         return sum(parts) / len(parts)
-
-
-@dataclass(frozen=True)
-class Schema:
-    """The part of JSON Schema that says which form a value has: `type`, `enum`, `const`, `properties`, `required`,
-    `additionalProperties` (true or false), `items`, and bounds of numbers, texts and lists."""
-
-    rules: dict[str, Any]
-
-    TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
-    BOUNDS = ("minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems")
-    KNOWN = ("type", "enum", "const", "properties", "required", "additionalProperties", "items", *BOUNDS)
-    IGNORED = ("$schema", "$id", "title", "description", "examples", "default")
-
-    @classmethod
-    def read(cls, path: Path) -> Schema:
-        """The schema in a file; raises InputError naming what in it is not known here."""
-        rules = read_json(path)
-        if mistakes := [f"{path}: {mistake}" for mistake in _schema_mistakes(rules)]:
-            raise InputError(*mistakes)
-        return cls(rules)
-
-    def fits(self, value: Any) -> bool:
-        """Whether a JSON value has this form."""
-        return _fits(value, self.rules)
-
-
-def _schema_mistakes(rules: Any, place: str = "") -> list[str]:
-    if not isinstance(rules, dict):
-        return [f"{place or 'schema'}: {rules!r}: not an object"]
-    mistakes = []
-    for key, value in rules.items():
-        here = f"{place}.{key}".lstrip(".")
-        if key not in Schema.KNOWN + Schema.IGNORED:
-            hint = did_you_mean(key, Schema.KNOWN)
-            mistakes.append(f"{here}: not checked here{hint}; known are {', '.join(Schema.KNOWN)}")
-        elif key == "type":
-            names = value if isinstance(value, list) else [value]
-            mistakes += [
-                f"{here}: {one!r}: there are {', '.join(Schema.TYPES)}" for one in names if one not in Schema.TYPES
-            ]
-        elif key in Schema.BOUNDS and not _is_number(value):
-            mistakes.append(f"{here}: {value!r}: give a number")
-        elif key in ("enum", "required") and not isinstance(value, list):
-            mistakes.append(f"{here}: {value!r}: give a list")
-        elif key == "additionalProperties" and not isinstance(value, bool):
-            mistakes.append(f"{here}: {value!r}: give true or false")
-        elif key == "properties" and not isinstance(value, dict):
-            mistakes.append(f"{here}: {value!r}: give an object")
-        elif key == "properties":
-            for name, inner in value.items():
-                mistakes += _schema_mistakes(inner, f"{here}.{name}")
-        elif key == "items":
-            mistakes += _schema_mistakes(value, here)
-    return mistakes
-
-
-def _fits(value: Any, rules: dict[str, Any]) -> bool:
-    types = rules.get("type")
-    if types is not None and not any(_has_type(value, one) for one in (types if isinstance(types, list) else [types])):
-        return False
-    if "enum" in rules and not any(_equal(value, one) for one in rules["enum"]):
-        return False
-    if "const" in rules and not _equal(value, rules["const"]):
-        return False
-    if _is_number(value) and not rules.get("minimum", -math.inf) <= value <= rules.get("maximum", math.inf):
-        return False
-    if isinstance(value, str):
-        return bool(rules.get("minLength", 0) <= len(value) <= rules.get("maxLength", math.inf))
-    if isinstance(value, list):
-        fits = rules.get("minItems", 0) <= len(value) <= rules.get("maxItems", math.inf)
-        return fits and all(_fits(item, rules.get("items", {})) for item in value)
-    if isinstance(value, dict):
-        known = rules.get("properties", {})
-        return (
-            all(name in value for name in rules.get("required", []))
-            and all(_fits(value[name], inner) for name, inner in known.items() if name in value)
-            and (rules.get("additionalProperties", True) or all(name in known for name in value))
-        )
-    return True
-
-
-def _has_type(value: Any, name: str) -> bool:
-    if name in ("integer", "number"):
-        return _is_number(value) and (name == "number" or isinstance(value, int) or value.is_integer())
-    wanted = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}[name]
-    return isinstance(value, wanted)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -341,7 +261,7 @@ class Sentiment(Checked):
         try:
             from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
         except ImportError as error:
-            raise ValueError("needs a package: pip install 'litrecipe[sentiment]'") from error
+            raise ValueError("needs a package: pip install 'litrecipe[rewards]'") from error
         object.__setattr__(self, "analyzer", SentimentIntensityAnalyzer())
 
     def score(self, answer: Answer) -> float | None:
