@@ -6,19 +6,24 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+from preloaded import Run, can_fork
 from safetensors.torch import load_file
 
 from litrecipe.engine.rundir import read_records
 from litrecipe.engine.telling import TIMING
 
 
-def start(command, out, log):
-    """Start it, with nothing there that an earlier kill left of a save."""
+def start(command, out, log, fresh=False):
+    """Start it, with nothing there that an earlier kill left of a save; `fresh`: imports and all."""
     for draft in out.glob("checkpoints/*.tmp"):
         shutil.rmtree(draft)
-    words = [sys.executable, "-m", "litrecipe", *map(str, command)]
-    return subprocess.Popen(words, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+    words = list(map(str, command))
+    file = log.open("ab")
+    if can_fork(words) and not fresh:
+        return Run(words, file, file, Path.cwd())
+    return subprocess.Popen([sys.executable, "-m", "litrecipe", *words], stdout=file, stderr=subprocess.STDOUT)
 
 
 def wait_until(condition, process, seconds=90):

@@ -52,7 +52,7 @@ def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command: Command, 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     litrecipe(*command(unbroken, case))
     for kind in KILLS.get(case, ("between steps",)):
-        process = start(command(broken, case), broken, tmp_path / "log")
+        process = start(command(broken, case), broken, tmp_path / "log", fresh=kind == "set-up")
         assert kill_at(kind, process, broken, rng), (tmp_path / "log").read_text()
     litrecipe(*command(broken, case))
     assert_equal_runs(unbroken, broken, STEPS)

@@ -55,7 +55,7 @@ def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command, tmp_path,
     litrecipe(*command(unbroken, *METHODS[method]))
     killed = 0
     for kind in kills:
-        process = start(command(broken, *METHODS[method]), broken, tmp_path / "log")
+        process = start(command(broken, *METHODS[method]), broken, tmp_path / "log", fresh=kind == "set-up")
         killed += kill_at(kind, process, broken, rng)
         process.wait()
     assert killed >= len(kills) - 1, (tmp_path / "log").read_text()
@@ -86,7 +86,7 @@ def test_a_signal_saves_and_the_resumed_run_is_equal(litrecipe, command, tmp_pat
 def test_a_signal_during_set_up_exits_85_at_once(command, tmp_path):
     rng = random.Random(0)
     for _ in range(3):
-        process = start(command(tmp_path / "run"), tmp_path / "run", tmp_path / "log")
+        process = start(command(tmp_path / "run"), tmp_path / "run", tmp_path / "log", fresh=True)
         time.sleep(rng.uniform(0.4, 3))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 85, (tmp_path / "log").read_text()

@@ -1,0 +1,220 @@
+"""Runs of the program that need not import everything anew: forked from a process that has, and has done nothing else.
+
+A run starts in a tenth of a second in place of five, and is a process like any other: it has its own signals, exit
+code, working directory and output, and can be killed. What differs: its imports are over before it begins, so tests of
+signals in set-up start a fresh one; several ranks are started by Fabric, which needs a real command line.
+
+Run as a program, this file is the process that is forked from.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+MODULES = (
+    "torch",
+    "lightning_fabric",
+    "lightning_fabric.strategies",
+    "peft",
+    "litrecipe.cli",
+    *(f"litrecipe.recipes.{name}" for name in ("dpo", "evaluate", "finetune", "generate", "grpo", "ppo", "reward")),
+)
+
+
+class Server:
+    """The process that is forked from; made when it is first needed."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.address = str(Path(self.folder.name) / "socket")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, self.address],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        atexit.register(self.close)
+        end = time.monotonic() + 120
+        while not Path(self.address).exists():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError("the process to fork from did not start")
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+
+_server: Server | None = None
+
+
+class Run:
+    """A forked run; as much of `subprocess.Popen` as the tests use."""
+
+    def __init__(self, words: Sequence[str], output: IO[Any], errors: IO[Any], cwd: str | os.PathLike[str]) -> None:
+        global _server
+        if _server is None:
+            _server = Server()
+        self.args = list(words)
+        self.returncode: int | None = None
+        self._line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._line.connect(_server.address)
+        job = json.dumps({"words": self.args, "cwd": str(cwd), "env": dict(os.environ)}).encode()
+        socket.send_fds(self._line, [len(job).to_bytes(8, "big")], [output.fileno(), errors.fileno()])
+        self._line.sendall(job)
+        self._told = b""
+        self.pid = int(self._read_line(None))
+
+    def _read_line(self, timeout: float | None) -> str:
+        """The next line; TimeoutError when it takes longer."""
+        self._line.settimeout(timeout)
+        while b"\n" not in self._told:
+            try:
+                more = self._line.recv(100)
+            except BlockingIOError as error:
+                raise TimeoutError from error
+            if not more:
+                raise RuntimeError("the process that runs are forked from is gone")
+            self._told += more
+        line, _, self._told = self._told.partition(b"\n")
+        return line.decode()
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            try:
+                self.returncode = int(self._read_line(0.0))
+            except TimeoutError:
+                return None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            try:
+                self.returncode = int(self._read_line(timeout))
+            except TimeoutError as error:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from error
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def can_fork(words: Sequence[str]) -> bool:
+    """Whether a run needs no command line that it could be started by again."""
+    return not any(word.startswith("--fabric.devices") for word in words)
+
+
+def run(words: Sequence[str], timeout: float, cwd: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    """To its end; output as text."""
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = Run(words, output, errors, cwd)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        texts = []
+        for file in (output, errors):
+            file.seek(0)
+            texts.append(file.read().decode().replace("\r\n", "\n"))
+    return subprocess.CompletedProcess(list(words), code, *texts)
+
+
+def serve(address: str) -> None:
+    """Fork a run for each connection, and tell it the pid and, when it is over, the exit code."""
+    for name in MODULES:
+        __import__(name)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(writer.fileno())
+    parent = os.getppid()
+    lines: dict[int, socket.socket] = {}
+    listening.bind(f"{address}.new")
+    listening.listen()
+    Path(f"{address}.new").rename(address)
+    while os.getppid() == parent:
+        ready, _, _ = select.select([listening, reader], [], [], 5.0)
+        if listening in ready:
+            line, _ = listening.accept()
+            head, files, _, _ = socket.recv_fds(line, 8, 2)
+            job = json.loads(read_exactly(line, int.from_bytes(head, "big")))
+            pid = os.fork()
+            if pid == 0:
+                for other in (listening, reader, writer, line, *lines.values()):
+                    other.close()
+                become(job, files)
+            for file in files:
+                os.close(file)
+            lines[pid] = line
+            line.sendall(f"{pid}\n".encode())
+        if reader in ready:
+            reader.recv(4096)
+        while lines:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                break
+            with lines.pop(pid) as line, suppress(BrokenPipeError):  # of whom nobody waited for
+                line.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def read_exactly(line: socket.socket, count: int) -> bytes:
+    found = b""
+    while len(found) < count:
+        found += line.recv(count - len(found))
+    return found
+
+
+def become(job: dict[str, Any], files: array.array[int] | list[int]) -> None:
+    """The program, in the forked process; does not return."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    for target, file in enumerate(files, start=1):
+        os.dup2(file, target)
+        os.close(file)
+    from litrecipe import cli
+
+    sys.argv = ["litrecipe", *job["words"]]
+    code: Any = 1
+    try:
+        code = cli.main(job["words"])
+    except SystemExit as stopped:
+        code = stopped.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:  # noqa: BLE001 - as the interpreter would
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
