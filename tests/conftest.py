@@ -130,7 +130,7 @@ def litrecipe():
     def run(*args: object, check: bool = True, timeout: float = 240, **keys):
         words = list(map(str, args))
         if preloaded.can_fork(words) and keys.keys() <= {"cwd"}:
-            done = preloaded.run(words, timeout, keys.get("cwd", os.getcwd()))
+            done = preloaded.run(words, timeout, keys.get("cwd", Path.cwd()))
         else:
             command = [sys.executable, "-m", "litrecipe", *words]
             done = subprocess.run(command, text=True, capture_output=True, timeout=timeout, **keys)
