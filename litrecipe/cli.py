@@ -103,6 +103,22 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         True,
         DRY_RUN,
     ),
+    "align iterative-dpo": RecipeVerb(
+        "rounds of DPO on pairs of sampled answers",
+        "rounds:IterativeDpoRecipe",
+        "recipes.iterative_dpo:main",
+        PROMPTS,
+        True,
+        DRY_RUN,
+    ),
+    "align rejection-sampling": RecipeVerb(
+        "fine-tune on the best of several sampled answers",
+        "rounds:RejectionSamplingRecipe",
+        "recipes.rejection_sampling:main",
+        PROMPTS,
+        True,
+        DRY_RUN,
+    ),
     "evaluate": RecipeVerb(
         "measure a model on tasks", "groups:EvaluateRecipe", "recipes.evaluate:main", preemptible=True
     ),

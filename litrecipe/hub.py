@@ -33,7 +33,7 @@ def ls() -> int:
         table.add_row(name, f"{told.removesuffix('.')}. For {hardware}.")
     console = progress.console()
     if not console.is_terminal:  # a program reads this: do not fold lines
-        console.width = 200
+        console.width = 300
     console.print(table, highlight=False)
     return 0
 

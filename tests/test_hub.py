@@ -12,7 +12,19 @@ from litrecipe.config import schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, RewardRecipe
 from litrecipe.config.merge import hub_folder, hub_names
+from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
 from litrecipe.config.recipes import RECIPES
+from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
+
+ALIGNING = {
+    "reward": RewardRecipe,
+    "dpo": DpoRecipe,
+    "ppo": PpoRecipe,
+    "grpo": GrpoRecipe,
+    "rloo": RlooRecipe,
+    "iterative-dpo": IterativeDpoRecipe,
+    "rejection-sampling": RejectionSamplingRecipe,
+}
 
 
 @pytest.mark.parametrize("name", hub_names())
@@ -33,6 +45,8 @@ def test_the_recipes_that_must_be_there() -> None:
         "align/reward/llama-3.1-8b": ("lora",),
         "align/dpo/smollm2-135m": ("full", "lora", "dora"),
         "align/dpo/llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
+        "align/iterative-dpo": ("smollm2-135m",),
+        "align/rejection-sampling": ("smollm2-135m",),
     }.items():
         assert {f"{folder}/{recipe}" for recipe in recipes} <= set(hub_names())
 
@@ -43,7 +57,7 @@ def test_recipes_of_preference_learning_belong_to_their_verbs() -> None:
         if not name.startswith("align/"):
             continue
         kind = hub.kind_of(hub_folder() / f"{name}.yaml")
-        assert kind is (RewardRecipe if name.startswith("align/reward/") else DpoRecipe)
+        assert kind is ALIGNING[name.split("/")[1]]
         data = schema.load(kind, [name]).data
         assert data.val and "test" in data.val and "test" not in data.train
     recipe = schema.load(DpoRecipe, ["align/dpo/llama-3.1-8b/full-fsdp"])

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from litrecipe.checkpoint.manifest import new_folder
-from litrecipe.checkpoint.reward import write_config
+from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, write_config, write_config_alone
 from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
-from litrecipe.model.architecture import Architecture, to_hf_config
+from litrecipe.model.architecture import SCORE, Architecture, to_hf_config
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 
 GENERATION = "generation_config.json"
@@ -53,11 +54,49 @@ def save_model(
     """
 
     def configure(draft: Path, dtype: str) -> None:
-        write_json(draft / "config.json", to_hf_config(model.architecture, dtype))
-        if not (draft / GENERATION).is_file():
-            write_json(draft / GENERATION, _special_ids(model.architecture))
+        _configure_language_model(draft, model.architecture, dtype)
 
     _save(folder, model, tokenizer_dir, configure, chat_template, dtype, max_shard_bytes)
+
+
+def _configure_language_model(draft: Path, architecture: Architecture, dtype: str) -> None:
+    write_json(draft / "config.json", to_hf_config(architecture, dtype))
+    if not (draft / GENERATION).is_file():
+        write_json(draft / GENERATION, _special_ids(architecture))
+
+
+def save_hydra(
+    folder: Path,
+    model: Hydra,
+    tokenizer_dir: Path,
+    *,
+    pad_token: str,
+    statistics: tuple[float, float] | None,
+    chat_template: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write a hydra as the language model it is, and its score beside it; all else as `save_reward_model`."""
+    score = gather([(SCORE, model.score.weight)])
+
+    def configure(draft: Path, dtype: str) -> None:
+        _configure_language_model(draft, model.architecture, dtype)
+        write_head(draft, score, model.architecture, dtype, pad_token, statistics)
+
+    _save(folder, model, tokenizer_dir, configure, chat_template, dtype, max_shard_bytes)
+
+
+def write_head(
+    draft: Path,
+    score: dict[str, Tensor],
+    architecture: Architecture,
+    dtype: str,
+    pad_token: str,
+    statistics: tuple[float, float] | None,
+) -> None:
+    """Write a hydra's score (1, d), as it is, and the config of the reward model that it makes of its transformer."""
+    save_file(score, draft / HEAD, metadata={"format": "pt"})
+    write_config_alone(draft / BESIDE_ADAPTER, architecture, dtype, pad_token, statistics)
 
 
 def save_reward_model(
@@ -94,6 +133,8 @@ def _save(
 ) -> None:
     """`configure` completes a folder that has weights, in the dtype of this name, and tokenizer."""
     parameters = dict(model.named_parameters())
+    if isinstance(model, Hydra):
+        del parameters[SCORE]
     if strange := [n for n, p in parameters.items() if not p.is_floating_point() or ".base_layer." in n]:
         raise ValueError(f"{strange[0]}: merge adapters and dequantise before saving")
     dtype = dtype or parameters["model.embed_tokens.weight"].dtype

@@ -18,6 +18,7 @@ from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.config.progress import track
 from litrecipe.model.architecture import SCORE
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 
 SHOWN = 10
@@ -63,33 +64,82 @@ def load_reward_model(
     init: str = "pretrained",
     seed: int = 0,
 ) -> RewardModel:
-    """The reward model of `files`, or a fresh one on the transformer of a language model: its head is left out, and the
-    score drawn from `seed`.
+    """The reward model of `files`, be it one of a hydra, or a fresh one on the transformer of a language model: its
+    head is left out, and the score drawn from `seed`.
 
     All else as `load_model`; under an adapter the score is fp32 and trains. Raises InputError for a classifier of
     several labels.
     """
-    if files.is_reward_model:
+    if files.is_reward_model or files.is_hydra:
         _check_labels(files)
     settings = _adapter_settings(files, adapter)
     with torch.device("meta"):
         model = RewardModel(files.architecture)
     _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
+    _put_score(model, files, device, seed)
+    _finish_score(model, files, settings, dtype, seed)
+    return model
+
+
+def load_hydra(
+    files: ModelFiles,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    quantize: Quantize | None = None,
+    adapter: Adapter | None = None,
+    init: str = "pretrained",
+    seed: int = 0,
+) -> Hydra:
+    """The language model of `files` with the score beside it, or with one that is drawn from `seed`.
+
+    All else as `load_reward_model`. Raises InputError for a reward model, which has no language model's head.
+    """
+    files.refuse_reward_model()
+    if files.is_hydra:
+        _check_labels(files)
+    settings = _adapter_settings(files, adapter)
+    with torch.device("meta"):
+        model = Hydra(files.architecture)
+    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
+    model.tie_weights()
+    _put_score(model, files, device, seed)
+    _finish_score(model, files, settings, dtype, seed)
+    return model
+
+
+def _put_score(model: RewardModel, files: ModelFiles, device: torch.device | str, seed: int) -> None:
+    """Statistics, and a score in fp32: that of a hydra or a fresh one where none was read with the weights."""
     model.statistics = files.reward_statistics
-    if model.score.weight.is_meta:
+    if not model.score.weight.is_meta:
+        return
+    if files.head is not None:
+        score = files.score()
+        if score.shape != model.score.weight.shape:
+            shapes = f"shape {list(score.shape)}, not {list(model.score.weight.shape)} as the config says"
+            raise InputError(f"{files.head.path}: {SCORE}: {shapes}: fetch or save the folder again")
+        model.score.weight = nn.Parameter(score.to(device, torch.float32))
+    else:
         model.score.to_empty(device=device)
         model.init_score(seed)
+
+
+def _finish_score(
+    model: RewardModel, files: ModelFiles, settings: Adapter | None, dtype: torch.dtype, seed: int
+) -> None:
+    """Under an adapter the score is fp32 and trains, else it is as the weights are."""
     if settings:
         _adapt(model, files, settings, seed)
     else:
         model.score.to(dtype)
-    return model
 
 
 def _check_labels(files: ModelFiles) -> None:
     adapter = files.adapter if files.adapter and files.adapter.is_reward_model else None
-    shape = adapter.score_shape if adapter else files.shapes[SCORE]
-    config = {} if adapter else files.config  # an adapter's is its base's
+    shape = adapter.score_shape if adapter else files.shapes.get(SCORE)
+    if files.head is not None:
+        shape = files.head.entries[0].shape
+    config = {} if adapter or files.head else files.config  # an adapter's is its base's
     labels = config.get("id2label")
     for key, count in (
         ("config.json: num_labels", config.get("num_labels", 1)),
@@ -178,7 +228,7 @@ def _adapter_settings(files: ModelFiles, adapter: Adapter | None) -> Adapter | N
     """Those of the adapter the model gets: the recipe's, or of the one in `files`; the two must agree."""
     wanted = adapter if adapter and adapter.method != "none" else None
     saved = files.adapter.settings if files.adapter else None
-    if wanted and saved and _essence(wanted) != _essence(saved):
+    if wanted and saved and not same_settings(wanted, saved):
         raise InputError(
             f"adapter: model.source is a {saved.method} adapter with r={saved.r}, alpha={saved.alpha:g} on "
             f"{', '.join(saved.targets)}: ask for the same to train it further, or `litrecipe model merge` it first"
@@ -202,6 +252,11 @@ def _adapt(model: Trunk, files: ModelFiles, settings: Adapter, seed: int) -> Non
         except InputError as error:  # does not know where the tensors came from
             path, cure = files.adapter.weights.path, "weights and adapter_config.json do not fit: fetch both again"
             raise InputError(*(f"{path}{line.removeprefix('adapter')}: {cure}" for line in error.mistakes)) from error
+
+
+def same_settings(a: Adapter, b: Adapter) -> bool:
+    """Whether the values of one adapter mean the same in the other."""
+    return _essence(a) == _essence(b)
 
 
 def _essence(adapter: Adapter) -> tuple:

@@ -165,23 +165,27 @@ def save_adapter(
 
     `adapter` holds the settings it was made with; `base` is where its base model is, a path or `org/name[@revision]`;
     `chat_template` is a Jinja file that replaces the tokenizer's. A reward model's score goes along, and its
-    `reward_config.json` with pad token, which must be given, and statistics; see `save_reward_model`. Every rank has to
-    call this; the first one writes. Raises InputError on every rank when the disk is full.
+    `reward_config.json` with pad token, which must be given, and statistics; see `save_reward_model`. That of a hydra
+    lies beside the adapter of its language model; see `save_hydra`. Every rank has to call this; the first one writes.
+    Raises InputError on every rank when the disk is full.
     """
     from safetensors.torch import save_file
 
-    from litrecipe.checkpoint.hf import copy_tokenizer, dtype_name, gather, write_folder
-    from litrecipe.model.adapters import adapter_config, adapter_state
+    from litrecipe.checkpoint.hf import copy_tokenizer, dtype_name, gather, write_folder, write_head
+    from litrecipe.model.adapters import PEFT_PREFIX, adapter_config, adapter_state
+    from litrecipe.model.hydra import Hydra
     from litrecipe.model.reward import RewardModel
 
     if isinstance(model, RewardModel) != (pad_token is not None):
         raise ValueError("pad_token: a reward model's adapter needs one, others have none")
     state = gather(adapter_state(model).items())
+    is_hydra = isinstance(model, Hydra)
+    head = {SCORE: state.pop(f"{PEFT_PREFIX}{SCORE}")} if is_hydra and state else {}
     if Path(base).expanduser().exists():
         name, revision = str(Path(base).expanduser().resolve()), ""
     else:
         name, _, revision = base.partition("@")
-    config = adapter_config(adapter, name, with_score=isinstance(model, RewardModel))
+    config = adapter_config(adapter, name, with_score=isinstance(model, RewardModel) and not is_hydra)
     if revision:
         config["revision"] = revision
 
@@ -189,8 +193,10 @@ def save_adapter(
         write_json(draft / ADAPTER_CONFIG, config)
         save_file(state, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         copy_tokenizer(tokenizer_dir, draft, chat_template)
-        if pad_token is not None:
-            dtype = dtype_name(model.model.embed_tokens.weight.dtype)
+        dtype = dtype_name(model.model.embed_tokens.weight.dtype)
+        if is_hydra and pad_token is not None:
+            write_head(draft, head, model.architecture, dtype, pad_token, statistics)
+        elif pad_token is not None:
             write_config(draft / BESIDE_ADAPTER, model.architecture, dtype, pad_token, statistics)
 
     write_folder(folder, write)

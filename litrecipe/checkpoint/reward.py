@@ -17,7 +17,10 @@ from litrecipe.config.files import read_json, write_json
 from litrecipe.model.architecture import Architecture, to_classifier_config
 
 BESIDE_ADAPTER = "reward_config.json"
-"""A reward model's config in an adapter folder: next to a `config.json`, transformers would look for whole weights."""
+"""A reward model's config in an adapter folder: next to a `config.json`, transformers would look for whole weights.
+Also beside the head of a hydra."""
+HEAD = "reward_head.safetensors"
+"""The score of a hydra, beside the folder of its language model or of an adapter on one."""
 MEAN, STD = "reward_mean", "reward_std"
 """Keys of the config: mean and standard deviation of the rewards of good answers."""
 SPARE = ("pad", "reserved", "unused", "unk")
@@ -34,13 +37,7 @@ def write_config(
     Raises InputError when the tokenizer does not know that token.
     """
     draft = path.parent
-    pad_id = _vocabulary(draft).get(pad_token)
-    if pad_id is None:
-        raise InputError(f"{draft / 'tokenizer.json'}: pad token {pad_token}: not in it: take another, or add it")
-    config = to_classifier_config(architecture, dtype, pad_id)
-    if statistics is not None:
-        config |= dict(zip((MEAN, STD), statistics, strict=True))
-    write_json(path, config)
+    pad_id = write_config_alone(path, architecture, dtype, pad_token, statistics)
     write_json(draft / "tokenizer_config.json", _read(draft / "tokenizer_config.json") | {"pad_token": pad_token})
     for name, key, value in (
         ("special_tokens_map.json", "pad_token", pad_token),
@@ -48,6 +45,20 @@ def write_config(
     ):
         if (draft / name).is_file():
             write_json(draft / name, read_json(draft / name) | {key: value})
+
+
+def write_config_alone(
+    path: Path, architecture: Architecture, dtype: str, pad_token: str, statistics: tuple[float, float] | None
+) -> int:
+    """The same without a change to the tokenizer, which is a language model's too; returns the pad token's id."""
+    pad_id = vocabulary(path.parent).get(pad_token)
+    if pad_id is None:
+        raise InputError(f"{path.parent / 'tokenizer.json'}: pad token {pad_token}: not in it: take another, or add it")
+    config = to_classifier_config(architecture, dtype, pad_id)
+    if statistics is not None:
+        config |= dict(zip((MEAN, STD), statistics, strict=True))
+    write_json(path, config)
+    return pad_id
 
 
 def read_statistics(config: dict[str, Any], path: Path | str) -> tuple[float, float] | None:
@@ -72,13 +83,13 @@ def pad_for_rewards(tokenizer_dir: Path, architecture: Architecture, *, chat_tem
     """
     config = _read(tokenizer_dir / "special_tokens_map.json") | _read(tokenizer_dir / "tokenizer_config.json")
     generation = _read(tokenizer_dir / "generation_config.json")
-    vocabulary = _vocabulary(tokenizer_dir)
+    ids = vocabulary(tokenizer_dir)
     template = _template(tokenizer_dir, config, chat_template)
     taken_ids = {architecture.bos_id, *architecture.eos_ids, *_ids(generation.get("eos_token_id"))}
     taken = {_text(config.get(name)) for name in ("bos_token", "eos_token")}
 
     def is_free(token: str) -> bool:
-        id = vocabulary.get(token)
+        id = ids.get(token)
         return id is not None and id not in taken_ids and token not in taken and token not in template
 
     own = _text(config.get("pad_token"))
@@ -130,7 +141,7 @@ def _special_tokens(folder: Path) -> list[str]:
     return [token["content"] for token in sorted(added, key=lambda token: token["id"]) if token["special"]]
 
 
-def _vocabulary(folder: Path) -> dict[str, int]:
+def vocabulary(folder: Path) -> dict[str, int]:
     """Token → id."""
     tokenizer = read_json(folder / "tokenizer.json")
     vocabulary = tokenizer["model"]["vocab"]

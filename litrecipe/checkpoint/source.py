@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from litrecipe.checkpoint.hub import HUB_ID, fetch
 from litrecipe.checkpoint.manifest import user_cache, verify
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
-from litrecipe.checkpoint.reward import BESIDE_ADAPTER, read_statistics
-from litrecipe.checkpoint.safetensors_files import find_weights
+from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
+from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters, read_architecture
@@ -64,6 +64,8 @@ class ModelFiles:
     """None when there is only a `config.json`."""
     adapter: AdapterFiles | None = None
     """The adapter, when `source` is a PEFT folder; all else is then its base model's."""
+    head: SafetensorsFile | None = None
+    """The score that lies beside the language model of a hydra."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as (Hugging Face name, tensor), one at a time. Raises InputError when there are none."""
@@ -75,6 +77,16 @@ class ModelFiles:
         if self.adapter and self.adapter.is_reward_model:
             return True
         return self.weights is not None and SCORE in self.weights.shapes
+
+    @property
+    def is_hydra(self) -> bool:
+        """Whether it is a language model that is a reward model too, for those who ask for one."""
+        return self.head is not None
+
+    def score(self) -> Tensor:
+        """The score (1, d) of a hydra."""
+        assert self.head is not None
+        return dict(self.head.tensors())[SCORE]
 
     def refuse_reward_model(self) -> None:
         """Raise InputError where a language model is needed and this is none."""
@@ -89,9 +101,10 @@ class ModelFiles:
 
         Raises InputError when they are no numbers.
         """
-        if self.adapter is None:
+        beside = self.head.path.parent if self.head else self.adapter.folder if self.adapter else None
+        if beside is None:
             return read_statistics(self.config, self.source)
-        config = self.adapter.folder / BESIDE_ADAPTER
+        config = beside / BESIDE_ADAPTER
         return read_statistics(read_json(config), config) if config.is_file() else None
 
     @property
@@ -131,6 +144,7 @@ class ModelFiles:
         a = self.architecture
         size = count_parameters(a, is_reward_model=self.is_reward_model)
         kind = f"{a.family} reward model" if self.is_reward_model else a.family
+        kind += " with a score beside its language model" if self.is_hydra else ""
         line = f"{self.source}: {kind}, {size:,} parameters in {a.num_layers} layers of {a.hidden_size}"
         return line + (f", with a {self.adapter.kind} adapter" if self.adapter else "")
 
@@ -204,7 +218,7 @@ def _open_folder(folder: Path, source: str, is_base: bool) -> ModelFiles:
         one = next(folder.glob("*.gguf"), None)
         cure = f"give {one}" if one else "give a folder with config.json and model.safetensors"
         raise InputError(f"model.source: {source}: no config.json in it: {cure}")
-    return _hf_files(source, config, find_weights(folder))
+    return replace(_hf_files(source, config, find_weights(folder)), head=_find_head(folder))
 
 
 def _open_final(run: Path, source: str, is_base: bool) -> ModelFiles:
@@ -250,9 +264,18 @@ def _open_adapter(folder: Path, source: str) -> ModelFiles:
         key = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path"
         raise InputError(f"{key}: its base model cannot be opened ({error}): write where it is") from error
     own_tokenizer = (folder / "tokenizer.json").is_file()
-    return replace(
-        files, source=source, adapter=adapter, tokenizer_dir=folder if own_tokenizer else files.tokenizer_dir
-    )
+    tokenizer_dir = folder if own_tokenizer else files.tokenizer_dir
+    # A score of the base is not one of the adapter, unless that was trained with it.
+    return replace(files, source=source, adapter=adapter, tokenizer_dir=tokenizer_dir, head=_find_head(folder))
+
+
+def _find_head(folder: Path) -> SafetensorsFile | None:
+    if not (folder / HEAD).is_file():
+        return None
+    head = SafetensorsFile(folder / HEAD)
+    if [entry.name for entry in head.entries] != [SCORE]:
+        raise InputError(f"{folder / HEAD}: must hold {SCORE} and nothing else: fetch or save the folder again")
+    return head
 
 
 def _check_tokenizer(path: Path, vocab_size: int) -> None:

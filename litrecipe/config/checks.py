@@ -24,6 +24,8 @@ from litrecipe.config.groups import (
 from litrecipe.config.merge import SCHEMA_VERSION
 from litrecipe.config.online import OnlineRecipe
 from litrecipe.config.online_checks import ONLINE_RANGES, check_online
+from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
+from litrecipe.config.rounds_checks import ROUNDS_RANGES, check_iterative_dpo, check_rejection_sampling
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
@@ -46,9 +48,13 @@ def check(recipe: Any) -> Iterator[Mistake]:
         yield from _preference_rows(recipe)
     if isinstance(recipe, RewardRecipe) and recipe.eval.tasks:
         yield "eval.tasks", recipe.eval.tasks, "a reward model says no words: remove it; data.val is what is measured"
-    if isinstance(recipe, OnlineRecipe):
+    if isinstance(recipe, IterativeDpoRecipe):
+        yield from check_iterative_dpo(plausible)
+    elif isinstance(recipe, OnlineRecipe):
         yield from check_online(plausible)
-    if isinstance(recipe, DpoRecipe):
+    if isinstance(recipe, RejectionSamplingRecipe):
+        yield from check_rejection_sampling(plausible)
+    if isinstance(recipe, DpoRecipe | IterativeDpoRecipe):
         yield from _mix(recipe.dpo)
         yield from _dpo_combinations(plausible.dpo)
 
@@ -96,6 +102,7 @@ RANGES: dict[str, Range] = {
     "dpo.ref_every": _at_least(1),
     "reward.label_smoothing": BELOW_HALF,
     "reward.centering_coef": _at_least(0),
+    "reward.sft_coef": _at_least(0),
     "reward.measured": _at_least(2),
     "data.max_length": _at_least(2),
     "optim.lr": ABOVE_0,
@@ -130,6 +137,7 @@ RANGES: dict[str, Range] = {
     "batch_tokens": _at_least(1),
     "schema_version": (lambda value: value == SCHEMA_VERSION, f"{SCHEMA_VERSION}, the version this litrecipe knows"),
     **ONLINE_RANGES,
+    **ROUNDS_RANGES,
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 

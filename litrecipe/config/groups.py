@@ -168,6 +168,9 @@ class Reward:
     """Share of pairs believed to be labelled the wrong way round."""
     centering_coef: float = 0.0
     """Weight of (r_chosen + r_rejected)², which holds rewards near 0 (try 0.01)."""
+    sft_coef: float = 0.0
+    """Weight of the mean NLL of the chosen answers' tokens. Above 0 it trains one transformer with a language model's
+    head and a score, for `ppo.layout` hydra (2309.00754)."""
     demonstrations: str | None = None
     """Conversations on which mean and spread of the reward are measured and kept beside the weights (default: the
     chosen answers of `data.train`)."""

@@ -22,7 +22,8 @@ class Rewards:
     sources: dict[str, float] = field(default_factory=dict)
     """Sources and their weights: `{model:runs/reward: 1.0, numeric?column=answer: 0.5, function:mine:brief: 0.1}`. A
     reward model (a run or folder), a Python function, or `exact`, `regex`, `json`, `numeric`, `length`, `repetition`,
-    `sentiment` (see the tutorial on reward functions)."""
+    `sentiment` (see the tutorial on reward functions). With `ppo.layout` hydra also `hydra`, the score of the base,
+    which alone is the default there."""
     clip: float | None = None
     """Largest absolute score, before penalties; null switches clipping off."""
     scale: Literal["none", "running"] = "none"
@@ -32,19 +33,39 @@ class Rewards:
 
 
 @dataclass
-class Online:
-    """What all methods that sample share."""
+class Sampling:
+    """How completions are sampled, and what is taken off their scores."""
+
+    completions_per_prompt: int = 1
+    """Completions of each prompt."""
+    max_new_tokens: int = 128
+    """Longest completion in tokens."""
+    temperature: float = 1.0
+    """Of sampling."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens (0: all)."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion."""
+    missing_eos: float | None = None
+    """Penalty for a completion that was cut at `max_new_tokens` (null: none)."""
+    missing_eos_mode: Literal["subtract", "set"] = "subtract"
+    """`subtract` takes the penalty from the score, `set` makes its negative the score."""
+    soft_limit: int = 0
+    """Tokens before `max_new_tokens` in which a penalty grows to 1 (DAPO, 2503.14476; 0: none)."""
+
+
+@dataclass
+class Online(Sampling):
+    """What all policy gradients on sampled completions share."""
 
     rollout_batch_size: int = 64
     """Completions of one rollout, over all ranks."""
-    completions_per_prompt: int = 1
-    """Completions of each prompt."""
     minibatches: int = 1
     """Optimizer steps in which a rollout is gone through once."""
     epochs: int = 1
     """How often it is gone through."""
-    max_new_tokens: int = 128
-    """Longest completion in tokens."""
     temperature: float = 1.0
     """Of sampling, and of every log-probability."""
     top_k: int = 0
@@ -53,16 +74,8 @@ class Online:
     """Sample among the likeliest tokens that hold this probability; below 1 needs `biased_sampling`."""
     biased_sampling: bool = False
     """Allow top_k and top_p, after which the ratio of new to old policy is no longer that of what was sampled from."""
-    stop: list[str] = field(default_factory=list)
-    """Strings that end a completion."""
-    missing_eos: float | None = None
-    """Penalty for a completion that was cut at `max_new_tokens` (null: none)."""
-    missing_eos_mode: Literal["subtract", "set"] = "subtract"
-    """`subtract` takes the penalty from the score, `set` makes its negative the score."""
     truncated: Literal["learn", "mask"] = "learn"
     """`mask` leaves completions that were cut out of the loss."""
-    soft_limit: int = 0
-    """Tokens before `max_new_tokens` in which a penalty grows to 1 (DAPO, 2503.14476; 0: none)."""
     kl_coef: float = 0.05
     """Weight of the KL divergence to the reference."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -124,7 +137,9 @@ class Ppo(Online):
     value_grad_clip: float | None = 1.0
     """Largest norm of the critic's gradient, which is clipped apart from the policy's."""
     critic: str = "auto"
-    """What the critic starts from: a model, or `auto`: the first reward model of `rewards.sources`, else the policy."""
+    """What the critic starts from: a reward model, the `policy` with a head of zeros, or `auto`: the first reward model
+    of `rewards.sources` if it fits, else the policy. One that is an adapter starts from an adapter on the same base
+    with the same settings; that of a hydra from its score."""
     critic_warmup: int = 0
     """Steps in which only the critic learns."""
 
@@ -237,3 +252,8 @@ class RlooRecipe(OnlineRecipe):
 def method_of(recipe: OnlineRecipe) -> tuple[str, Online]:
     """Name and values of the group of a recipe's method."""
     return next((name, value) for name, value in vars(recipe).items() if isinstance(value, Online))
+
+
+def sampling_of(recipe: TrainingRecipe) -> tuple[str, Sampling]:
+    """Name and values of the group of a recipe that says how completions are sampled."""
+    return next((name, value) for name, value in vars(recipe).items() if isinstance(value, Sampling))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from litrecipe.config.groups import Train
-from litrecipe.config.online import Grpo, Online, OnlineRecipe, Ppo, Rloo, method_of
+from litrecipe.config.groups import Train, TrainingRecipe
+from litrecipe.config.online import Grpo, Online, OnlineRecipe, Ppo, Rewards, Rloo, Sampling, method_of
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
@@ -59,10 +59,15 @@ ONLINE_RANGES: dict[str, Range] = {
 """As `checks.RANGES`."""
 
 
-def check_online(recipe: OnlineRecipe) -> Iterator[Mistake]:
-    """Keys of a recipe that samples which do not go together."""
-    name, online = method_of(recipe)
-    if not recipe.rewards.sources:
+def check_sampling(
+    recipe: TrainingRecipe, rewards: Rewards, *, judged: bool = False, hydra: bool = False
+) -> Iterator[Mistake]:
+    """Keys that all recipes that sample have; where completions are `judged`, or by the policy's own base (`hydra`),
+    nothing else need score them."""
+    if "hydra" in rewards.sources and not hydra:
+        cure = "the score beside the language model that a policy is an adapter on: use align ppo with ppo.layout hydra"
+        yield "rewards.sources", "hydra", cure
+    if not rewards.sources and not (judged or hydra):
         yield (
             "rewards.sources",
             "missing",
@@ -76,11 +81,21 @@ def check_online(recipe: OnlineRecipe) -> Iterator[Mistake]:
     ):
         if value != default:
             yield key, value, "prompts are recognised by their columns, and what is sampled is learnt: remove it"
-    if recipe.train.global_batch_size != Train.global_batch_size:
-        cure = f"a step takes {name}.rollout_batch_size / {name}.minibatches completions: set those, and remove it"
-        yield "train.global_batch_size", recipe.train.global_batch_size, cure
-    if recipe.train.max_tokens is not None:
-        yield "train.max_tokens", recipe.train.max_tokens, "nobody knows how long completions will be: use max_steps"
+
+
+def check_portions(train: Train, portion: str) -> Iterator[Mistake]:
+    """Keys that mean nothing where a step is a `portion` of what was sampled."""
+    if train.global_batch_size != Train.global_batch_size:
+        yield "train.global_batch_size", train.global_batch_size, f"a step takes {portion}: set those, and remove it"
+    if train.max_tokens is not None:
+        yield "train.max_tokens", train.max_tokens, "nobody knows how long completions will be: use max_steps"
+
+
+def check_online(recipe: OnlineRecipe) -> Iterator[Mistake]:
+    """Keys of a policy-gradient method that do not go together."""
+    name, online = method_of(recipe)
+    yield from check_sampling(recipe, recipe.rewards, hydra=isinstance(online, Ppo) and online.layout == "hydra")
+    yield from check_portions(recipe.train, f"{name}.rollout_batch_size / {name}.minibatches completions")
     for key, value, cure in _of_method(online):
         yield f"{name}.{key}", value, cure
     if isinstance(online, Ppo):
@@ -108,7 +123,6 @@ def _of_method(online: Online) -> Iterator[Mistake]:
             cure = "cuts off what the log-probabilities know of: remove it, or allow it by biased_sampling true"
             yield key, value, cure
     for key, needed, is_there in (
-        ("missing_eos_mode", "missing_eos", online.missing_eos is not None),
         ("kl_target", "kl_coef", online.kl_coef > 0),
         ("ptx_coef", "ptx_data", online.ptx_data is not None),
         ("ptx_data", "ptx_coef", online.ptx_coef > 0),
@@ -119,10 +133,18 @@ def _of_method(online: Online) -> Iterator[Mistake]:
             yield key, value, f"does nothing without {needed}: set that too, or remove it"
     if online.kl_target is not None and online.kl_in == "loss":
         yield "kl_target", online.kl_target, "steers the KL in the reward: use kl_in reward, or remove it"
-    if online.soft_limit >= online.max_new_tokens:
-        yield "soft_limit", online.soft_limit, f"must be less than max_new_tokens {online.max_new_tokens}"
+    yield from check_penalties(online)
     if online.kl_in == "reward" and online.kl_estimator != "k1":
         yield "kl_estimator", online.kl_estimator, "in the reward only k1 is unbiased: remove it, or use kl_in loss"
+
+
+def check_penalties(config: Sampling) -> Iterator[Mistake]:
+    """Penalties without effect, or beyond their room; keys without their group."""
+    if config.missing_eos is None and config.missing_eos_mode != Sampling.missing_eos_mode:
+        cure = "does nothing without missing_eos: set that too, or remove it"
+        yield "missing_eos_mode", config.missing_eos_mode, cure
+    if config.soft_limit >= config.max_new_tokens:
+        yield "soft_limit", config.soft_limit, f"must be less than max_new_tokens {config.max_new_tokens}"
 
 
 def _of_layout(recipe: OnlineRecipe, ppo: Ppo) -> Iterator[Mistake]:
@@ -135,3 +157,8 @@ def _of_layout(recipe: OnlineRecipe, ppo: Ppo) -> Iterator[Mistake]:
             value = getattr(ppo, key)
             if value != getattr(Ppo, key):
                 yield f"ppo.{key}", value, "a joined critic is a head on the policy: remove it, or use layout lora"
+    if ppo.layout == "hydra" and ppo.critic != Ppo.critic:
+        yield "ppo.critic", ppo.critic, "a hydra's critic starts from its score: remove it, or use layout lora"
+    if ppo.layout == "hydra" and not adapted:
+        cure = "a hydra's policy and critic are adapters: use adapter.method lora, or ppo.layout separate"
+        yield "adapter.method", recipe.adapter.method, cure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, GenerateRecipe, RewardRecipe
 from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
+from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 
 RECIPES: dict[str, type] = {
     "finetune": FinetuneRecipe,
@@ -12,6 +13,8 @@ RECIPES: dict[str, type] = {
     "align ppo": PpoRecipe,
     "align grpo": GrpoRecipe,
     "align rloo": RlooRecipe,
+    "align iterative-dpo": IterativeDpoRecipe,
+    "align rejection-sampling": RejectionSamplingRecipe,
     "evaluate": EvaluateRecipe,
     "generate": GenerateRecipe,
     "chat": GenerateRecipe,

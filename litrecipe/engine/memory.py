@@ -19,8 +19,9 @@ from litrecipe.config.online import PpoRecipe
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
-from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.head import block_size
+from litrecipe.model.hydra import Hydra, of_best
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
 
@@ -88,6 +89,7 @@ def estimate(
     sizes = {name: stored_bytes(name, p, recipe) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
+    copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = int(trained * OPTIMIZER_BYTES[recipe.optim.name])
@@ -102,7 +104,7 @@ def estimate(
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
-        reference=(weights if strategy == "fsdp" else gradients) if frozen_copy else 0,
+        reference=(weights if strategy == "fsdp" else copied) if frozen_copy else 0,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
@@ -120,14 +122,17 @@ def head_scratch(model: nn.Module, row: Row, device: torch.device | str) -> int:
     decoder = next((part for part in model.modules() if isinstance(part, Decoder)), None)
     if decoder is None:
         return 0
-    predictions, head = len(row.target), decoder.lm_head.weight
+    read = of_best(row) if isinstance(decoder, Hydra) else row
+    predictions, head = len(read.target), decoder.lm_head.weight
     block = 4 * predictions * min(block_size(predictions, device), len(head))
     return 2 * block + (head.numel() * head.element_size() if head.requires_grad else 0)
 
 
 def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
     """What the recipe trains, without memory; a quantised base is a plain one here."""
-    kind = RewardModel if isinstance(recipe, RewardRecipe) else Decoder
+    kind: type[Trunk] = Decoder
+    if isinstance(recipe, RewardRecipe):
+        kind = Hydra if recipe.reward.sft_coef else RewardModel
     with torch.device("meta"):
         model = kind(architecture).to(torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32)
     if recipe.adapter.method != "none":
@@ -144,16 +149,23 @@ def saved_bytes(model: nn.Module, recipe: TrainingRecipe, row: Row) -> int:
     """What autograd keeps of one forward pass. The model's parameters become fake ones."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    # Which answers are the best is not to be told once values are fakes.
+    shapes = [row, of_best(row)] if isinstance(model, Hydra) else [row]
     with FakeTensorMode(allow_non_fake_inputs=True):
         fill_with_fakes(model)
         saved = SavedBytes(model.parameters())
-        tensors = {field.name: getattr(row, field.name) for field in fields(row)}
-        tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if isinstance(t, Tensor)}
-        fake = replace(row, **tensors)
+        inputs = [faked(one) for one in shapes]
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=recipe.fabric.precision == "bf16-mixed")
         with saved, autocast:
-            model(fake)
+            model(*inputs)
     return saved.total
+
+
+def faked(row: Row) -> Row:
+    """The row with fakes for tensors, by the mode that is on."""
+    tensors = {field.name: getattr(row, field.name) for field in fields(row)}
+    tensors = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors.items() if isinstance(t, Tensor)}
+    return replace(row, **tensors)
 
 
 def stored_bytes(name: str, parameter: nn.Parameter, recipe: TrainingRecipe) -> int:

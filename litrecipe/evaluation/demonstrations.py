@@ -1,11 +1,16 @@
-"""How high a reward model's rewards of good answers are: comparisons tell rewards up to a shift only."""
+"""How high a reward model's rewards of good answers are: comparisons tell rewards up to a shift only.
+
+Shapes: A answers of a row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from litrecipe.config.groups import RewardRecipe
 from litrecipe.config.progress import say, warn
@@ -15,8 +20,7 @@ from litrecipe.data.prepared import prepare
 from litrecipe.data.source import SampleList
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.model.reward import RewardModel
-from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.model.row import Row, Sample, Segment, make_row
 
 
 def demonstrations_of(recipe: RewardRecipe, tokenizer: Tokenizer, train: SampleList | None = None) -> list[Sample]:
@@ -47,9 +51,9 @@ def some_of(samples: SampleList, count: int) -> list[Sample]:
 
 @torch.no_grad()
 def mean_and_spread(
-    model: RewardModel, demonstrations: list[Sample], budget: int, device: torch.device | str
+    reward: Callable[[Row], Tensor], demonstrations: list[Sample], budget: int, device: torch.device | str
 ) -> tuple[float, float] | None:
-    """Mean and standard deviation of the reward of good answers, in rows of up to `budget` tokens.
+    """Mean and standard deviation of the reward (A,) of good answers, in rows of up to `budget` tokens.
 
     None, said, where they do not vary. Whoever uses the rewards takes them from there (2009.01325 sets the mean of
     demonstrations to 0).
@@ -57,7 +61,7 @@ def mean_and_spread(
     rewards: list[float] = []
     lengths = [sample.length for sample in demonstrations]
     for places in pack(lengths, max(budget, *lengths)).rows:
-        rewards += model(make_row([demonstrations[place] for place in places]).to(device)).tolist()
+        rewards += reward(make_row([demonstrations[place] for place in places]).to(device)).tolist()
     mean, std = float(np.mean(rewards)), float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0
     if std == 0.0:
         warn(f"the reward of {len(rewards)} demonstrations does not vary: reward_mean and reward_std are left out")

@@ -60,3 +60,22 @@ def _calibration(axes: Any, pairs: Sequence[Pair]) -> None:
         ylabel="how often right",
         title=f"calibration: off by {summary(pairs)['calibration_error'][0]:.3f}",
     )
+
+
+def draw_best_of(curve: Sequence[dict[str, float]], path: Path, title: str) -> None:
+    """Mean reward of the best of n as a PNG: against n, and against what the KL is at most."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    by_count, by_kl = figure.subplots(1, 2, sharey=True)
+    rewards, errors = [one["reward"] for one in curve], [1.96 * one["stderr"] for one in curve]
+    counts = [one["n"] for one in curve]
+    by_count.errorbar(counts, rewards, errors, color=RIGHT, marker="o", capsize=2)
+    by_count.set_xscale("log", base=2)
+    by_count.set_xticks(counts, [f"{n:g}" for n in counts])
+    by_count.set(xlabel="n", ylabel="mean reward of the best of n")
+    by_kl.errorbar([one["kl_bound"] for one in curve], rewards, errors, color=RIGHT, marker="o", capsize=2)
+    by_kl.set(xlabel="log n - (n - 1) / n: the KL in nats is at most this")
+    figure.suptitle(title)
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -41,16 +41,17 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
 
 
 def open_any(
-    model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric
+    model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric, *, as_judge: bool = False
 ) -> Session[Decoder] | Session[RewardModel]:
     """Load a Hugging Face folder, hub id, GGUF file, PEFT adapter folder, or the final model of a run directory.
 
     The model of a run is read as it was trained: on the same date and, where `quantize` says nothing, on a base
-    quantised alike.
+    quantised alike. `as_judge` takes a hydra for the reward model that it is, not for the language model.
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
-    if open_model(model.source, tokenizer=model.tokenizer).is_reward_model:
+    files = open_model(model.source, tokenizer=model.tokenizer)
+    if files.is_reward_model or (files.is_hydra and as_judge):
         return _open(load_reward_model, model, quantize, fabric)
     return _open(load_model, model, quantize, fabric)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from litrecipe.model.actor_critic import ActorCriticOutput
+from litrecipe.model.adapters import has_adapter, merge_adapter
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.head import Predictions
 from litrecipe.model.reference import PolicyAndReference
@@ -73,3 +74,13 @@ def critic_beside(policy: Decoder, *, joined: bool = False) -> Critic:
     embedding = policy.model.embed_tokens.weight
     critic.score.weight = nn.Parameter(torch.zeros(1, embedding.shape[1], device=embedding.device))
     return critic
+
+
+def critic_as(model: RewardModel) -> Critic:
+    """A critic that is a reward model and trains whole; an adapter is merged. `model` is used up."""
+    if has_adapter(model):
+        merge_adapter(model)
+    with torch.device("meta"):
+        critic = Critic(model.architecture)
+    critic.model, critic.score, critic.statistics = model.model, model.score, model.statistics
+    return critic.requires_grad_()

@@ -59,8 +59,13 @@ class RewardModel(Trunk):
 
         A may be 0; the result still hangs on the graph.
         """
+        return self.read(row, self.ends(row))
+
+    @staticmethod
+    def ends(row: Row) -> Tensor:
+        """Where (A,) each answer of a row ends."""
         ends = torch.tensor([span.stop - 1 for span in row.spans], device=row.tokens.device)
-        return self.read(row, ends[row.answers])
+        return ends[row.answers]
 
     def read(self, row: Row, places: Tensor) -> Tensor:
         """The score of what was read up to each of some places (n,) of a row: (n,) in fp32."""

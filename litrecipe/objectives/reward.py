@@ -1,6 +1,6 @@
 """The reward model's objective: rewards of a row's answers in, terms and the field's metrics out.
 
-Shapes: A answers of a row, N pairs of them.
+Shapes: A answers of a row, N pairs of them, C predictions of the best answers.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from litrecipe.config.groups import Reward
+from litrecipe.model.hydra import HydraOutput, of_best
 from litrecipe.model.row import Row
 from litrecipe.objectives import preference
 from litrecipe.objectives.answers import SCORES, pairs_of, places_of, siblings_of
@@ -72,3 +73,25 @@ class RewardLoss:
         sure = torch.where(apart.isnan(), 1.0, apart.clamp(0, 1))
         wrong = (1 - sure) / 2
         return smoothing + (1 - 2 * smoothing) * wrong
+
+
+class JointLoss:
+    """A reward model's loss, and on the same transformer that of fine-tuning on what was chosen (Hydra-RLHF,
+    2309.00754): the mean over the step's tokens of best answers of their NLL, `sft_coef` times.
+    """
+
+    def __init__(self, config: Reward) -> None:
+        self.of_rewards = RewardLoss(config)
+        self.sft_coef = config.sft_coef
+
+    def counts(self, row: Row) -> dict[str, float]:
+        """Samples for the rewards' terms, tokens of best answers for the NLL."""
+        return {**self.of_rewards.counts(row), "nll": float(len(of_best(row).target))}
+
+    def __call__(self, output: HydraOutput, row: Row) -> Loss:
+        """Terms and metrics as `RewardLoss`; and `mean_token_accuracy`, how many of C targets were the likeliest."""
+        loss = self.of_rewards(output.rewards, row)
+        said = output.predictions
+        nll = Term("nll", -said.logps.sum(), self.sft_coef)
+        metrics = {**loss.metrics, "mean_token_accuracy": (said.correct.float().sum(), float(len(said.correct)))}
+        return Loss((*loss.terms, nll), metrics)

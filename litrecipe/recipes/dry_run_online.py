@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress
-from litrecipe.config.online import Online, OnlineRecipe, method_of
+from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.online import OnlineRecipe, method_of
+from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
@@ -21,46 +23,112 @@ from litrecipe.rollout.source import steps_of
 from litrecipe.rollout.sources import MODEL
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What is sampled and learnt at once."""
+
+    completions: int
+    """Sampled at once, over all ranks."""
+    longest: int
+    """Tokens of the longest."""
+    prompts: int
+    """Prompts of a step."""
+    learnt: int
+    """Completions of each that are learnt."""
+
+
 def show_online(
     recipe: OnlineRecipe, files: ModelFiles, tokenizer: Tokenizer, prompts: PromptSet, *, frozen_copy: bool
 ) -> int:
     """Print recipe, parameters, memory with the longest completions there may be, steps, and a prompt."""
-    console, world = progress.console(), world_size(recipe.fabric)
     _, config = method_of(recipe)
+    n, size = config.completions_per_prompt, config.rollout_batch_size
+    steps = steps_of(config, recipe.train, len(prompts.train))
+    a_rollout = config.minibatches * config.epochs
+    said = (
+        f"[bold]steps[/bold] {steps}: {a_rollout} on each rollout of {size} completions "
+        f"({n} a prompt), {-(-steps // a_rollout) * size} completions in all, of up to "
+        f"{config.max_new_tokens} tokens; each step sees {size // config.minibatches}"
+    )
+    shape = Shape(size, config.max_new_tokens, size // n // config.minibatches, n)
+    return _show(recipe, files, tokenizer, prompts, shape, said, frozen_copy=frozen_copy)
+
+
+def show_rounds(
+    recipe: IterativeDpoRecipe, files: ModelFiles, tokenizer: Tokenizer, prompts: PromptSet, *, frozen_copy: bool
+) -> int:
+    """The same of rounds of pairs."""
+    rounds, config = recipe.iterative_dpo, recipe.iterative_dpo.as_rollouts()
+    steps = steps_of(config, recipe.train, len(prompts.train))
+    a_round = config.minibatches * config.epochs
+    pairs = -(-rounds.prompts_per_round // config.minibatches)
+    said = (
+        f"[bold]steps[/bold] at most {steps}, in {-(-steps // a_round)} rounds of up to {a_round}: in a round "
+        f"{rounds.prompts_per_round} prompts get {rounds.completions_per_prompt} completions each, of up to "
+        f"{rounds.max_new_tokens} tokens; each step sees up to {pairs} pairs of them"
+    )
+    shape = Shape(rounds.prompts_per_round * rounds.completions_per_prompt, rounds.max_new_tokens, pairs, 2)
+    return _show(recipe, files, tokenizer, prompts, shape, said, frozen_copy=frozen_copy)
+
+
+def show_rejection_sampling(
+    recipe: RejectionSamplingRecipe, files: ModelFiles, tokenizer: Tokenizer, prompts: PromptSet
+) -> int:
+    """The same of sampling once and learning the best."""
+    config, train = recipe.rejection_sampling, recipe.train
+    count, n = len(prompts.train), config.completions_per_prompt
+    epochs = 1.0 if train.epochs is None and train.max_steps is None else train.epochs
+    limits = [
+        train.max_steps,
+        None if epochs is None else -(-round(epochs * count * config.keep) // train.global_batch_size),
+    ]
+    steps = min(limit for limit in limits if limit is not None)
+    said = (
+        f"[bold]sampling[/bold] {count} prompts, {n} completions each, {count * n} in all, of up to "
+        f"{config.max_new_tokens} tokens\n[bold]steps[/bold] at most {steps} of {train.global_batch_size} conversations"
+    )
+    shape = Shape(config.prompts_per_batch * n, config.max_new_tokens, train.global_batch_size, 1)
+    return _show(recipe, files, tokenizer, prompts, shape, said, frozen_copy=False)
+
+
+def _show(
+    recipe: OnlineRecipe | RejectionSamplingRecipe,
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    prompts: PromptSet,
+    shape: Shape,
+    said: str,
+    *,
+    frozen_copy: bool,
+) -> int:
+    """`said` is about steps."""
+    console, world = progress.console(), world_size(recipe.fabric)
     show_recipe(recipe)
-    load = longest_rows(recipe, config, prompts, world)
+    load = longest_rows(recipe, shape, prompts, world)
     judges = [open_model(spec.removeprefix(MODEL)) for spec in recipe.rewards.sources if spec.startswith(MODEL)]
     table = replace(
         memory_of(recipe, files, load, frozen_copy),
         judges=sum(4 * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
-        cache=cache_bytes(recipe, config, files.architecture, prompts, world),
+        cache=cache_bytes(recipe, shape, files.architecture, prompts, world),
     )
     console.print(parameter_and_memory_table(recipe, table, load, world))
-    steps = steps_of(config, recipe.train, len(prompts.train))
-    a_rollout = config.minibatches * config.epochs
-    completions = -(-steps // a_rollout) * config.rollout_batch_size
-    console.print(
-        f"[bold]steps[/bold] {steps}: {a_rollout} on each rollout of {config.rollout_batch_size} completions "
-        f"({config.completions_per_prompt} a prompt), {completions} completions in all, of up to "
-        f"{config.max_new_tokens} tokens; each step sees {config.rollout_batch_size // config.minibatches}"
-    )
+    console.print(said)
     console.print(f"[bold]data[/bold]\n{prompts.report}", highlight=False)
     console.print("[bold]one prompt[/bold], as it is asked")
     console.print(tokenizer.decode(prompts.train[0].tokens.tolist(), skip_special=False), highlight=False, markup=False)
     return 0
 
 
-def longest_rows(recipe: OnlineRecipe, config: Online, prompts: PromptSet, world: int) -> Load:
+def longest_rows(recipe: TrainingRecipe, shape: Shape, prompts: PromptSet, world: int) -> Load:
     """A step whose prompts are the longest there are and whose completions are as long as they may be."""
-    groups = config.rollout_batch_size // config.completions_per_prompt // config.minibatches
-    longest = sorted(prompts.train, key=lambda prompt: -len(prompt.tokens))[:groups]
-    said = np.ones(config.max_new_tokens, dtype=np.int32), np.ones(config.max_new_tokens, dtype=np.float32)
+    longest = sorted(prompts.train, key=lambda prompt: -len(prompt.tokens))[: shape.prompts]
+    said = np.ones(shape.longest, dtype=np.int32), np.ones(shape.longest, dtype=np.float32)
     samples = [
         Sample(
             prompt.where,
             (
                 Segment(prompt.tokens, np.zeros(len(prompt.tokens), dtype=np.float32)),
-                *(Segment(*said, parent=0) for _ in range(config.completions_per_prompt)),
+                *(Segment(*said, parent=0) for _ in range(shape.learnt)),
             ),
         )
         for prompt in longest
@@ -72,10 +140,10 @@ def longest_rows(recipe: OnlineRecipe, config: Online, prompts: PromptSet, world
 
 
 def cache_bytes(
-    recipe: OnlineRecipe, config: Online, architecture: Architecture, prompts: PromptSet, world: int
+    recipe: TrainingRecipe, shape: Shape, architecture: Architecture, prompts: PromptSet, world: int
 ) -> int:
     """Keys and values of the completions that are sampled at once."""
-    longest = max(len(prompt.tokens) for prompt in prompts.train) + config.max_new_tokens
-    tokens = min(max(CACHE_TOKENS, longest), -(-config.rollout_batch_size // world) * longest)
+    longest = max(len(prompt.tokens) for prompt in prompts.train) + shape.longest
+    tokens = min(max(CACHE_TOKENS, longest), -(-shape.completions // world) * longest)
     bytes_each = 4 if recipe.fabric.precision == "32-true" else 2
     return 2 * tokens * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * bytes_each

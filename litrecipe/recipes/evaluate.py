@@ -21,7 +21,9 @@ from litrecipe.model.decoder import Decoder
 def main(recipe: EvaluateRecipe) -> int:
     """Open the model, run the tasks, print a table, write the results."""
     _check(recipe)
-    session = open_any(recipe.model, recipe.quantize, recipe.fabric)
+    # A hydra is a judge where nothing else is asked than how it tells answers apart.
+    as_judge = recipe.reference is None and all(task.startswith("preference:") for task in recipe.tasks)
+    session = open_any(recipe.model, recipe.quantize, recipe.fabric, as_judge=as_judge)
     reference = _reference(recipe, recipe.reference, session.tokenizer) if recipe.reference else None
     results = evaluate(
         session.model,

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from litrecipe.checkpoint.load import load_model
-from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.config.groups import FinetuneRecipe, TrainingRecipe
+from litrecipe.data.prepared import Prepared
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import SUPERVISED
+from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.recipes.dry_run import show
 from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, prepared, save_trained, task_runner
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
@@ -20,7 +28,11 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
         return show(recipe, files, tokenizer, SUPERVISED)
 
     fabric = make_fabric(recipe.fabric)
-    data = prepared(SUPERVISED, recipe, files, tokenizer)
+    return tune(recipe, prepared(SUPERVISED, recipe, files, tokenizer), files, tokenizer, fabric)
+
+
+def tune(recipe: TrainingRecipe, data: Prepared, files: ModelFiles, tokenizer: Tokenizer, fabric: Fabric) -> int:
+    """Train the recipe's model on conversations."""
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
     return fit(

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from litrecipe.checkpoint import state
-from litrecipe.checkpoint.hf import save_model, save_reward_model
-from litrecipe.checkpoint.load import load_model, load_reward_model
+from litrecipe.checkpoint.hf import save_hydra, save_model, save_reward_model
+from litrecipe.checkpoint.load import load_hydra, load_model, load_reward_model
 from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, new_folder, refuse_foreign
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG
 from litrecipe.checkpoint.reward import pad_for_rewards
@@ -22,8 +22,10 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
 from litrecipe.model.adapters import merge_adapter
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 from litrecipe.recipes.model_tables import architecture_table, memory_table, parameter_table
+from litrecipe.recipes.reward import built, rewards_of
 from litrecipe.recipes.training import load_to_train, precision_of, save_trained
 
 
@@ -34,7 +36,11 @@ def import_model(src: str, out: str) -> int:
     _keep_apart(out, files)
     if files.adapter:
         raise InputError(f"{src}: an adapter: use `litrecipe model merge {src} {out}`")
-    save_model(Path(out), load_model(files, dtype=_stored_dtype(files)), files.tokenizer_dir)
+    dtype = _stored_dtype(files)
+    if files.is_hydra:
+        save_both(Path(out), load_hydra(files, dtype=dtype), files)
+    else:
+        save_model(Path(out), load_model(files, dtype=dtype), files.tokenizer_dir)
     say(f"wrote {out}")
     return 0
 
@@ -69,7 +75,7 @@ def export(run: str, out: str) -> int:
     if isinstance(model, RewardModel) and isinstance(recipe, RewardRecipe):
         tokenizer = Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
         good = demonstrations_of(recipe, tokenizer)
-        statistics = mean_and_spread(model.eval(), good, recipe.train.micro_batch_tokens, "cpu")
+        statistics = mean_and_spread(rewards_of(model.eval()), good, recipe.train.micro_batch_tokens, "cpu")
     save_trained(Path(out), model, files, recipe, statistics)
     newer = f", which is newer than {final}" if final.is_dir() else ""
     say(f"wrote {out} from {checkpoint}{newer}")
@@ -95,7 +101,11 @@ def merge(run: str, out: str) -> int:
     # Quantised weights are made from those of the run's precision; others are merged before anything is rounded.
     wide = precision_of(recipe) if quantize.method != "none" else torch.float32
     dtype, target, tokenizer = _stored_dtype(files), Path(out), files.tokenizer_dir
-    if files.is_reward_model:
+    if files.is_hydra:
+        hydra = load_hydra(files, dtype=wide, quantize=quantize)
+        merge_adapter(hydra)
+        save_both(target, hydra, files, dtype)
+    elif files.is_reward_model:
         rewards = load_reward_model(files, dtype=wide, quantize=quantize)
         merge_adapter(rewards)
         pad, statistics = pad_for_rewards(tokenizer, files.architecture), files.reward_statistics
@@ -107,6 +117,12 @@ def merge(run: str, out: str) -> int:
     base = f"{files.base} as {quantize.method}" if quantize.method != "none" else files.base
     say(f"wrote {out}: {folder} merged into {base}, in {str(dtype).removeprefix('torch.')}")
     return 0
+
+
+def save_both(out: Path, model: Hydra, files: ModelFiles, dtype: torch.dtype | None = None) -> None:
+    """Write a language model and the score beside it."""
+    pad = pad_for_rewards(files.tokenizer_dir, files.architecture)
+    save_hydra(out, model, files.tokenizer_dir, pad_token=pad, statistics=files.reward_statistics, dtype=dtype)
 
 
 def info(src: str) -> int:
@@ -124,11 +140,12 @@ def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Dec
     saved = state.Saved(checkpoint).tensors("weights")
     model: Decoder | RewardModel
     if isinstance(recipe, RewardRecipe):
-        model = load_to_train(load_reward_model, files, recipe)
+        model, _ = built(files, recipe)
     else:
         model = load_to_train(load_model, files, recipe)
     parameters = dict(model.named_parameters())
-    names = {name.removeprefix("policy."): name for name in saved.names() if not name.startswith("reference.")}
+    of_policy = [name for name in saved.names() if name.startswith("policy.")]
+    names = {name.removeprefix("policy."): name for name in of_policy or saved.names()}
     if odd := sorted(names.keys() - parameters.keys()):
         raise InputError(f"{checkpoint}: {odd[0]}: not a weight of the recipe's model: the recipe was changed")
     with torch.no_grad():

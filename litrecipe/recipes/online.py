@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles, open_model
-from litrecipe.config.online import Online, OnlineRecipe, method_of
+from litrecipe.config.online import Online, OnlineRecipe, Ppo, method_of, sampling_of
 from litrecipe.config.progress import say, warn
+from litrecipe.config.rounds import RejectionSamplingRecipe
+from litrecipe.data.cache import key_of
 from litrecipe.data.prepared import prepare
 from litrecipe.data.prompts import PromptSet, load_prompts
 from litrecipe.data.source import RecordedSource
@@ -28,11 +31,13 @@ from litrecipe.model.average import Average
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.loss import Objective
+from litrecipe.recipes.critics import AUTO, POLICY
 from litrecipe.recipes.dpo import start
 from litrecipe.recipes.dry_run_online import show_online
 from litrecipe.recipes.examination import examiner, keep_best
 from litrecipe.recipes.training import (
     begin,
+    head_of,
     identity,
     load_to_train,
     make_ready,
@@ -42,7 +47,7 @@ from litrecipe.rollout.lessons import Lesson
 from litrecipe.rollout.practice import Practice
 from litrecipe.rollout.rewards import Scorer
 from litrecipe.rollout.source import Rollouts
-from litrecipe.rollout.sources import MODEL, check_columns_of, make_sources
+from litrecipe.rollout.sources import MODEL, RewardSource, check_columns_of, light_sources, make_sources
 
 
 @dataclass
@@ -57,6 +62,8 @@ class Course:
     rests: Callable[[int], list[str]] = lambda _: []
     save_beside: Callable[[Path, PolicyAndReference], None] = lambda _, __: None
     """Writes what else was trained into the folder of the policy."""
+    own_source: Callable[[Decoder, Tokenizer, torch.device], RewardSource | None] = lambda _, __, ___: None
+    """What the reward source `hydra` stands for, on the device that the policy will be on."""
 
 
 def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dry_run: bool) -> int:
@@ -71,16 +78,18 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
         seed=recipe.train.seed,
     )
     say(str(prompts.report))
+    chosen = course(files)
+    light_sources(recipe.rewards)  # tells mistakes before any model is loaded
     if dry_run:
         return show_online(recipe, files, tokenizer, prompts, frozen_copy=needs_copy(files, recipe))
 
     fabric = make_fabric(recipe.fabric)
     budget = recipe.train.micro_batch_tokens
-    sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget)
-    check_columns_of(sources, prompts.train)
     known = known_by(recipe, files, tokenizer, prompts)
     policy = load_to_train(load_model, files, recipe)
-    chosen = course(files)
+    own = chosen.own_source(policy, tokenizer, fabric.device)
+    sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, own=own)
+    check_columns_of(sources, prompts.train)
     module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
     make_ready(policy, recipe)
     policy.with_entropy = "learnt" if config.entropy_coef else "measured"
@@ -137,14 +146,27 @@ def needs_copy(files: ModelFiles, recipe: OnlineRecipe) -> bool:
     return config.kl_coef > 0 and (not has_fresh_adapter or config.ref_ema > 0)
 
 
-def known_by(recipe: OnlineRecipe, files: ModelFiles, tokenizer: Tokenizer, prompts: PromptSet) -> dict[str, str]:
-    """What must be the same when a run goes on."""
-    name, config = method_of(recipe)
+def known_by(
+    recipe: OnlineRecipe | RejectionSamplingRecipe,
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    prompts: PromptSet,
+    **others: Any,
+) -> dict[str, str]:
+    """What must be the same when a run goes on; `others` are groups of the recipe's own."""
+    name, config = sampling_of(recipe)
     judges = [spec.removeprefix(MODEL) for spec in recipe.rewards.sources if spec.startswith(MODEL)]
-    hashes = {f"reward model {judge}": open_model(judge).weights_hash() for judge in judges}
-    groups = {name: config, "rewards": recipe.rewards}
+    if isinstance(config, Ppo) and config.critic not in (AUTO, POLICY):
+        judges.append(config.critic)
+    hashes = {f"reward model {judge}": hash_of(open_model(judge)) for judge in judges} | head_of(files)
+    groups = {name: config, "rewards": recipe.rewards, **others}
     seed = {"train.seed": str(recipe.train.seed)}
     return identity(recipe, files, tokenizer, prompts, **groups) | start(files) | hashes | seed
+
+
+def hash_of(judge: ModelFiles) -> str:
+    """Of all that a reward model computes with."""
+    return key_of(judge.weights_hash(), start(judge), head_of(judge), judge.reward_statistics)
 
 
 def add_plain_text(source: Rollouts, recipe: OnlineRecipe, config: Online, tokenizer: Tokenizer) -> dict[str, str]:

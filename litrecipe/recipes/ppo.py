@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import PpoRecipe
+from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.optim import Role
 from litrecipe.model.adapters import has_adapter
-from litrecipe.model.critic import ActorAndCritic, critic_beside
+from litrecipe.model.critic import ActorAndCritic
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.hydra import BaseJudge
 from litrecipe.model.reference import PolicyAndReference
 from litrecipe.objectives.online import ActorCritic
+from litrecipe.recipes.critics import check_hydra, make_critic, start_of_critic
 from litrecipe.recipes.online import Course, practise
 from litrecipe.recipes.training import make_ready, save_trained
 from litrecipe.rollout.lessons import ppo_lesson
+from litrecipe.rollout.sources import HYDRA, ModelSource, RewardSource
 
 POLICY, CRITIC = "policy", "critic"
 
@@ -23,13 +29,19 @@ POLICY, CRITIC = "policy", "critic"
 def main(recipe: PpoRecipe, *, dry_run: bool = False) -> int:
     """Build a policy beside its critic, as `ppo.layout` has it, and train both on rollouts."""
     ppo = recipe.ppo
+    if ppo.layout == "hydra" and not recipe.rewards.sources:
+        recipe.rewards.sources = {HYDRA: 1.0}
 
     def course(files: ModelFiles) -> Course:
+        if ppo.layout == "hydra":
+            check_hydra(files)
+        start = start_of_critic(recipe, files)
+
         def build(policy: Decoder, reference: Decoder | None) -> ActorAndCritic:
             if ppo.layout in ("lora", "hydra") and not has_adapter(policy):
                 cure = "its policy and critic are adapters: use adapter.method lora, or ppo.layout separate"
                 raise InputError(f"ppo.layout: {ppo.layout}: {cure}")
-            critic = critic_beside(policy, joined=ppo.layout == "joined")
+            critic = make_critic(policy, start, files, recipe)
             make_ready(critic, recipe)
             return ActorAndCritic(policy, critic, reference, ppo.temperature)
 
@@ -44,6 +56,12 @@ def main(recipe: PpoRecipe, *, dry_run: bool = False) -> int:
             assert isinstance(module, ActorAndCritic)
             save_trained(folder / "critic", module.critic, files, recipe, module.critic.statistics)
 
+        def base_judge(policy: Decoder, tokenizer: Tokenizer, device: torch.device) -> RewardSource | None:
+            if ppo.layout != "hydra":
+                return None
+            judge = BaseJudge(policy, files.score().to(device, torch.float32), files.reward_statistics)
+            return ModelSource(HYDRA, judge, tokenizer, tokenizer, budget=recipe.train.micro_batch_tokens)
+
         return Course(
             build=build,
             draw=ppo_lesson,
@@ -51,6 +69,7 @@ def main(recipe: PpoRecipe, *, dry_run: bool = False) -> int:
             roles=roles,
             rests=lambda step: [POLICY] if step < ppo.critic_warmup else [],
             save_beside=save_critic,
+            own_source=base_judge,
         )
 
     return practise(recipe, course, dry_run=dry_run)

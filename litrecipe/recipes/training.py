@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from litrecipe.checkpoint.hf import save_model, save_reward_model
+from litrecipe.checkpoint.hf import save_hydra, save_model, save_reward_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.reward import pad_for_rewards
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config.groups import Adapter, RewardRecipe, TrainingRecipe
 from litrecipe.config.progress import say
+from litrecipe.data.cache import key_of
 from litrecipe.data.prepared import Kind, Prepared, prepare
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.samples import SampleSet
@@ -23,6 +25,7 @@ from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.telling import check_loggers, check_login
 from litrecipe.evaluation.run import evaluate, metrics, plan
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 
 M = TypeVar("M", bound=Trunk)
@@ -37,7 +40,7 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
-    if not isinstance(recipe, RewardRecipe):
+    if not isinstance(recipe, RewardRecipe) or recipe.reward.sft_coef:
         files.refuse_reward_model()
     return files, Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
 
@@ -89,6 +92,9 @@ def save_trained(
             pad_token=pad,
             statistics=statistics,
         )
+    elif isinstance(model, Hydra):
+        assert pad is not None
+        save_hydra(folder, model, tokenizer, pad_token=pad, statistics=statistics, chat_template=template)
     elif isinstance(model, RewardModel):
         assert pad is not None
         save_reward_model(folder, model, tokenizer, pad_token=pad, statistics=statistics, chat_template=template)
@@ -106,6 +112,13 @@ def adapter_of(recipe: TrainingRecipe, files: ModelFiles) -> Adapter | None:
 def precision_of(recipe: TrainingRecipe) -> torch.dtype:
     """What a recipe's base weights are loaded in."""
     return torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
+
+
+def head_of(files: ModelFiles) -> dict[str, str]:
+    """What must be the same of a hydra's score when a run goes on."""
+    if files.head is None:
+        return {}
+    return {"score": key_of(sha256(files.head.path.read_bytes()).hexdigest(), files.reward_statistics)}
 
 
 def make_ready(model: Trunk, recipe: TrainingRecipe) -> None:

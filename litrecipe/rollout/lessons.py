@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from litrecipe.config.online import Grpo, Online, Ppo
+from litrecipe.model.row import Sample
 from litrecipe.objectives.advantages import (
     explained_variance,
     gae,
@@ -37,6 +38,11 @@ class Lesson:
     """About the rollout, by the field's names."""
     kl: Tensor | None
     """(A,) nats of each whole completion from the reference; None where there is none."""
+    samples: list[Sample] | None = None
+    """What is learnt, where it is not the rollout's own samples (pairs of its completions); then the P above are the
+    predictions of these, each of which is a group by itself. Empty: there is nothing in it to learn."""
+    said: str = ""
+    """For people: what became of the rollout."""
 
 
 def ppo_lesson(scored: Scored, said: dict[str, Tensor], config: Ppo, kl_coef: float) -> Lesson:

@@ -58,20 +58,15 @@ class Practice:
 
     def sample(self, prompts: Sequence[Prompt], streams: Sequence[int]) -> Completions:
         """`completions_per_prompt` completions of each prompt, each from a random stream of its own."""
-        config = self.config
-        settings = Generate(
-            config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.stop, self.seed
-        )
+        n = self.config.completions_per_prompt
         with self.at_rest():
-            return answers(
-                self.module.policy,
-                self.tokenizer,
-                prompts,
-                settings,
-                config.completions_per_prompt,
-                streams,
-                "sampling",
-            )
+            return answers(self.module.policy, self.tokenizer, prompts, self.settings, n, streams, "sampling")
+
+    @property
+    def settings(self) -> Generate:
+        """How completions are sampled."""
+        config = self.config
+        return Generate(config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.stop, self.seed)
 
     def score(self, completions: Completions) -> Scores:
         """What the reward sources say."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litrecipe.config import groups
 from litrecipe.config.errors import InputError
-from litrecipe.config.online import Online, Rewards
+from litrecipe.config.online import Rewards, Sampling
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.objectives.advantages import length_penalty
 from litrecipe.rollout.sources import (
@@ -83,7 +83,7 @@ class Scorer:
 
     sources: list[Weighted]
     config: Rewards
-    online: Online
+    online: Sampling
     gather: Callable[[Any], list[Any]] = lambda value: [value]
     moments: Moments = field(default_factory=Moments)
     """Of the scores over the run so far, before they are scaled."""

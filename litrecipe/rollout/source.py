@@ -23,7 +23,7 @@ import torch
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Train
 from litrecipe.config.online import Online
-from litrecipe.config.progress import show_table
+from litrecipe.config.progress import show_table, warn
 from litrecipe.data.prompts import Prompt
 from litrecipe.data.reference_logps import predictions
 from litrecipe.data.samples import SampleSet, is_complete
@@ -31,7 +31,7 @@ from litrecipe.data.source import Order, RecordedSource
 from litrecipe.engine.fabric import Ranks
 from litrecipe.model.row import Sample
 from litrecipe.objectives.advantages import steered, zero_variance
-from litrecipe.objectives.online import ADVANTAGES, COUNTED, PTX
+from litrecipe.objectives.online import COUNTED, PTX
 from litrecipe.rollout.experience import Rollout, Scored, joined, samples_of, with_extras
 from litrecipe.rollout.lessons import Lesson
 from litrecipe.rollout.rewards import Scores
@@ -188,21 +188,17 @@ class Rollouts:
         before = replace(self.at), self.method.state_dict()
         started = time.monotonic()
         try:
-            found = self._sampled()
-            if found is None:
+            learnt = self._learnt()
+            if learnt is None:
                 return False
-            self.at.rollout += 1
-            budget = self.train.micro_batch_tokens
-            samples, groups = samples_of(found, self.at.rollout, budget)
-            rollout = Rollout(self.at.rollout, found, samples)
-            lesson = self.method.learn(rollout, self.at.kl_coef)
-            if not counted(lesson.extras).any():
+            rollout, lesson, samples, groups = learnt
+            if not counts(lesson.extras):
                 raise InputError(
                     f"{self.name}.truncated: mask: all completions were cut at {self.name}.max_new_tokens "
                     f"{self.config.max_new_tokens}, none is learnt: give them more room, or use learn"
                 )
             if lesson.kl is not None:
-                coef, kl, seen = self.at.kl_coef, float(lesson.kl.mean()), len(found.completions)
+                coef, kl, seen = self.at.kl_coef, float(lesson.kl.mean()), len(rollout.scored.completions)
                 self.at.kl_coef = steered(coef, kl, self.config.kl_target, self.config.kl_horizon, seen)
         except BaseException:
             self.at = before[0]
@@ -212,7 +208,7 @@ class Rollouts:
             replace(one, extra={GROUP: np.array([group])}) for one, group in zip(samples, groups, strict=True)
         ]
         self.samples = with_extras(with_group, lesson.extras)
-        self.metrics |= about(found) | lesson.metrics
+        self.metrics |= about(rollout.scored) | lesson.metrics
         self._plan()
         self.at.minibatch, self.at.minibatches = 0, len(self.plan)
         if self.ranks.rank == 0:
@@ -220,6 +216,29 @@ class Rollouts:
         self.metrics["time/rollout"] = time.monotonic() - started
         self.ranks.agree(None)
         return True
+
+    def _learnt(self) -> tuple[Rollout, Lesson, list[Sample], list[int]] | None:
+        """The next rollout, its lesson, and what is learnt with the group of each; None where no prompt is left.
+
+        One that holds nothing to learn is followed by one of the next prompts.
+        """
+        number = self.at.rollout + 1
+        for _ in range(RESAMPLED):
+            found = self._sampled()
+            if found is None:
+                return None
+            samples, groups = samples_of(found, number, self.train.micro_batch_tokens)
+            rollout = Rollout(number, found, samples)
+            lesson = self.method.learn(rollout, self.at.kl_coef)
+            if lesson.samples is not None:
+                samples, groups = lesson.samples, list(range(len(lesson.samples)))
+            if samples:
+                self.at.rollout = number
+                return rollout, lesson, samples, groups
+        raise InputError(
+            f"{self.name}: nothing to learn in {RESAMPLED} rollouts of {self.groups} prompts each, one after the other "
+            f"({lesson.said}): lower the bars, give other rewards, or a higher temperature"
+        )
 
     def _sampled(self) -> Scored | None:
         """Scored completions of the next prompts; None where no prompt is left.
@@ -250,6 +269,9 @@ class Rollouts:
                 f"rewards.sources: all completions of a prompt score alike, {sampled} of them over: the model is "
                 "always right or always wrong: give other prompts or rewards, or a higher temperature"
             )
+        if silent == sampled > 0 and self.config.completions_per_prompt > 1:
+            alike = "all completions of every prompt score alike"
+            warn(f"rollout {self.at.rollout + 1}: {alike}: there is nothing to learn which is better")
         return joined(kept) if kept else None
 
     def _next_prompts(self, count: int) -> list[Prompt]:
@@ -281,7 +303,7 @@ class Rollouts:
             shuffled = np.random.default_rng([self.train.seed, self.at.rollout, epoch]).permutation(len(groups))
             parts = np.array_split(shuffled, min(self.config.minibatches, len(groups)))
             plan = [[place for group in sorted(part) for place in groups[group]] for part in parts]
-            self.plan += [some for some in plan if any(counted(self.samples[place].extra).any() for place in some)]
+            self.plan += [some for some in plan if any(counts(self.samples[place].extra) for place in some)]
 
     def _saved(self, number: int) -> Path:
         return self.folder / f"{number:06d}.samples"
@@ -325,9 +347,9 @@ def plain(sample: Sample, like: Mapping[str, Any]) -> Sample:
     return replace(sample, extra={**dict.fromkeys(like, zeros), GROUP: np.array([-1]), PTX: zeros + 1})
 
 
-def counted(extras: Mapping[str, Any]) -> Any:
-    """(P,) which tokens count in the loss; all where that is not said."""
-    return extras[COUNTED] > 0 if COUNTED in extras else extras[ADVANTAGES] == extras[ADVANTAGES]
+def counts(extras: Mapping[str, Any]) -> bool:
+    """Whether a token counts in the loss; all do where that is not said."""
+    return COUNTED not in extras or bool((extras[COUNTED] > 0).any())
 
 
 def about(found: Scored) -> dict[str, float]:

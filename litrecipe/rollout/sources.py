@@ -29,10 +29,10 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.session import open_any
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row
-from litrecipe.rollout.verifiable import RULES, Answer, Rule, did_you_mean, parse_rule
+from litrecipe.rollout.verifiable import RULES, Answer, Rule, did_you_mean, list_of, parse_rule
 
 KEY = "rewards.sources"
-MODEL, FUNCTION = "model:", "function:"
+MODEL, FUNCTION, HYDRA = "model:", "function:", "hydra"
 
 
 @dataclass(frozen=True)
@@ -216,28 +216,43 @@ class ModelSource:
 
 
 def make_sources(
-    config: Rewards, tokenizer: Tokenizer, fabric: groups.Fabric, device: torch.device | str, *, budget: int = 8192
+    config: Rewards,
+    tokenizer: Tokenizer,
+    fabric: groups.Fabric,
+    device: torch.device | str,
+    *,
+    budget: int = 8192,
+    own: RewardSource | None = None,
 ) -> list[Weighted]:
     """The sources of a recipe; reward models are loaded once, frozen, onto `device`.
 
-    `tokenizer` is the policy's. Raises InputError with all that is wrong with the specs before any model is loaded.
+    `tokenizer` is the policy's; `own` is what `hydra` stands for. Raises InputError with all that is wrong with the
+    specs before any model is loaded.
     """
+    light = light_sources(config)
+    if own is not None:
+        light[HYDRA] = own
+    return [
+        Weighted(light.get(spec) or load_source(spec, tokenizer, fabric, device, budget=budget), weight)
+        for spec, weight in config.sources.items()
+    ]
+
+
+def light_sources(config: Rewards) -> dict[str, RewardSource]:
+    """Those of a recipe's sources that are no models; raises InputError with all that is wrong with them."""
     if not config.sources:
         raise InputError(f"{KEY}: missing: give what scores a completion, e.g. {{exact?column=answer: 1.0}}")
     mistakes: list[str] = []
     light: dict[str, RewardSource] = {}
     for spec in config.sources:
         try:
-            if not spec.startswith(MODEL):
+            if not spec.startswith(MODEL) and spec != HYDRA:
                 light[spec] = _light_source(spec)
         except InputError as error:
             mistakes += [f"{KEY}: {mistake}" for mistake in error.mistakes]
     if mistakes:
         raise InputError(*mistakes)
-    return [
-        Weighted(light.get(spec) or load_source(spec, tokenizer, fabric, device, budget=budget), weight)
-        for spec, weight in config.sources.items()
-    ]
+    return light
 
 
 def make_source(
@@ -262,7 +277,8 @@ def load_source(
         compile=False,
     )
     try:
-        session = open_any(groups.Model(source=spec.removeprefix(MODEL)), groups.Quantize(), alone)
+        model = groups.Model(source=spec.removeprefix(MODEL))
+        session = open_any(model, groups.Quantize(), alone, as_judge=True)
     except InputError as error:
         raise InputError(*(f"{KEY}: {line.removeprefix('model.source: ')}" for line in error.mistakes)) from error
     if not isinstance(session.model, RewardModel):
@@ -316,7 +332,8 @@ def check_columns_of(sources: Sequence[Weighted], prompts: Sequence[Prompt]) -> 
     for one in sources:
         column = getattr(getattr(one.source, "rule", None), "column", None)
         if column is not None and column not in names:
-            mistakes.append(f"{KEY}: {one.source.name}: {column}: no row has this column{did_you_mean(column, names)}")
+            hint = did_you_mean(column, names) or f": rows have {list_of(sorted(names))}"
+            mistakes.append(f"{KEY}: {one.source.name}: {column}: no row has this column{hint}")
     if mistakes:
         raise InputError(*mistakes)
 

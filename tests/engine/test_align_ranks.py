@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "reward": {},
     "reward-lora": {**LORA, "optim.lr": 2e-3},
     "reward-ranked": {**RANKED, "reward.centering_coef": 0.1},
+    "reward-hydra": {**RANKED, "reward.sft_coef": 0.5},
     "dpo-cache": CACHE,
     "dpo-cache-lora": {**LORA, **CACHE},
     "dpo-off": {**LORA, "dpo.reference": "adapter_off"},

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from litrecipe.config import schema
-from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.config.groups import FinetuneRecipe, Reward, RewardRecipe
+from litrecipe.config.online import Ppo, PpoRecipe
 from litrecipe.engine.memory import NF4_BYTES, estimate
 from litrecipe.model.architecture import read_architecture
 from litrecipe.model.row import Sample, Segment, make_row
@@ -108,3 +109,43 @@ def test_only_a_cpus_heap_has_holes(table) -> None:
     cpu, gpu = (table(device=device) for device in ("cpu", "cuda"))
     assert cpu.activations == gpu.activations
     assert (cpu.holes, gpu.holes) == (cpu.activations // 5, 0)
+
+
+def pair(prompt: int, chosen: int, rejected: int) -> Sample:
+    root, *answers = (np.arange(n) % 300 for n in (prompt, chosen, rejected))
+    branches = (Segment(ids, np.ones(len(ids), dtype=np.float32), parent=0) for ids in answers)
+    return Sample("x", (Segment(root, np.zeros(prompt, dtype=np.float32)), *branches))
+
+
+def test_a_hydra_has_both_heads_and_logits_of_what_was_chosen(tiny_model: Path) -> None:
+    """Of 40 of 70 tokens: two blocks of them, and the gradient of the head."""
+    tied = read_architecture(json.loads((tiny_model / "config.json").read_text()))
+    row = make_row([pair(20, 40, 30)])
+    for architecture, own_head in ((tied, 0), (replace(tied, tie_embeddings=False), 320 * 48)):
+        rewards, joint = (
+            estimate(RewardRecipe(reward=Reward(sft_coef=coef)), architecture, row) for coef in (0.0, 0.5)
+        )
+        assert joint.parameters - rewards.parameters == own_head
+        assert joint.scratch - rewards.scratch == 2 * 4 * 40 * 320 + 4 * 320 * 48
+        assert joint.activations > rewards.activations
+
+
+def test_the_layouts_of_ppo(tiny_model: Path) -> None:
+    """Whole models: policy and critic, each with its gradient, and a copy of the policy alone as a reference. One base
+    under two adapters counts once."""
+    architecture = read_architecture(json.loads((tiny_model / "config.json").read_text()))
+    row, tables = make_row([sample(100)]), {}
+    for layout in ("separate", "lora", "joined", "hydra"):
+        recipe = PpoRecipe(ppo=Ppo(layout=layout))  # type: ignore[arg-type]
+        recipe.adapter.method = "none" if layout == "separate" else "lora"
+        tables[layout] = estimate(recipe, architecture, row, frozen_copy=layout == "separate")
+    whole = tables["separate"]
+    backbone = (whole.parameters - 48) // 2
+    assert whole.trained == whole.parameters == 2 * backbone + 48
+    assert whole.reference == 4 * backbone
+    adapter = tables["joined"].trained - 48
+    assert tables["joined"].parameters == backbone + adapter + 48
+    for layout in ("lora", "hydra"):
+        assert tables[layout].parameters == backbone + 2 * adapter + 48
+        assert tables[layout].trained == 2 * adapter + 48
+        assert tables[layout].reference == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import ranked, rows_of, step
 from safetensors.torch import load_file
+from small import CONFIG
 from torch import nn
 
 from litrecipe.config.groups import Reward
+from litrecipe.model.architecture import read_architecture
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import make_row
-from litrecipe.objectives.reward import RewardLoss
+from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.objectives.reward import JointLoss, RewardLoss
 
 NAN = float("nan")
 
@@ -174,3 +180,33 @@ def test_gradients(config):
 
     rewards = torch.tensor([1.5, 0.25, -1.0, 2.0, 1.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (rewards,))
+
+
+def test_the_joint_loss_is_the_two_losses_computed_apart():
+    """Bradley-Terry of a reward model, and the token mean of the best answers' NLL of a language model, which share
+    their weights: loss and gradient are their weighted sum, however the step is cut."""
+    config = Reward(sft_coef=0.25, centering_coef=0.01)
+    prompt, answers = [5, 6, 7, 8], ([9, 10, 11], [12, 13], [14, 15, 16, 17])
+    samples = [ranked("a", answers, prompt), ranked("b", answers[1:], prompt[1:]), ranked("c", answers[::2], [20])]
+    model = Hydra(read_architecture(CONFIG)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    state = model.state_dict()
+    apart = []
+    for kind, objective, taken in (
+        (RewardModel, RewardLoss(config), samples),
+        (Decoder, CausalLM(), [replace(one, segments=one.segments[:2]) for one in samples]),
+    ):
+        alone = kind(model.architecture).double()
+        alone.load_state_dict({name: state[name] for name in alone.state_dict()})
+        loss, gradient, metrics = step(objective, alone, rows_of(taken))
+        apart.append((loss, dict(zip(dict(alone.named_parameters()), gradient, strict=True)), metrics))
+    (reward, of_reward, reward_metrics), (nll, of_nll, nll_metrics) = apart
+    for rows in (rows_of(samples), rows_of(samples[::-1], 1), rows_of(samples, 1, 0, 1)):
+        loss, gradient, metrics = step(JointLoss(config), model, rows)
+        assert loss == pytest.approx(reward + 0.25 * nll, rel=1e-10)
+        assert metrics == pytest.approx({**reward_metrics, **nll_metrics}, rel=1e-6)
+        for name, found in zip(dict(model.named_parameters()), gradient, strict=True):
+            none = torch.zeros_like(found)
+            expected = of_reward.get(name, none) + 0.25 * of_nll.get(name, none)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
