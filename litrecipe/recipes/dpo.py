@@ -14,7 +14,7 @@ from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import REFERENCE_FREE, SORTING, Dpo, DpoRecipe, Reference
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import warn
 from litrecipe.data.cache import key_of
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.reference_logps import with_reference
@@ -35,8 +35,10 @@ from litrecipe.recipes.training import (
     identity,
     load_to_train,
     make_ready,
+    nats_apart,
     prepared,
     save_trained,
+    say_same,
     task_runner,
 )
 
@@ -184,11 +186,9 @@ def follow(module: PolicyAndReference, dpo: Dpo, step: int, _: StepResult) -> No
 
 def check_start(result: StepResult, recipe: DpoRecipe, files: ModelFiles) -> None:
     """Say whether the policy began as its reference: then all log-ratios were 0 and DPO's loss was log 2."""
-    rewards = (result.metrics.get(f"rewards/{answer}", 0.0) for answer in ("chosen", "rejected"))
-    off = max(map(abs, rewards)) / recipe.dpo.beta
-    if off <= (1e-2 if recipe.fabric.precision == "32-true" else 1.0):
-        log_2 = " = log 2" if recipe.dpo.loss == "sigmoid" and not recipe.dpo.mix and not recipe.dpo.nll_coef else ""
-        say(f"start: policy and reference say the same, as they must; the loss was {result.loss:.4f}{log_2}")
+    off = nats_apart(result, recipe.dpo, recipe.fabric.precision)
+    if not off:
+        say_same(result, recipe.dpo)
         return
     adapter = adapter_of(recipe, files)
     dropout = "adapter.dropout is above 0; " if adapter and adapter.dropout else ""

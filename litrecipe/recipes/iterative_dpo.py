@@ -24,7 +24,7 @@ from litrecipe.recipes.dpo import advise
 from litrecipe.recipes.dry_run_online import show_rounds
 from litrecipe.recipes.examination import examiner, keep_best
 from litrecipe.recipes.online import known_by
-from litrecipe.recipes.training import begin, load_to_train, make_ready, save_trained
+from litrecipe.recipes.training import begin, load_to_train, make_ready, nats_apart, save_trained, say_same
 from litrecipe.rollout.pairs import Pairing, WinRates, gold_answers
 from litrecipe.rollout.rewards import Scorer, make_judge
 from litrecipe.rollout.source import Rollouts
@@ -124,14 +124,11 @@ def judging(recipe: IterativeDpoRecipe, tokenizer: Tokenizer, fabric: Fabric) ->
 
 def check_start(result: StepResult, recipe: IterativeDpoRecipe, number: int) -> None:
     """Say whether the policy began its round as its own reference: then all log-ratios were 0 and DPO's loss log 2."""
-    rewards = (result.metrics.get(f"rewards/{answer}", 0.0) for answer in ("chosen", "rejected"))
-    off = max(map(abs, rewards)) / recipe.dpo.beta
-    if off <= (1e-2 if recipe.fabric.precision == "32-true" else 1.0):
-        log_2 = " = log 2" if recipe.dpo.loss == "sigmoid" and not recipe.dpo.mix and not recipe.dpo.nll_coef else ""
-        if number == 1:
-            say(f"start: policy and reference say the same, as they must; the loss was {result.loss:.4f}{log_2}")
-        return
-    warn(
-        f"round {number}: policy and reference are the same model and yet differ by {off:.3g} nats an answer, so the "
-        f"loss was {result.loss:.4f}: set adapter.dropout to 0, or try fabric.precision 32-true"
-    )
+    off = nats_apart(result, recipe.dpo, recipe.fabric.precision)
+    if off:
+        warn(
+            f"round {number}: policy and reference are the same model and yet differ by {off:.3g} nats an answer, so "
+            f"the loss was {result.loss:.4f}: set adapter.dropout to 0, or try fabric.precision 32-true"
+        )
+    elif number == 1:
+        say_same(result, recipe.dpo)

@@ -14,13 +14,14 @@ from litrecipe.checkpoint.hf import save_hydra, save_model, save_reward_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.reward import pad_for_rewards
 from litrecipe.checkpoint.source import ModelFiles, open_model
-from litrecipe.config.groups import Adapter, RewardRecipe, TrainingRecipe
+from litrecipe.config.groups import Adapter, Dpo, Precision, RewardRecipe, TrainingRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.cache import key_of
 from litrecipe.data.prepared import Kind, Prepared, prepare
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.samples import SampleSet
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fit import StepResult
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.telling import check_loggers, check_login
 from litrecipe.evaluation.run import evaluate, metrics, plan
@@ -162,3 +163,17 @@ def _settings(group: str, values: Any) -> dict[str, str]:
     """Every key of a group with its value, for people to read; only `method` where that is `none`."""
     keys = {"method": "none"} if getattr(values, "method", None) == "none" else asdict(values)
     return {f"{group}.{key}": str(value) for key, value in keys.items()}
+
+
+def nats_apart(result: StepResult, dpo: Dpo, precision: Precision) -> float:
+    """By how many nats an answer policy and reference differed in a step before which they were the same model; 0 where
+    that is rounding."""
+    rewards = (result.metrics.get(f"rewards/{answer}", 0.0) for answer in ("chosen", "rejected"))
+    off = max(map(abs, rewards)) / dpo.beta
+    return off if off > (1e-2 if precision == "32-true" else 1.0) else 0.0
+
+
+def say_same(result: StepResult, dpo: Dpo) -> None:
+    """That they did not differ."""
+    log_2 = " = log 2" if dpo.loss == "sigmoid" and not dpo.mix and not dpo.nll_coef else ""
+    say(f"start: policy and reference say the same, as they must; the loss was {result.loss:.4f}{log_2}")
