@@ -131,6 +131,11 @@ def declared(lines: list[str]) -> set[str]:
     return {canonicalize_name(Requirement(line).name) for line in lines}
 
 
+def declared_for_users() -> set[str]:
+    """What is always installed, and all extras but that of developers."""
+    return declared([*PROJECT["dependencies"], *(one for name in EXTRAS if name != "dev" for one in EXTRAS[name])])
+
+
 def imported_distributions() -> dict[str, Path]:
     """Distributions that litrecipe imports, with one file of each."""
     owners = importlib.metadata.packages_distributions()
@@ -140,7 +145,7 @@ def imported_distributions() -> dict[str, Path]:
 
 
 def test_every_import_is_declared() -> None:
-    known = declared([*PROJECT["dependencies"], *EXTRAS["eval"], *EXTRAS["gguf"], *EXTRAS["loggers"]])
+    known = declared_for_users()
     for name, path in imported_distributions().items():
         assert name in known, f"{path.relative_to(REPO)} imports {name}, which pyproject.toml does not declare"
 
@@ -148,7 +153,7 @@ def test_every_import_is_declared() -> None:
 def test_every_dependency_is_used() -> None:
     only_through_lightning = {"tensorboard", "wandb", "mlflow-skinny"}
     needed_by_lm_eval = {"datasets"}
-    known = declared([*PROJECT["dependencies"], *EXTRAS["eval"], *EXTRAS["gguf"], *EXTRAS["loggers"]])
+    known = declared_for_users()
     assert known - only_through_lightning - needed_by_lm_eval <= imported_distributions().keys()
 
 
