@@ -40,7 +40,6 @@ bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-py
 	$(BIN)/python benchmarks/finetune.py $(PEERS)
 	$(BIN)/python benchmarks/dpo.py $(PEERS)
 	$(BIN)/python benchmarks/preferences.py
-	$(BIN)/python benchmarks/bandit.py
 	$(BIN)/python benchmarks/sampling.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/malformed.py
