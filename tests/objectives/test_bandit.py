@@ -26,7 +26,7 @@ def train(steps: int, beta: float = 0.1, lr: float = 0.5) -> list[tuple[float, t
         logps = logits.log_softmax(0)
         ratios = logps - REFERENCE.log()
         loss = sigmoid(ratios[:1], ratios[1:2], beta).sum()
-        seen.append((float(ratios[0] - ratios[1]), logps.detach().exp()))
+        seen.append((float((ratios[0] - ratios[1]).detach()), logps.detach().exp()))
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - lr * gradient).detach().requires_grad_()
     return seen
