@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import warn
 from litrecipe.config.rounds import IterativeDpoRecipe
-from litrecipe.data.prompts import load_prompts
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.fabric import Ranks, make_fabric
@@ -24,7 +23,7 @@ from litrecipe.recipes.dpo import advise
 from litrecipe.recipes.dry_run_online import show_rounds
 from litrecipe.recipes.examination import examiner, keep_best
 from litrecipe.recipes.online import known_by
-from litrecipe.recipes.training import begin, load_to_train, make_ready, nats_apart, save_trained, say_same
+from litrecipe.recipes.training import asked, begin, load_to_train, make_ready, nats_apart, save_trained, say_same
 from litrecipe.rollout.pairs import Pairing, WinRates, gold_answers
 from litrecipe.rollout.rewards import Scorer, make_judge
 from litrecipe.rollout.source import Rollouts
@@ -39,14 +38,7 @@ def main(recipe: IterativeDpoRecipe, *, dry_run: bool = False) -> int:
     files, tokenizer = begin(recipe, dry_run=dry_run)
     config, rollouts, folder = recipe.iterative_dpo, recipe.iterative_dpo.as_rollouts(), Path(recipe.out_dir)
     advise(recipe.dpo)
-    prompts = load_prompts(
-        recipe.data,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        max_positions=files.architecture.max_positions,
-        seed=recipe.train.seed,
-    )
-    say(str(prompts.report))
+    prompts = asked(recipe, config.max_new_tokens, files, tokenizer)
     golds: dict[str, list[int]] = {}
     if config.gold is not None:
         golds = gold_answers(prompts.train, config.gold, tokenizer, config.max_new_tokens)

@@ -18,7 +18,7 @@ from litrecipe.config.progress import say, warn
 from litrecipe.config.rounds import RejectionSamplingRecipe
 from litrecipe.data.cache import key_of
 from litrecipe.data.prepared import prepare
-from litrecipe.data.prompts import PromptSet, load_prompts
+from litrecipe.data.prompts import PromptSet
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ from litrecipe.recipes.dpo import start
 from litrecipe.recipes.dry_run_online import show_online
 from litrecipe.recipes.examination import examiner, keep_best
 from litrecipe.recipes.training import (
+    asked,
     begin,
     head_of,
     identity,
@@ -70,14 +71,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     """Build policy, reference, prompts and reward sources, and hand them to `fit`."""
     files, tokenizer = begin(recipe, dry_run=dry_run)
     name, config = method_of(recipe)
-    prompts = load_prompts(
-        recipe.data,
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        max_positions=files.architecture.max_positions,
-        seed=recipe.train.seed,
-    )
-    say(str(prompts.report))
+    prompts = asked(recipe, config.max_new_tokens, files, tokenizer)
     chosen = course(files)
     light_sources(recipe.rewards)  # tells mistakes before any model is loaded
     if dry_run:

@@ -21,7 +21,7 @@ from litrecipe.config.files import read_json, write_json
 from litrecipe.config.online import LoraAdapter
 from litrecipe.config.progress import say
 from litrecipe.config.rounds import RejectionSampling, RejectionSamplingRecipe
-from litrecipe.data.prompts import Prompt, PromptSet, load_prompts
+from litrecipe.data.prompts import Prompt, PromptSet
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.checkpoints import other_settings
@@ -32,7 +32,7 @@ from litrecipe.evaluation.pictures import draw_best_of
 from litrecipe.recipes.dry_run_online import show_rejection_sampling
 from litrecipe.recipes.finetune import tune
 from litrecipe.recipes.online import known_by
-from litrecipe.recipes.training import begin, load_to_train, prepared
+from litrecipe.recipes.training import asked, begin, load_to_train, prepared
 from litrecipe.rollout.candidates import CandidateFile, choose, gains, sample_candidates
 from litrecipe.rollout.rewards import Scorer
 from litrecipe.rollout.sources import check_columns_of, light_sources, make_sources
@@ -49,14 +49,8 @@ def main(recipe: RejectionSamplingRecipe, *, dry_run: bool = False) -> int:
     """Sample and choose, then fine-tune."""
     files, tokenizer = begin(recipe, dry_run=dry_run)
     config, folder = recipe.rejection_sampling, Path(recipe.out_dir)
-    prompts = load_prompts(
-        replace(recipe.data, val=None, val_fraction=0.0),
-        tokenizer,
-        max_new_tokens=config.max_new_tokens,
-        max_positions=files.architecture.max_positions,
-        seed=recipe.train.seed,
-    )
-    say(str(prompts.report))
+    only_asked = replace(recipe, data=replace(recipe.data, val=None, val_fraction=0.0))
+    prompts = asked(only_asked, config.max_new_tokens, files, tokenizer)
     if text := next((one.where for one in prompts.train if one.text is not None), None):
         raise InputError(f"data.train: {text}: a text to be continued: give questions, whose answers can be learnt")
     light_sources(recipe.rewards)  # tells mistakes before any model is loaded

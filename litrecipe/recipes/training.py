@@ -18,7 +18,7 @@ from litrecipe.config.groups import Adapter, Dpo, Precision, RewardRecipe, Train
 from litrecipe.config.progress import say
 from litrecipe.data.cache import key_of
 from litrecipe.data.prepared import Kind, Prepared, prepare
-from litrecipe.data.prompts import PromptSet
+from litrecipe.data.prompts import PromptSet, load_prompts
 from litrecipe.data.samples import SampleSet
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fit import StepResult
@@ -52,6 +52,14 @@ def prepared(kind: Kind[Any], recipe: TrainingRecipe, files: ModelFiles, tokeniz
     data = prepare(kind, recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     say(str(data.report))
     return data
+
+
+def asked(recipe: TrainingRecipe, max_new_tokens: int, files: ModelFiles, tokenizer: Tokenizer) -> PromptSet:
+    """The recipe's data as prompts that leave room for a completion; says what became of its rows."""
+    longest, seed = files.architecture.max_positions, recipe.train.seed
+    found = load_prompts(recipe.data, tokenizer, max_new_tokens=max_new_tokens, max_positions=longest, seed=seed)
+    say(str(found.report))
+    return found
 
 
 def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRecipe) -> M:

@@ -117,13 +117,14 @@ class Practice:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Inside, nothing learns and nothing is dropped out."""
+        """Inside, nothing learns and nothing is dropped out; an evaluation goes on as one."""
+        before = self.module.training
         self.module.eval()
         try:
             with torch.no_grad(), self.fabric.autocast():
                 yield
         finally:
-            self.module.train()
+            self.module.train(before)
 
 
 def answers(

@@ -238,3 +238,17 @@ def test_the_mean_of_the_policy_and_the_best_policy_are_saved(train: Train, tmp_
     train("grpo", "slow", **FULL, grpo__policy_ema=0.5, optim__lr=1e-2)
     slow = load_model(open_model(str(tmp_path / "slow" / "final" / "ema")))
     assert not all(torch.equal(a, b) for a, b in zip(final.parameters(), slow.parameters(), strict=True))
+
+
+def test_tasks_behind_held_out_prompts_are_measured_at_rest(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling leaves an evaluation as it found it: with nothing dropped out."""
+    from litrecipe.recipes import examination
+
+    modes = []
+
+    def told(policy: torch.nn.Module, *_: object) -> Callable[[], dict[str, float]]:
+        return lambda: modes.append(policy.training) or {}  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(examination, "task_runner", told)
+    train("grpo", **LORA, **{"data.val": "toy:units?n=3&seed=0&split=test", "train.max_steps": 1})
+    assert modes == [False]
