@@ -153,7 +153,7 @@ def _of_layout(recipe: OnlineRecipe, ppo: Ppo) -> Iterator[Mistake]:
         cure = "ppo.layout separate trains all weights: use ppo.layout lora, or adapter.method none"
         yield "adapter.method", recipe.adapter.method, cure
     if ppo.layout == "joined":
-        for key in ("value_lr", "critic"):
+        for key in ("value_lr", "value_grad_clip", "critic", "critic_warmup"):
             value = getattr(ppo, key)
             if value != getattr(Ppo, key):
                 yield f"ppo.{key}", value, "a joined critic is a head on the policy: remove it, or use layout lora"
