@@ -166,7 +166,8 @@ def test_gold_stands_behind_what_was_sampled(ask: Any, tokenizer: Tokenizer, mon
     pairing.rounds = IterativeDpo(completions_per_prompt=2, gold="good")
     pairing.config, pairing.seed, pairing.tokenizer = pairing.rounds.as_rollouts(), 0, tokenizer
     pairing.golds = {"f:1": [7, 2], "f:2": [8, 2]}
-    pairing.module = SimpleNamespace(eval=lambda: None, train=lambda: None, policy=None)  # type: ignore[assignment]
+    pairing.module = torch.nn.Module()  # type: ignore[assignment]
+    pairing.module.policy = None  # type: ignore[assignment]
     pairing.fabric = SimpleNamespace(autocast=lambda: torch.no_grad())  # type: ignore[assignment]
     found = pairing.sample([ask("f:1", prompt="1", good="x"), ask("f:2", prompt="2", good="y")], range(6))
     assert drawn == [0, 1, 3, 4]
