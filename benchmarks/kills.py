@@ -5,8 +5,9 @@
 For full fine-tuning, LoRA and DoRA, a reward model, and DPO with every kind of reference: a shrunken model trains 40
 steps over packed samples, across epoch ends. A second run is killed again and again: while it starts, between two
 steps, and inside a save. Final weights, the last checkpoint's weights, optimizer and state, metrics (timing fields
-aside) and flight record must be equal. Preference learning is killed three times unless --kills says otherwise, and
-kept as a result of its own: `--methods align` is that alone, `--methods finetune` the rest.
+aside) and flight record must be equal. Preference learning is killed three times unless --kills says otherwise. Methods
+that sample are killed in the midst of sampling too, and what they sampled, paired and kept of rounds must be equal as
+well. Each of `finetune`, `align` and `online` has a result of its own; `--methods` names those that are wanted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,15 @@ from common import LITRECIPE, REPO, as_hf_folder, environment, print_table, read
 FULL = ["--optim.lr", "1e-3"]
 LORA = ["--adapter.method", "lora", "--adapter.r", "8"]
 MOVING = ["--dpo.reference", "moving"]
+
+
+def align(flags: str, **sizes: object) -> list[str]:
+    """A verb with its flags, and keys of the group that is named after it."""
+    verb, *others = flags.split()
+    return ["align", verb, *others, *(f"--{verb.replace('-', '_')}.{key}={value}" for key, value in sizes.items())]
+
+
+ROLLOUT = {"rollout_batch_size": 16, "minibatches": 2, "epochs": 2, "max_new_tokens": 12}
 METHODS = {
     "finetune": {
         "full": ["finetune", *FULL],
@@ -45,14 +55,47 @@ METHODS = {
         "kto": ["align", "dpo", *LORA, "--dpo.loss", "kto"],
         "aot": ["align", "dpo", *FULL, "--dpo.loss", "aot"],
     },
+    "online": {
+        "ppo, separate": align("ppo --adapter.method none --ppo.layout separate --ppo.critic_warmup 3", **ROLLOUT),
+        "ppo, lora": align("ppo --adapter.r 8 --ppo.kl_target 0.5 --ppo.kl_horizon 100 --ppo.ref_ema 0.2", **ROLLOUT),
+        "ppo, joined": align("ppo --adapter.r 8 --ppo.layout joined --rewards.scale running", **ROLLOUT),
+        "ppo, hydra": align("ppo --adapter.r 8 --ppo.layout hydra --ppo.policy_ema 0.9", **ROLLOUT),
+        "grpo": align("grpo --adapter.method none --grpo.kl_coef 0.1 --grpo.completions_per_prompt 4", **ROLLOUT),
+        "mdloo": align("rloo --adapter.r 8 --rloo.loss mirror --rloo.ratio token", **ROLLOUT),
+        "iterative-dpo": align(
+            "iterative-dpo --adapter.method none --iterative_dpo.history 0.5",
+            prompts_per_round=8,
+            minibatches=4,
+            max_new_tokens=12,
+        ),
+        "rejection-sampling": align(
+            "rejection-sampling --adapter.method none",
+            completions_per_prompt=4,
+            max_new_tokens=12,
+            truncated="learn",
+        ),
+    },
 }
 """Verb and flags of each method."""
 DATA = {
     "finetune": {"data.train": "toy:fields?n=100&seed=0"},
     "align": {"data.train": "toy:units-pairs?n=100&seed=0", "train.global_batch_size": 4},
+    "online": {
+        "data.train": "toy:units?n=300&seed=0",
+        "rewards.sources": '{"regex?pattern=[aeiou]": 1.0, "length?max=8": 0.1}',
+        "optim.lr": "1e-3",
+        "train.epochs": 9,
+    },
 }
-KILLS = {"finetune": 10, "align": 3}
-NAMES = {"finetune": "kills", "align": "kills-align"}
+HELD_OUT = {"data.val": "toy:units?n=4&seed=0&split=test", "eval.every": 7}
+KILLS = {"finetune": 10, "align": 3, "online": 10}
+NAMES = {"finetune": "kills", "align": "kills-align", "online": "kills-online"}
+MOMENTS = {
+    "finetune": ("save", "step", "start"),
+    "align": ("save", "step", "start"),
+    "online": ("sampling", "start", "sampling", "save", "step"),
+}
+SAID = {"start": "at start", "sampling": "in sampling", "step": "between steps", "save": "inside a save"}
 SHRUNKEN = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -61,8 +104,13 @@ SHRUNKEN = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-STEPS, EVERY = 40, 3
-TIMING = ("tokens_per_second", "memory")
+STEPS = {"finetune": 40, "align": 40, "online": 60}
+EVERY = 3
+A_ROLLOUT = 4
+"""Steps in which a rollout is learnt."""
+TIMING = ("tokens_per_second", "memory", "time/rollout")
+MADE = ("final", "best", "best.json", "rounds", "pairs", "rollouts", "candidates.jsonl", "sft.jsonl", "best_of.json")
+"""What runs leave besides checkpoints and records."""
 
 
 @dataclass
@@ -83,7 +131,7 @@ class Job:
             sys.exit(f"kills: a run failed:\n{out.with_suffix('.log').read_text()[-3000:]}")
 
 
-def shrunken_job(folder: Path, method: list[str]) -> Job:
+def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
     """A two-layer model with the real one's tokenizer and random weights."""
     real = as_hf_folder(folder / "real")
     config = folder / "config.json"
@@ -92,14 +140,25 @@ def shrunken_job(folder: Path, method: list[str]) -> Job:
         "model.source": config,
         "model.init": "random",
         "model.tokenizer": real,
-        **DATA[method[0]],
         "data.cache_dir": folder / "cache",
-        "train.max_steps": STEPS,
         "train.micro_batch_tokens": 256,
-        "checkpoint.every": EVERY,
         "fabric.accelerator": "cpu",
     }
-    return Job([*method, *(str(word) for key, value in flags.items() for word in (f"--{key}", value))])
+    if "hydra" in method:  # starts from what a reward model and a language model learnt together
+        joint = ["align", "reward", *FULL, "--reward.sft_coef", "1"]
+        words(joint, flags | DATA["align"] | {"train.max_steps": 2}).finish(folder / "joint")
+        flags = flags | {"model.source": folder / "joint", "model.init": "pretrained"}
+    flags |= DATA[kind] | {"train.max_steps": STEPS[kind], "checkpoint.every": EVERY}
+    if kind == "online" and "rejection-sampling" not in method:
+        flags |= HELD_OUT
+    if "rejection-sampling" in method:
+        flags["train.epochs"] = None
+    return words(method, flags)
+
+
+def words(method: list[str], flags: dict[str, Any]) -> Job:
+    given = ((f"--{key}", str(value)) for key, value in flags.items() if value is not None)
+    return Job([*method, *(word for pair in given for word in pair)])
 
 
 def drafts(out: Path) -> list[Path]:
@@ -108,20 +167,31 @@ def drafts(out: Path) -> list[Path]:
 
 def steps_done(out: Path) -> int:
     path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    return path.read_bytes().count(b'"grad_norm"') if path.exists() else 0
+
+
+def candidates(out: Path) -> int | None:
+    """Bytes of what is chosen among while it is still sampled; None where nothing is."""
+    path = out / "candidates.jsonl"
+    return path.stat().st_size if path.exists() and not (out / "sft.jsonl").exists() else None
 
 
 def kill_once(job: Job, out: Path, moment: str, chance: random.Random) -> bool:
     """Start, kill at the moment asked for; False when the run ended first."""
-    before = steps_done(out)
+    before, sampled = steps_done(out), candidates(out)
     for draft in drafts(out):  # an earlier kill's; this one is to wait for a save of its own
         shutil.rmtree(draft)
     process = job.start(out)
     wait = chance.uniform(0.0, 8.0) if moment == "start" else chance.uniform(0.0, 0.3)
     steps = before + chance.randint(1, 6)
+    if moment == "sampling":  # a rollout follows when the one before is learnt
+        steps = (before // A_ROLLOUT + 1) * A_ROLLOUT
     due: float | None = time.monotonic() + wait if moment == "start" else None
     while process.poll() is None:
-        if due is None and moment == "step" and steps_done(out) >= steps:
+        now = candidates(out)
+        if due is None and moment in ("step", "sampling") and steps_done(out) >= steps:
+            due = time.monotonic() + wait
+        if due is None and moment == "sampling" and now is not None and now > (sampled or 0):
             due = time.monotonic() + wait
         if (moment == "save" and drafts(out)) or (due is not None and time.monotonic() >= due):
             os.kill(process.pid, signal.SIGKILL)
@@ -135,12 +205,13 @@ def differences(a: Path, b: Path) -> list[str]:
     """What is not equal between two finished runs."""
     found = []
     newest = sorted(path.name for path in (a / "checkpoints").iterdir())[-1]
-    folders = ["final", f"checkpoints/{newest}"]
-    for folder in folders:
-        for path in sorted((a / folder).iterdir()):
-            other = b / folder / path.name
-            if not other.exists() or path.read_bytes() != other.read_bytes():
-                found.append(f"{folder}/{path.name}")
+    made = [a / name for name in (*MADE, f"checkpoints/{newest}")]
+    files = [file for path in made for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
+    for file in files:
+        other = b / file.relative_to(a)
+        # What lies there until no checkpoint needs it is told how long it took to make.
+        if file.parent.suffix != ".samples" and (not other.exists() or file.read_bytes() != other.read_bytes()):
+            found.append(str(file.relative_to(a)))
 
     def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
@@ -151,15 +222,15 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-def killed_and_resumed(method: list[str], kills: int, chance: random.Random) -> dict[str, Any]:
+def killed_and_resumed(kind: str, method: list[str], kills: int, chance: random.Random) -> dict[str, Any]:
     """How often a run was killed at which moment, and what differs from one that was not."""
     with tempfile.TemporaryDirectory() as folder:
-        job = shrunken_job(Path(folder), method)
+        job = shrunken_job(Path(folder), kind, method)
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
         job.finish(unbroken)
-        moments = {"start": 0, "step": 0, "save": 0}
+        moments = {moment: 0 for moment in SAID if moment in MOMENTS[kind]}
         for kill in range(kills):
-            moment = ("save", "step", "start")[kill % 3]
+            moment = MOMENTS[kind][kill % len(MOMENTS[kind])]
             if not kill_once(job, broken, moment, chance):
                 break
             moments[moment] += 1
@@ -177,10 +248,11 @@ def main() -> None:
     for kind in args.methods:
         chance = random.Random(args.seed)
         kills = args.kills or KILLS[kind]
-        results = {name: killed_and_resumed(method, kills, chance) for name, method in METHODS[kind].items()}
+        results = {name: killed_and_resumed(kind, method, kills, chance) for name, method in METHODS[kind].items()}
         rows = [[name, *found["killed"].values(), found["different"] or "nothing"] for name, found in results.items()]
-        print_table(["method", "at start", "between steps", "inside a save", "different from the unbroken run"], rows)
-        settings = {"seed": args.seed, "steps": STEPS, "checkpoint_every": EVERY}
+        moments = [said for moment, said in SAID.items() if moment in MOMENTS[kind]]
+        print_table(["method", *moments, "different from the unbroken run"], rows)
+        settings = {"seed": args.seed, "steps": STEPS[kind], "checkpoint_every": EVERY}
         write_result(NAMES[kind], {**settings, "methods": results})
         differ = differ or any(found["different"] for found in results.values())
     if differ:
