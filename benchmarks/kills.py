@@ -39,7 +39,7 @@ def align(flags: str, **sizes: object) -> list[str]:
     return ["align", verb, *others, *(f"--{verb.replace('-', '_')}.{key}={value}" for key, value in sizes.items())]
 
 
-ROLLOUT = {"rollout_batch_size": 16, "minibatches": 2, "epochs": 2, "max_new_tokens": 12}
+ROLLOUT: dict[str, object] = {"rollout_batch_size": 16, "minibatches": 2, "epochs": 2, "max_new_tokens": 12}
 METHODS = {
     "finetune": {
         "full": ["finetune", *FULL],
@@ -77,7 +77,7 @@ METHODS = {
     },
 }
 """Verb and flags of each method."""
-DATA = {
+DATA: dict[str, dict[str, Any]] = {
     "finetune": {"data.train": "toy:fields?n=100&seed=0"},
     "align": {"data.train": "toy:units-pairs?n=100&seed=0", "train.global_batch_size": 4},
     "online": {
@@ -87,7 +87,7 @@ DATA = {
         "train.epochs": 9,
     },
 }
-HELD_OUT = {"data.val": "toy:units?n=4&seed=0&split=test", "eval.every": 7}
+HELD_OUT: dict[str, Any] = {"data.val": "toy:units?n=4&seed=0&split=test", "eval.every": 7}
 KILLS = {"finetune": 10, "align": 3, "online": 10}
 NAMES = {"finetune": "kills", "align": "kills-align", "online": "kills-online"}
 MOMENTS = {
@@ -136,7 +136,7 @@ def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
     real = as_hf_folder(folder / "real")
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads((real / "config.json").read_text()), **SHRUNKEN}))
-    flags = {
+    flags: dict[str, Any] = {
         "model.source": config,
         "model.init": "random",
         "model.tokenizer": real,
@@ -152,7 +152,7 @@ def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
     if kind == "online" and "rejection-sampling" not in method:
         flags |= HELD_OUT
     if "rejection-sampling" in method:
-        flags["train.epochs"] = None
+        flags["train.epochs"] = None  # the steps alone end it
     return words(method, flags)
 
 
