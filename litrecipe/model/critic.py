@@ -14,7 +14,7 @@ from litrecipe.model.actor_critic import ActorCriticOutput
 from litrecipe.model.adapters import has_adapter, merge_adapter
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.head import Predictions
-from litrecipe.model.reference import PolicyAndReference
+from litrecipe.model.reference import PolicyAndReference, what_does_not_learn
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
 
@@ -69,8 +69,7 @@ def critic_beside(policy: Decoder, *, joined: bool = False) -> Critic:
     """
     with torch.device("meta"):
         critic = Critic(policy.architecture)
-    frozen = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
-    critic.model = policy.model if joined else copy.deepcopy(policy.model, dict(frozen))
+    critic.model = policy.model if joined else copy.deepcopy(policy.model, what_does_not_learn(policy))
     embedding = policy.model.embed_tokens.weight
     critic.score.weight = nn.Parameter(torch.zeros(1, embedding.shape[1], device=embedding.device))
     return critic

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,6 +81,16 @@ def frozen_twin(model: Decoder) -> Decoder:
     Of a model with an adapter this is a second adapter on the same base; of one that trains whole, a second model.
     FSDP2 shares no parameters: `engine.fabric.shard` copies them.
     """
-    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    twin = copy.deepcopy(model, dict(shared))
-    return twin.requires_grad_(False).eval()
+    return copy.deepcopy(model, what_does_not_learn(model)).requires_grad_(False).eval()
+
+
+def what_does_not_learn(model: nn.Module) -> dict[int, Any]:
+    """What a copy of the model shares with it, as `copy.deepcopy` wants to be told: frozen weights, and the scales of
+    those that are in 4 bits, which are no parameters."""
+    scales = (getattr(module, "quant_state", None) for module in model.modules())
+    return {id(one): one for one in chain(model.parameters(), scales) if one is not None and not learns(one)}
+
+
+def learns(one: Any) -> bool:
+    """Whether a gradient moves it."""
+    return isinstance(one, nn.Parameter) and one.requires_grad

@@ -24,6 +24,7 @@ from litrecipe.config.online import PpoRecipe
 from litrecipe.engine.fit import Job, Run
 from litrecipe.engine.rundir import read_records
 from litrecipe.model.critic import ActorAndCritic
+from litrecipe.model.lora_linear import LoraLinear
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row, Sample, Segment, make_row
 from litrecipe.recipes import evaluate, online, ppo, reward
@@ -123,6 +124,11 @@ def row(*texts: list[int]) -> Row:
 ROW = row([1, 50, 60, 70], [1, 81, 92, 33, 44, 2])
 
 
+def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
+    """Of a transformer with an adapter, those that lie below it."""
+    return [module.base_layer for module in model.modules() if isinstance(module, LoraLinear)]
+
+
 def distinct(*modules: torch.nn.Module) -> int:
     """How many parameters lie in memory; those of an adapter are left out."""
     found = {id(p): p.numel() for module in modules for name, p in module.named_parameters() if "lora_" not in name}
@@ -176,6 +182,28 @@ def test_a_hydra_is_one_backbone_and_separate_models_are_four(
         sources = [one.source for one in made.source.method.scorer.sources]  # type: ignore[attr-defined]
         judges = [source.model for source in sources if isinstance(source, ModelSource)]
         assert distinct(made.module, *judges) == expected, out
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_hydra_may_be_quantised(
+    train: Align, practise: Align, job: Callable[..., Job], tmp_path: Path, method: str
+) -> None:
+    """Both stages: an adapter learns both heads on a quantised base; merged and quantised again it is one backbone,
+    shared to the byte, and what a reward model of the quantised folder says."""
+    quantised = {"quantize.method": method}
+    records = train("judge", **{"adapter.method": "lora", "adapter.r": 4, "reward.sft_coef": 0.5, **quantised})
+    assert records[-1]["loss"] < records[0]["loss"]
+    merge(str(tmp_path / "judge"), str(tmp_path / "merged"))
+    layout = {"model.source": tmp_path / "merged", "ppo.layout": "hydra", **quantised}
+    steps = practise(**layout)
+    assert steps[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert steps[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert steps[3]["policy/approxkl"] > 0
+    module = job("again", **layout).module
+    assert isinstance(module, ActorAndCritic)
+    twins = list(zip(linears(module.policy), linears(module.critic), strict=True))
+    assert len(twins) == 14 and all(a.weight is b.weight for a, b in twins)
+    assert all(getattr(a, "quant_state", None) is getattr(b, "quant_state", None) for a, b in twins)
 
 
 @torch.no_grad()
