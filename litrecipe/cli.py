@@ -150,6 +150,16 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         "recipes.data:preview",
         options={"n": (int, 3, "how many samples")},
     ),
+    "data train-tokenizer": PlainVerb(
+        "learn a byte-level BPE tokenizer from texts, for models from scratch",
+        "recipes.data:train_tokenizer",
+        {
+            "texts": {"help": "whatever `data.train` takes"},
+            "out": OUT,
+            "--vocab_size": {"type": int, "default": 32000, "help": "ids at most (default: 32000)"},
+            "--special": {"nargs": "+", "default": [], "help": "control tokens of a chat template"},
+        },
+    ),
     "model import": PlainVerb(
         "turn a GGUF file or a hub model into a Hugging Face folder",
         "recipes.model:import_model",

@@ -1,17 +1,22 @@
-"""`litrecipe data check` and `litrecipe data preview`: look at training data the way a training run will see it."""
+"""`litrecipe data`: look at training data the way a training run will see it, and learn a tokenizer from texts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from litrecipe.checkpoint.manifest import new_folder, refuse_foreign
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config import progress
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data, DataRecipe
+from litrecipe.config.progress import say
 from litrecipe.data.comparison_report import check_comparisons
 from litrecipe.data.comparisons import COMPARISONS
-from litrecipe.data.formats import check_rows
+from litrecipe.data.formats import check_rows, read_conversations
+from litrecipe.data.new_tokenizer import learn_tokenizer, write_tokenizer
 from litrecipe.data.preferences import holds_preferences
 from litrecipe.data.prepared import Kind
 from litrecipe.data.readers import Mistakes, check_source
@@ -48,6 +53,32 @@ def preview(recipe: DataRecipe, n: int) -> int:
     if not counts.rows:
         raise _no_rows(recipe)
     console.print(f"shown: {counts}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def train_tokenizer(texts: str, out: str, vocab_size: int, special: Sequence[str]) -> int:
+    """Write a folder with a byte-level BPE learnt from all that is said in `texts`, which is anything `data.train`
+    takes."""
+    check_source("texts", texts)
+    refuse_foreign(Path(out))
+    said = 0
+
+    def contents() -> Iterator[str]:
+        nonlocal said
+        for conversation in progress.track(read_conversations(texts, Data(train=texts)), f"reading {texts}"):
+            for content in (message.get("content") for message in conversation.messages):
+                if content:  # a turn may only call tools
+                    said += 1
+                    yield content
+
+    backend = learn_tokenizer(contents(), vocab_size, special)
+    if not said:
+        raise InputError(f"texts: {texts}: has no rows: give texts to learn from")
+    with new_folder(Path(out)) as draft:
+        write_tokenizer(draft, backend)
+    found = backend.get_vocab_size()
+    fewer = f" of the {vocab_size} asked for: the texts hold no more pairs" if found < vocab_size else ""
+    say(f"wrote {out}: {found} tokens{fewer}, from {said} texts: name it as model.tokenizer, its size as vocab_size")
     return 0
 
 

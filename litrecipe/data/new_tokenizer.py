@@ -1,0 +1,57 @@
+"""A tokenizer of one's own: a byte-level BPE learnt from texts, in the files a Hugging Face folder has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.files import write_json
+
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+"""The first ids: what begins a text, what ends it, and what pads it and never ends one."""
+BYTES = 256
+
+
+def learn_tokenizer(texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> tokenizers.Tokenizer:
+    """Byte-level BPE (1508.07909, with GPT-2's way of splitting words) of at most `vocab_size` ids.
+
+    The ids begin with BOS, EOS, PAD, then `special_tokens`, which only a chat template may write, then the 256 bytes:
+    every text has ids, and their text is that text. It starts with BOS where special tokens are asked for. Raises
+    InputError for a vocabulary that has no room for all that, and for special tokens that are empty or given twice.
+    """
+    specials = [BOS, EOS, PAD, *special_tokens]
+    if not all(specials) or len(set(specials)) < len(specials):
+        raise InputError(f"--special: {' '.join(special_tokens)}: give each once, none of {BOS}, {EOS} and {PAD}")
+    if vocab_size < (least := len(specials) + BYTES):
+        raise InputError(f"--vocab_size: {vocab_size}: {BYTES} bytes and {len(specials)} tokens are {least}: give more")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    return backend
+
+
+def write_tokenizer(folder: Path, backend: tokenizers.Tokenizer) -> None:
+    """`tokenizer.json`, and the config from which transformers and litrecipe know its special tokens."""
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
