@@ -198,6 +198,8 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
         yield "quantize.method", quantize, "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
     if recipe.optim.name.endswith("8bit") and strategy == "fsdp":
         yield "optim.name", recipe.optim.name, "8-bit optimizers cannot be sharded: use adamw, or fabric.strategy ddp"
+    if recipe.optim.adam_style == "tf" and recipe.optim.name == "sgd":
+        yield "optim.adam_style", "tf", "sgd has no epsilon: remove it"
     if recipe.schedule.decay_steps is not None and recipe.schedule.name != "wsd":
         cure = f"{recipe.schedule.name} decays over the whole run: remove it, or use schedule.name wsd"
         yield "schedule.decay_steps", recipe.schedule.decay_steps, cure

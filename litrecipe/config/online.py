@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from litrecipe.config.groups import Adapter, Eval, GentleOptim, TrainingRecipe
+from litrecipe.config.groups import Adapter, Eval, GentleOptim, ScheduleName, TrainingRecipe
 
 KLEstimator = Literal["k1", "k2", "k3"]
 Layout = Literal["separate", "lora", "joined", "hydra"]
@@ -88,6 +88,8 @@ class Online(Sampling):
     """Completions over which `kl_coef` is steered."""
     max_kl: float | None = None
     """Leave out what remains of a rollout once the policy is this far from the one that sampled it, nats a token."""
+    max_ratio: float | None = 10.0
+    """Take no step on a minibatch in which the ratio of new to old policy is larger than this on average."""
     clip: float = 0.2
     """How far the ratio of new to old policy counts."""
     clip_high: float | None = None
@@ -134,6 +136,10 @@ class Ppo(Online):
     """Weight of the value loss; where policy and critic share no weights only `value_lr` matters."""
     value_lr: float | None = None
     """The critic's learning rate (null: that of the policy)."""
+    value_schedule: ScheduleName | None = None
+    """Schedule of the critic's learning rate (null: as `schedule`)."""
+    value_warmup_steps: int | None = None
+    """Its steps of linear warm-up (null: as `schedule.warmup_steps`)."""
     value_grad_clip: float | None = 1.0
     """Largest norm of the critic's gradient, which is clipped apart from the policy's."""
     critic: str = "auto"

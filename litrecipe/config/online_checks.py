@@ -33,6 +33,7 @@ OF_ALL: dict[str, Range] = {
     "kl_target": ABOVE_0,
     "kl_horizon": AT_LEAST_1,
     "max_kl": ABOVE_0,
+    "max_ratio": (lambda value: value > 1, "a number above 1"),
     "clip": ABOVE_0,
     "clip_high": ABOVE_0,
     "dual_clip": (lambda value: value > 1, "a number above 1"),
@@ -45,6 +46,7 @@ OF_ALL: dict[str, Range] = {
     "value_clip": ABOVE_0,
     "value_coef": AT_LEAST_0,
     "value_lr": ABOVE_0,
+    "value_warmup_steps": AT_LEAST_0,
     "value_grad_clip": ABOVE_0,
     "critic_warmup": AT_LEAST_0,
     "mirror_coef": AT_LEAST_0,
@@ -153,7 +155,7 @@ def _of_layout(recipe: OnlineRecipe, ppo: Ppo) -> Iterator[Mistake]:
         cure = "ppo.layout separate trains all weights: use ppo.layout lora, or adapter.method none"
         yield "adapter.method", recipe.adapter.method, cure
     if ppo.layout == "joined":
-        for key in ("value_lr", "value_grad_clip", "critic", "critic_warmup"):
+        for key in ("value_lr", "value_schedule", "value_warmup_steps", "value_grad_clip", "critic", "critic_warmup"):
             value = getattr(ppo, key)
             if value != getattr(Ppo, key):
                 yield f"ppo.{key}", value, "a joined critic is a head on the policy: remove it, or use layout lora"

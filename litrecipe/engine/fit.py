@@ -78,6 +78,8 @@ class Job:
     Empty: `optim.lr` and `train.grad_clip` for everything."""
     rests: Callable[[int], Collection[str]] = lambda _: ()
     """Names of the roles that learn nothing in the step after so many."""
+    refuses: Callable[[dict[str, float]], str | None] = lambda _: None
+    """Why the optimizer must not take a step of which this is told, in words; the samples are passed over then."""
     told: Callable[[], dict[str, float]] = dict
     """What else the record of a step says, asked for after it: of the samples' making, for example."""
     after_step: Callable[[int, StepResult], None] | None = None
@@ -100,6 +102,8 @@ class StepResult:
     loss: float
     grad_norm: float
     metrics: dict[str, float]
+    refused: str | None = None
+    """Why the optimizer did not take it."""
 
 
 def fit(job: Job) -> int:
@@ -248,16 +252,30 @@ class Run:
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
         self.stop_if_not_finite("loss", total, samples, bad)
         norms = {role.name: self.clip(role, samples) for role in self.roles}
-        factor = lr_factor(self.recipe.schedule, self.at.step, self.at.total_steps)
-        self.lr = self.recipe.optim.lr * factor
-        set_rates(self.raw_optimizer, self.recipe.optim, factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         metrics = quotients(ranks.sums(self.fabric, metric_sums(losses)))
         metrics |= ranks.maxima(self.fabric, metric_maxima(losses))
+        rates = self.set_rates()
+        refused = self.job.refuses(metrics)
+        if refused is None:
+            self.optimizer.step()
+        else:
+            self.teller.warn(f"step {self.at.step + 1}: {refused}")
+        self.optimizer.zero_grad()
         if len(norms) > 1:
             metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
-        return StepResult(total, math.hypot(*norms.values()), metrics)
+            metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
+        return StepResult(total, math.hypot(*norms.values()), metrics, refused)
+
+    def set_rates(self) -> dict[str, float]:
+        """Set the learning rates of the step that comes, and return them by role; the first role's is the run's."""
+        factors = {
+            role.name: lr_factor(role.schedule or self.recipe.schedule, self.at.step, self.at.total_steps)
+            for role in self.roles
+        }
+        set_rates(self.raw_optimizer, self.recipe.optim, factors)
+        rates = {role.name: role.lr * factors[role.name] for role in self.roles}
+        self.lr = rates[self.roles[0].name]
+        return rates
 
     def clip(self, role: Role, samples: list[Sample]) -> float:
         """Clip a role's gradient by its norm, and return what that was."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from litrecipe.checkpoint.state import Pieces
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import Optim
+from litrecipe.config.groups import Optim, Schedule
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -30,6 +30,8 @@ class Role:
     """Peak learning rate."""
     grad_clip: float | None
     """Largest gradient norm."""
+    schedule: Schedule | None = None
+    """Of the learning rate; None: that of the run."""
 
     def parameters(self, of_all: dict[str, nn.Parameter]) -> list[nn.Parameter]:
         """Those of the role, out of name → parameter."""
@@ -41,7 +43,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Build the optimizer; decay applies to matrices only (norms, biases and DoRA magnitudes are left alone).
 
-    Each group says its `peak_lr`: that of its role, or `config.lr` where there are none.
+    Each group says its `role` and its `peak_lr`: that of its role, or `config.lr` where there are none.
     """
     groups: list[dict[str, Any]] = []
     for role in roles or [Role("", config.lr, None)]:
@@ -49,7 +51,8 @@ def make_optimizer(
         matrices, vectors = [p for p in of_role if p.dim() >= 2], [p for p in of_role if p.dim() < 2]
         for some, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
             if some:
-                groups.append({"params": some, "weight_decay": decay, "lr": role.lr, "peak_lr": role.lr})
+                rates = {"lr": role.lr, "peak_lr": role.lr, "role": role.name}
+                groups.append({"params": some, "weight_decay": decay, **rates})
     adam: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)
@@ -61,14 +64,14 @@ def make_optimizer(
     return kind(groups, **adam)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, config: Optim, factor: float) -> None:
-    """Set what the next step depends on: each group's share of its peak learning rate, and Adam's epsilon.
+def set_rates(optimizer: torch.optim.Optimizer, config: Optim, factors: Mapping[str, float]) -> None:
+    """Set what the next step depends on: each group's share of its peak learning rate, by role, and Adam's epsilon.
 
     With `adam_style` tf, epsilon stands outside of the bias correction, as in the programs that PPO on language models
     was first published with (1909.08593): (√v + ε) / √(1 - β₂ᵗ) is √v̂ + ε / √(1 - β₂ᵗ).
     """
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"] = group["peak_lr"] * factors[group["role"]]
         if config.adam_style == "tf":
             taken = max((int(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state), default=0)
             group["eps"] = config.eps / math.sqrt(1 - config.betas[1] ** (taken + 1))

@@ -102,7 +102,14 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
         if average is not None:
             save_trained(folder / "ema", average.model, files, recipe)
 
+    def refuses(metrics: dict[str, float]) -> str | None:
+        ratio, most = metrics.get("policy/ratio", 1.0), config.max_ratio
+        if most is None or ratio <= most:
+            return None
+        return f"the ratio of new to old policy is {ratio:.3g} on average, above {name}.max_ratio {most:g}: not learnt"
+
     def after_step(_: int, result: StepResult) -> None:
+        result.metrics["policy/skipped"] = float(result.refused is not None)
         source.after_step(result.metrics.get("policy/approxkl", 0.0))
         if average is not None:
             average.follow()
@@ -121,6 +128,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
             evaluate_tasks=examiner(recipe, practice, prompts, tokenizer, policy),
             roles=chosen.roles(module),
             rests=chosen.rests,
+            refuses=refuses,
             told=source.told,
             carried=carried,
             after_step=after_step,

@@ -100,6 +100,33 @@ def test_equal_batches_cut_differently_give_equal_gradients(tmp_path, config, ad
             assert (gradient - whole[name]).abs().max().item() < 1e-6, (name, budget)
 
 
+def test_a_step_that_is_refused_moves_nothing_and_adam_remembers_nothing_of_it(tmp_path, config, capsys):
+    """The second of three steps: weights as after the first, its moments too, and the third as the unbroken second."""
+    states = []
+
+    def train(name, refuses, samples):
+        job = make_job(tmp_path / name, config, samples=samples, global_batch_size=8, max_steps=3)
+        job.recipe.schedule.name = "constant"
+        job.refuses = refuses
+        run = Run(job)
+        for _ in range(len(samples) // 8):
+            result = run.train_step(job.source.next_step())
+            weights = [p.detach().clone() for p in run.parameters.values()]
+            moments = [run.raw_optimizer.state[p]["exp_avg"].clone() for p in run.parameters.values()]
+            states.append((name, result.refused, weights, moments))
+            run.at.step += 1
+        run.teller.close()
+
+    def same(a, b):
+        return all(torch.equal(x, y) for part in (2, 3) for x, y in zip(a[part], b[part], strict=True))
+
+    asked = []
+    train("refused", lambda metrics: asked.append(metrics) or ("odd" if len(asked) == 2 else None), Samples(24))
+    assert [state[1] for state in states] == [None, "odd", None]
+    assert same(states[0], states[1]) and not same(states[1], states[2])
+    assert "step 2: odd" in capsys.readouterr().err
+
+
 def test_loss_is_the_token_mean_over_the_step(tmp_path, config):
     """Against cross-entropy of each sample alone, weighted by hand: Σ w·nll / Σ w."""
     job = make_job(tmp_path, config, micro_batch_tokens=60, global_batch_size=8)

@@ -100,6 +100,29 @@ def test_the_critic_warms_up_alone(train: Train, tmp_path: Path) -> None:
     assert [record["grad_norm/policy"] > 0 for record in again] == [False, False, True, True]
 
 
+def test_the_critic_has_a_schedule_of_its_own(train: Train) -> None:
+    """Four steps: the policy's rate falls evenly from 1e-3, the critic's warms up and stays."""
+    schedules = {"schedule.name": "linear", "ppo.value_schedule": "constant", "ppo.value_warmup_steps": 1}
+    records = train("ppo", **FULL, **schedules, ppo__layout="separate", ppo__value_lr=1e-2)
+    assert [record["lr"] for record in records] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+    assert [record["lr/policy"] for record in records] == [record["lr"] for record in records]
+    assert [record["lr/critic"] for record in records] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+
+
+def test_a_minibatch_that_is_too_far_off_is_passed_over(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rate at which a rollout's second pass finds ratios far from 1: from there on nothing moves, so nothing changes
+    until the next rollout."""
+    flags = {"optim.lr": 0.1, "schedule.name": "constant", "grpo.epochs": 4, "grpo.max_ratio": 1.05}
+    records = train("grpo", **FULL, **flags, train__max_steps=8, train__seed=1)
+    ratios, skipped = ([record[f"policy/{name}"] for record in records] for name in ("ratio", "skipped"))
+    assert skipped == [float(ratio > 1.05) for ratio in ratios]
+    assert skipped[0] == skipped[4] == 0 and sum(skipped) > 0
+    for place in range(7):
+        if skipped[place] and place != 3:
+            assert ratios[place + 1] == pytest.approx(ratios[place], rel=1e-6)
+    assert "on average, above grpo.max_ratio 1.05: not learnt" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("verb", "flags"),
     [
