@@ -1,0 +1,324 @@
+"""SFT and PPO's four layouts: memory, the largest row under a cap, time, and passes through transformers.
+
+    python benchmarks/hydra.py [--repeats 3] [--threads 1] [--cap 3]
+
+SmolLM2-135M in fp32, adapters of rank 16. A short joint stage makes one hydra, which all layouts start from and are
+judged by, so that all draw the same first completions and score them alike; SFT learns those. `separate` holds policy,
+critic, reference and reward model, `lora` and `joined` one base and the reward model, `hydra` one base.
+
+- memory: resident at its peak, less that of a process which only imports the same libraries, beside what `--dry_run`
+  announces; fresh processes, with one arena of the C library.
+- largest row: how many samples go through one forward and backward pass such that the same peak stays under `--cap`
+  GiB; the dry run says where to look, then the last that fits and the first that does not are run.
+- time: seconds a sample of the second step, its rollout included, in turns.
+- passes: tokens that transformers read for each token of a rollout, counted.
+
+On a CPU time a sample hardly depends on the batch, so the lower latency of the paper (2309.00754), which is that of a
+larger batch in freed memory, cannot be shown here: `gpu_check.py` measures it. Ends with 1 when announced and measured
+peak are more than 20 % apart, when layouts do not begin alike, or when one holds more transformers than it should.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import (
+    LITRECIPE,
+    MIB,
+    REPO,
+    RESULTS,
+    SHARED,
+    Child,
+    as_hf_folder,
+    print_table,
+    read_lines,
+    run_child,
+    step_seconds,
+    write_result,
+)
+
+NEW_TOKENS, BATCH, STEPS = 32, 8, 2
+WORDS = range(6, 10)
+"""Of a prompt: all are about as long."""
+ALLOWED = 0.20
+IMPORTS = "import litrecipe.recipes.ppo, peft, lightning_fabric, transformers, torch.utils.tensorboard"
+LORA = ["--adapter.method", "lora", "--adapter.r", "16"]
+WHOLE = ["--adapter.method", "none", "--optim.lr", "1e-6"]
+SFT = {"sft, full": WHOLE, "sft, lora": LORA}
+PPO = {
+    "separate": ["--ppo.layout", "separate", *WHOLE],
+    "lora": ["--ppo.layout", "lora", *LORA],
+    "joined": ["--ppo.layout", "joined", *LORA],
+    "hydra": ["--ppo.layout", "hydra", *LORA],
+}
+METHODS = [*SFT, *PPO]
+BACKBONES = {"separate": 4, "lora": 2, "joined": 2, "hydra": 1}
+STATIC = ("weights", "reference", "judges", "gradients", "optimizer")
+"""Lines of the memory table for what does not depend on the batch."""
+
+
+@dataclass
+class Bench:
+    """A working folder with the hydra, prompts, and what SFT learns."""
+
+    folder: Path
+    threads: int
+    sample: int = 128
+    """Tokens of the longest prompt and completion; a first guess."""
+
+    def prepare(self) -> None:
+        """The joint stage; prompts; completions of them. What is there already stays."""
+        if self.told.exists():
+            self.sample = self.announced("hydra", 1)["tokens"]
+            return
+        write_prompts(self.prompts)
+        model, joint = as_hf_folder(self.folder / "model"), self.folder / "joint"
+        pairs = ["--data.train", "toy:units-pairs?n=16&seed=0", "--reward.sft_coef", "1", "--optim.lr", "1e-4"]
+        self.run("joint", ["align", "reward", "--model.source", str(model), *pairs, *LORA, *self.fixed(4096)]).check()
+        run_child([*LITRECIPE, "model", "merge", joint, self.hydra], threads=self.threads).check()
+        self.sample = self.announced("hydra", 1)["tokens"]
+        first = self.command("hydra", 2 * BATCH, 2 * BATCH)
+        self.run("first", [*first, "--train.max_steps", "1"]).check()
+        write_told(self.folder / "first" / "rollouts" / "000001.jsonl", self.told)
+
+    @property
+    def prompts(self) -> Path:
+        return self.folder / "prompts.jsonl"
+
+    @property
+    def told(self) -> Path:
+        """Conversations that end with a completion."""
+        return self.folder / "told.jsonl"
+
+    @property
+    def hydra(self) -> Path:
+        return self.folder / "hydra"
+
+    def fixed(self, row: int) -> list[str]:
+        """Flags of every run; `row` tokens go through a forward pass together."""
+        given = {
+            "train.max_steps": STEPS,
+            "train.micro_batch_tokens": row,
+            "data.cache_dir": self.folder / "cache",
+            "checkpoint.every": "null",
+            "fabric.accelerator": "cpu",
+        }
+        return [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+
+    def command(self, method: str, batch: int, in_a_row: int) -> list[str]:
+        """Verb and flags of a method that learns `batch` samples a step, `in_a_row` of them in one pass."""
+        shared = ["--model.source", str(self.hydra), *self.fixed(in_a_row * self.sample)]
+        if method in SFT:
+            return ["finetune", *shared, "--data.train", str(self.told), *SFT[method], *sized("train.global", batch)]
+        judge = [] if method == "hydra" else ["--rewards.sources", json.dumps({f"model:{self.hydra}": 1.0})]
+        sampled = ["--ppo.max_new_tokens", str(NEW_TOKENS), "--ppo.epochs", "1", *sized("ppo.rollout", batch)]
+        return ["align", "ppo", *shared, "--data.train", str(self.prompts), *judge, *sampled, *PPO[method]]
+
+    def run(self, name: str, command: list[str], program: list[str] | None = None) -> Child:
+        """One fresh process, measured, and its run directory."""
+        out = self.folder / name
+        shutil.rmtree(out, ignore_errors=True)
+        words = [*(program or LITRECIPE), *command, "--out_dir", out]
+        return run_child(words, threads=self.threads, extra={"MALLOC_ARENA_MAX": "1"})
+
+    def announced(self, method: str, in_a_row: int) -> dict[str, Any]:
+        """The dry run's table in bytes, with `tokens` of the largest row."""
+        shown = self.run("dry", [*self.command(method, in_a_row, in_a_row), "--dry_run"]).check().output
+        table = {name: float(gb) * 1e9 for name, gb in re.findall(r"^\s*(\w+)\s+(\d+\.\d{3})\b", shown, re.MULTILINE)}
+        tokens = re.search(r"largest row: (\d+) tokens", shown)
+        if tokens is None or "peak" not in table:
+            sys.exit(f"hydra: no memory table in what --dry_run printed:\n{shown}")
+        return {**table, "tokens": int(tokens[1])}
+
+    def measured(self, method: str, in_a_row: int, baseline: int) -> dict[str, Any]:
+        """Peak and time of a run whose steps are one row each."""
+        child = self.run("run", self.command(method, in_a_row, in_a_row)).check()
+        steps = [line for line in read_lines(self.folder / "run" / "metrics.jsonl") if "loss" in line]
+        first, last = steps[-2], steps[-1]
+        found = {
+            "peak_mib": round((child.peak_rss - baseline) / MIB),
+            "tokens_a_sample": round((last["tokens"] - first["tokens"]) / in_a_row, 1),
+            "seconds_a_sample": round((step_seconds(steps) - step_seconds(steps[:-1])) / in_a_row, 3),
+        }
+        if method in PPO:
+            found["rollout_seconds_a_sample"] = round(last["time/rollout"] / in_a_row, 3)
+            found["first_reward"] = steps[0]["reward"]
+        shutil.rmtree(self.folder / "run")  # all weights of two models, and their optimizer
+        return found
+
+    def passes(self, layout: str) -> dict[str, Any]:
+        """What transformers read in one rollout and one epoch over it, for each of its tokens."""
+        out = self.folder / "passes.json"
+        small = ["--train.max_steps", "1", "--ppo.rollout_batch_size", "4"]
+        program = [sys.executable, str(REPO / "benchmarks" / "passes.py"), str(out)]
+        self.run("passes", [*self.command(layout, 4, 4), *small], program).check()
+        (step,) = (line for line in read_lines(self.folder / "passes" / "metrics.jsonl") if "loss" in line)
+        told = json.loads(out.read_text())
+        each = {kind: round(found["tokens"] / step["tokens"], 2) for kind, found in told["passes"].items()}
+        return {"backbones": told["backbones"], **each}
+
+
+def sized(key: str, count: int) -> list[str]:
+    """Samples of a step."""
+    return [f"--{key}_batch_size", str(count)]
+
+
+def write_prompts(out: Path) -> None:
+    """Questions of about the same length that ask for more than `NEW_TOKENS` tokens."""
+    rows = read_lines(SHARED / "data" / "bench" / "sft128.jsonl")
+    asked = [row["messages"][0]["content"] for row in rows]
+    kept = [text for text in asked if len(text.split()) in WORDS]
+    out.write_text("".join(json.dumps({"prompt": f"{text} Explain it at length."}) + "\n" for text in kept))
+
+
+def write_told(rollout: Path, out: Path) -> None:
+    """Prompts with their completions as conversations."""
+    told = [[*row["prompt"], {"role": "assistant", "content": row["completion"]}] for row in read_lines(rollout)]
+    out.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in told))
+
+
+def largest_row(bench: Bench, method: str, of_batch: float, cap: float, baseline: int) -> dict[str, Any]:
+    """The most samples that go through one pass with the peak under `cap` bytes: announced, and measured.
+
+    The announced peak, which is `of_batch` for `BATCH` samples, is linear in their number.
+    """
+    of_one = bench.announced(method, 1)["peak"]
+    if of_one > cap:
+        return {"announced": 0, "measured": 0}
+    announced = 1 + int((cap - of_one) / (of_batch - of_one) * (BATCH - 1))
+    peaks: dict[int, int] = {}
+
+    def fits(count: int) -> bool:
+        peaks[count] = bench.measured(method, count, baseline)["peak_mib"]
+        return peaks[count] * MIB <= cap
+
+    return {"announced": announced, "measured": walk(fits, announced), "peaks_mib": dict(sorted(peaks.items()))}
+
+
+def walk(fits: Any, count: int) -> int:
+    """The largest count that fits, from a guess on."""
+    if fits(count):
+        while fits(count + 1):
+            count += 1
+        return count
+    while count > 1 and not fits(count - 1):
+        count -= 1
+    return count - 1
+
+
+def draw(methods: dict[str, Any], cap: float, out: Path) -> None:
+    """Peaks, largest rows and times as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(methods)
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    memory, rows, times = figure.subplots(1, 3)
+    for shift, key, color in ((-0.2, "announced_mib", "#9a9a9a"), (0.2, "measured_mib", "#2a7f62")):
+        places = [place + shift for place in range(len(names))]
+        memory.bar(places, [methods[name][key] / 1024 for name in names], 0.4, color=color, label=key[:-4])
+    memory.set(ylabel="GiB", title=f"peak, {BATCH} samples in a row")
+    memory.legend(frameon=False)
+    rows.bar(range(len(names)), [methods[name]["largest_row"]["measured"] for name in names], color="#2a7f62")
+    rows.set(ylabel="samples", title=f"largest row under {cap:g} GiB")
+    for key, color, label in (
+        ("seconds_a_sample", "#2a7f62", "learning"),
+        ("rollout_seconds_a_sample", "#b5482f", "rollout"),
+    ):
+        times.bar(range(len(names)), [methods[name].get(key, 0) for name in names], color=color, label=label)
+    times.set(ylabel="seconds", title="time a sample")
+    times.legend(frameon=False)
+    for axes in (memory, rows, times):
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    figure.suptitle("SFT and PPO's layouts, SmolLM2-135M in fp32, rank 16")
+    FigureCanvasAgg(figure).print_png(str(out))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cap", type=float, default=3.0, help="GiB")
+    parser.add_argument("--folder", help="to work in, where what was prepared stays")
+    args = parser.parse_args()
+    baseline = run_child([sys.executable, "-c", IMPORTS], extra={"MALLOC_ARENA_MAX": "1"}).check().peak_rss
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(args.folder or folder), args.threads)
+        bench.prepare()
+        tables = {method: bench.announced(method, BATCH) for method in METHODS}
+        runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+        for _ in range(args.repeats):
+            for method in METHODS:
+                runs[method].append(bench.measured(method, BATCH, baseline))
+                print(method, runs[method][-1], flush=True)
+        methods: dict[str, Any] = {}
+        cap = args.cap * 2**30
+        for method in METHODS:
+            methods[method] = summary(tables[method], runs[method])
+            methods[method]["largest_row"] = largest_row(bench, method, tables[method]["peak"], cap, baseline)
+            print(method, methods[method]["largest_row"], flush=True)
+        for layout in PPO:
+            methods[layout]["passes"] = bench.passes(layout)
+    columns = ("static_mib", "announced_mib", "measured_mib", "seconds_a_sample", "rollout_seconds_a_sample")
+    print_table(
+        ["", *columns, "largest row", "passes"],
+        [
+            [name, *(row.get(key, "") for key in columns), row["largest_row"]["measured"], row.get("passes", "")]
+            for name, row in methods.items()
+        ],
+    )
+    result = {
+        "threads": args.threads,
+        "samples_in_a_row": BATCH,
+        "tokens_of_the_longest_sample": bench.sample,
+        "new_tokens": NEW_TOKENS,
+        "imports_mib": round(baseline / MIB),
+        "cap_gib": args.cap,
+        "methods": methods,
+    }
+    write_result("hydra", result)
+    draw(methods, args.cap, RESULTS / "hydra.png")
+    missed = failures(methods)
+    if missed:
+        sys.exit("hydra: " + "; ".join(missed))
+
+
+def summary(table: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians, beside the dry run's table."""
+    median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    announced, measured = table["peak"] / MIB, median.pop("peak_mib")
+    return {
+        "static_mib": round(sum(table.get(name, 0) for name in STATIC) / MIB),
+        "announced_mib": round(announced),
+        "measured_mib": round(measured),
+        "announced_over_measured": round(announced / measured, 3),
+        **{key: round(value, 6) for key, value in median.items()},
+        "runs": runs,
+    }
+
+
+def failures(methods: dict[str, Any]) -> list[str]:
+    """What is not as it must be."""
+    found = []
+    for name, row in methods.items():
+        if abs(row["announced_over_measured"] - 1) > ALLOWED:
+            found.append(f"{name}: announced over measured peak is {row['announced_over_measured']}")
+        if name in BACKBONES and row["passes"]["backbones"] != BACKBONES[name]:
+            found.append(f"{name}: {row['passes']['backbones']} transformers, not {BACKBONES[name]}")
+    rewards = [methods[name]["first_reward"] for name in PPO]
+    if max(rewards) - min(rewards) > 1e-3:
+        found.append(f"first completions are not the same: mean rewards {rewards}")
+    return found
+
+
+if __name__ == "__main__":
+    main()
