@@ -1,8 +1,9 @@
-"""Pictures of how rewards tell answers apart. matplotlib is imported when one is drawn."""
+"""Pictures of how rewards tell answers apart, and of what runs told. matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from litrecipe.evaluation.comparing import Pair, calibration, summary
 
 RIGHT, WRONG = "#2a7f62", "#b5482f"
 BINS = 30
+COLOURS = (RIGHT, WRONG, "#3b6ea5", "#8a6d3b", "#6b4c9a", "#777777")
+FEW = 15
+"""Points that are marked each."""
 
 
 def draw_comparison(pairs: Sequence[Pair], path: Path, title: str) -> None:
@@ -79,3 +83,40 @@ def draw_best_of(curve: Sequence[dict[str, float]], path: Path, title: str) -> N
     by_kl.set(xlabel="log n - (n - 1) / n: the KL in nats is at most this")
     figure.suptitle(title)
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the pictures of `draw_panels`."""
+
+    ylabel: str
+    lines: Mapping[str, Sequence[Sequence[float]]]
+    """Name → points (x, y); a line without a name is not in the legend."""
+    level: float | None = None
+    """Where a dashed line lies across."""
+
+
+def draw_panels(panels: Sequence[Panel], path: Path, title: str, xlabel: str = "step") -> None:
+    """What a run told, side by side as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(side_by_side(panels, title, xlabel)).print_png(str(path))
+
+
+def side_by_side(panels: Sequence[Panel], title: str, xlabel: str) -> Any:
+    """A matplotlib figure with one axes a panel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        for place, (name, points) in enumerate(panel.lines.items()):
+            marker = "o" if len(points) < FEW else None
+            label = name or None
+            axes.plot(*zip(*points, strict=True), marker=marker, color=COLOURS[place % len(COLOURS)], label=label)
+        if panel.level is not None:
+            axes.axhline(panel.level, color="grey", linewidth=0.8, linestyle="--")
+        axes.set(xlabel=xlabel, ylabel=panel.ylabel)
+        if any(panel.lines):
+            axes.legend(frameon=False)
+    figure.suptitle(title)
+    return figure

@@ -1,0 +1,23 @@
+"""Pictures hold what they are given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from litrecipe.evaluation.pictures import FEW, Panel, draw_panels, side_by_side
+
+
+def test_panels_hold_their_lines(tmp_path: Path) -> None:
+    many = [(step, 0.1 * step) for step in range(FEW)]
+    panels = [Panel("reward", {"rollouts": many, "held out": [[0, 1.0], [4, 2.0]]}), Panel("KL", {"": many}, level=5.0)]
+    reward, kl = side_by_side(panels, "a run", "step").axes
+    rollouts, held_out = reward.lines
+    assert [tuple(point) for point in rollouts.get_xydata()] == many
+    assert held_out.get_xydata().tolist() == [[0, 1.0], [4, 2.0]]
+    assert rollouts.get_color() != held_out.get_color()
+    assert (rollouts.get_marker(), held_out.get_marker()) == ("None", "o")  # few points are marked each
+    assert [text.get_text() for text in reward.get_legend().get_texts()] == ["rollouts", "held out"]
+    assert kl.get_legend() is None and kl.lines[1].get_ydata() == [5.0, 5.0]
+    assert (reward.get_xlabel(), reward.get_ylabel(), kl.get_ylabel()) == ("step", "reward", "KL")
+    draw_panels(panels, tmp_path / "run.png", "a run")
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
