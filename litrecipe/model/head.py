@@ -66,6 +66,30 @@ def predict(
     return Predictions(logps, correct, log_collisions=log_collisions, entropy=found)
 
 
+@torch.no_grad()
+def divergence(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p ‖ q) (P,) in nats, summed over the whole vocabulary, of p = softmax(hidden weightᵀ / temperature) from q, the
+    same of `other` (P, d) and `other_weight` (V, d).
+
+    With z and z' the two's logits it is Σ_v p_v (z_v - z'_v) - logsumexp(z) + logsumexp(z'). Its mean over what p
+    sampled is that of k1, log p - log q of the samples, with far less noise.
+    """
+    total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    other_total, apart = total.clone(), torch.zeros_like(total)
+    size = block_size(len(hidden), hidden.device)
+    for start in range(0, len(weight), size):
+        z, other_z = (
+            widen(F.linear(read, rows[start : start + size])) / temperature
+            for read, rows in ((hidden, weight), (other, other_weight))
+        )
+        of_block = z.logsumexp(1)
+        mean = (z - of_block[:, None]).exp_().mul_(z - other_z).sum(1)
+        higher = torch.logaddexp(total, of_block)
+        apart = apart * (total - higher).exp() + mean * (of_block - higher).exp()
+        total, other_total = higher, torch.logaddexp(other_total, other_z.logsumexp(1))
+    return apart - total + other_total
+
+
 def block_size(predictions: int, device: torch.device | str) -> int:
     """Tokens of the vocabulary whose logits `predict` holds at a time.
 

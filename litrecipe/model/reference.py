@@ -15,7 +15,7 @@ from torch import nn
 
 from litrecipe.model.adapters import adapter_off
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.head import Predictions
+from litrecipe.model.head import Predictions, divergence
 from litrecipe.model.row import Row
 
 
@@ -44,6 +44,20 @@ class PolicyAndReference(nn.Module):
             return self.reference(row, self.temperature).logps
         with adapter_off(self.policy):
             return self.policy(row, self.temperature).logps
+
+    @torch.no_grad()
+    def divergence(self, row: Row) -> torch.Tensor:
+        """KL (P,) of the policy from the reference in nats at each place of a row that predicts, over the whole
+        vocabulary. Summed over what the policy sampled it is, on average, the KL of whole completions."""
+        policy, reference = self.policy, self.reference
+        hidden = policy.hidden(row, row.predict_from)
+        if reference is not None:
+            other = reference.hidden(row, row.predict_from)
+        else:
+            with adapter_off(policy):
+                other = policy.hidden(row, row.predict_from)
+        weights = policy.lm_head.weight, (reference or policy).lm_head.weight
+        return divergence(hidden, weights[0], other, weights[1], self.temperature)
 
     def moving(self) -> dict[str, nn.Parameter]:
         """The reference's copies of what the policy learns, by their names in this module."""

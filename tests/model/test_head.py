@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litrecipe.model import head
-from litrecipe.model.head import predict
+from litrecipe.model.head import divergence, predict
 
 P, D, V = 11, 6, 13
 REAL_BLOCK_SIZE = head.block_size
@@ -308,3 +308,26 @@ def test_a_block_is_never_too_narrow_for_a_product() -> None:
     assert REAL_BLOCK_SIZE(0, "cpu") == 2**20
     assert REAL_BLOCK_SIZE(378, "cpu") == 2**20 // 378
     assert REAL_BLOCK_SIZE(10**6, "cuda") == head.SMALLEST_BLOCK
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_divergence_is_that_of_whole_distributions(temperature: float) -> None:
+    torch.manual_seed(1)
+    hidden, other = torch.randn(P, D, dtype=torch.float64), torch.randn(P, D + 2, dtype=torch.float64)
+    weight, other_weight = torch.randn(V, D, dtype=torch.float64), torch.randn(V, D + 2, dtype=torch.float64)
+    p, q = (
+        torch.distributions.Categorical(logits=read @ rows.T / temperature)
+        for read, rows in ((hidden, weight), (other, other_weight))
+    )
+    expected = torch.distributions.kl_divergence(p, q)
+    assert expected.min() > 0.01
+    torch.testing.assert_close(divergence(hidden, weight, other, other_weight, temperature), expected)
+    narrow = divergence(*(one.float() for one in (hidden, weight, other, other_weight)), temperature)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow, expected.float())
+
+
+def test_nothing_is_apart_from_itself() -> None:
+    hidden, weight, _ = inputs()
+    assert not divergence(hidden, weight, hidden, weight).any()
+    assert divergence(hidden[:0], weight, hidden[:0], weight).shape == (0,)

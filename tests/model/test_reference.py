@@ -101,3 +101,20 @@ def test_an_empty_row_still_takes_part_in_the_backward_pass(method, quantized):
         assert found.logps.shape == found.ref_logps.shape == (0,)
         found.logps.sum().backward()
         assert all(not p.grad.any() for p in policy.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("has_reference", [True, False])
+def test_the_divergence_is_that_of_all_logits(has_reference):
+    """Of the answers and their ends, from logits of each whole text; the base is the reference where there is none."""
+    policy = decoder() if has_reference else adapted()
+    model = PolicyAndReference(policy, frozen_twin(policy) if has_reference else None, temperature=0.8)
+    assert not model.divergence(row()).any()
+    learn(policy)
+    apart = []
+    for start in (20, 40):
+        text = torch.tensor([*range(3, 9), *range(start, start + 5)])
+        p, q = (torch.log_softmax(one.logits(text)[5:-1] / 0.8, -1) for one in (policy, decoder()))
+        apart.append((p.exp() * (p - q)).sum(-1).detach())
+    expected = torch.cat(apart)
+    assert expected.min() > 0.01
+    torch.testing.assert_close(model.divergence(row()), expected, rtol=1e-4, atol=1e-5)
