@@ -52,6 +52,9 @@ class Sampling:
     """Penalty for a completion that was cut at `max_new_tokens` (null: none)."""
     missing_eos_mode: Literal["subtract", "set"] = "subtract"
     """`subtract` takes the penalty from the score, `set` makes its negative the score."""
+    cache_tokens: int = 8192
+    """Tokens that completions under way and their prompts may hold together: so many are sampled at once. On a GPU more
+    are faster."""
     soft_limit: int = 0
     """Tokens before `max_new_tokens` in which a penalty grows to 1 (DAPO, 2503.14476; 0: none)."""
 

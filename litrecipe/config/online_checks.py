@@ -29,6 +29,7 @@ OF_ALL: dict[str, Range] = {
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, and at most 1"),
     "missing_eos": AT_LEAST_0,
     "soft_limit": AT_LEAST_0,
+    "cache_tokens": AT_LEAST_1,
     "kl_coef": AT_LEAST_0,
     "kl_target": ABOVE_0,
     "kl_horizon": AT_LEAST_1,

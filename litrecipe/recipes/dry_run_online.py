@@ -9,7 +9,7 @@ import numpy as np
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress
 from litrecipe.config.groups import TrainingRecipe
-from litrecipe.config.online import OnlineRecipe, method_of
+from litrecipe.config.online import OnlineRecipe, method_of, sampling_of
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
@@ -18,7 +18,7 @@ from litrecipe.engine.fabric import world_size
 from litrecipe.model.architecture import Architecture, count_parameters
 from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.recipes.dry_run import Load, memory_of, parameter_and_memory_table, show_recipe
-from litrecipe.rollout.practice import CACHE_TOKENS
+from litrecipe.recipes.training import precision_of
 from litrecipe.rollout.source import steps_of
 from litrecipe.rollout.sources import MODEL
 
@@ -35,6 +35,8 @@ class Shape:
     """Prompts of a step."""
     learnt: int
     """Completions of each that are learnt."""
+    together: bool = False
+    """Whether those of a prompt must be in one row."""
 
 
 def show_online(
@@ -67,7 +69,9 @@ def show_rounds(
         f"{rounds.prompts_per_round} prompts get {rounds.completions_per_prompt} completions each, of up to "
         f"{rounds.max_new_tokens} tokens; each step sees up to {pairs} pairs of them"
     )
-    shape = Shape(rounds.prompts_per_round * rounds.completions_per_prompt, rounds.max_new_tokens, pairs, 2)
+    shape = Shape(
+        rounds.prompts_per_round * rounds.completions_per_prompt, rounds.max_new_tokens, pairs, 2, together=True
+    )
     return _show(recipe, files, tokenizer, prompts, shape, said, frozen_copy=frozen_copy)
 
 
@@ -105,10 +109,11 @@ def _show(
     console, world = progress.console(), world_size(recipe.fabric)
     show_recipe(recipe)
     load = longest_rows(recipe, shape, prompts, world)
+    bytes_each = precision_of(recipe).itemsize
     judges = [open_model(spec.removeprefix(MODEL)) for spec in recipe.rewards.sources if spec.startswith(MODEL)]
     table = replace(
         memory_of(recipe, files, load, frozen_copy),
-        judges=sum(4 * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
+        judges=sum(bytes_each * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
         cache=cache_bytes(recipe, shape, files.architecture, prompts, world),
     )
     console.print(parameter_and_memory_table(recipe, table, load, world))
@@ -123,16 +128,14 @@ def longest_rows(recipe: TrainingRecipe, shape: Shape, prompts: PromptSet, world
     """A step whose prompts are the longest there are and whose completions are as long as they may be."""
     longest = sorted(prompts.train, key=lambda prompt: -len(prompt.tokens))[: shape.prompts]
     said = np.ones(shape.longest, dtype=np.int32), np.ones(shape.longest, dtype=np.float32)
-    samples = [
-        Sample(
-            prompt.where,
-            (
-                Segment(prompt.tokens, np.zeros(len(prompt.tokens), dtype=np.float32)),
-                *(Segment(*said, parent=0) for _ in range(shape.learnt)),
-            ),
-        )
-        for prompt in longest
-    ]
+    samples = []
+    for prompt in longest:
+        root = Segment(prompt.tokens, np.zeros(len(prompt.tokens), dtype=np.float32))
+        fit = max(1, (recipe.train.micro_batch_tokens - len(prompt.tokens)) // shape.longest)
+        most = shape.learnt if shape.together else fit
+        for first in range(0, shape.learnt, most):
+            branches = [Segment(*said, parent=0)] * min(most, shape.learnt - first)
+            samples.append(Sample(prompt.where, (root, *branches)))
     lengths = [one.length for one in samples]
     packing = pack(lengths, max(recipe.train.micro_batch_tokens, max(lengths)), multiple_of=world)
     row = max(packing.rows, key=lambda places: sum(lengths[place] for place in places))
@@ -144,6 +147,6 @@ def cache_bytes(
 ) -> int:
     """Keys and values of the completions that are sampled at once."""
     longest = max(len(prompt.tokens) for prompt in prompts.train) + shape.longest
-    tokens = min(max(CACHE_TOKENS, longest), -(-shape.completions // world) * longest)
+    tokens = min(max(sampling_of(recipe)[1].cache_tokens, longest), -(-shape.completions // world) * longest)
     bytes_each = 4 if recipe.fabric.precision == "32-true" else 2
     return 2 * tokens * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * bytes_each
