@@ -68,8 +68,8 @@ def predict(
 
 @torch.no_grad()
 def divergence(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(p ‖ q) (P,) in nats, summed over the whole vocabulary, of p = softmax(hidden weightᵀ / temperature) from q, the
-    same of `other` (P, d) and `other_weight` (V, d).
+    """KL(p ‖ q) (P,) in nats, over the whole vocabulary: p = softmax(hidden weightᵀ / temperature), q the same of
+    `other` (P, d) and `other_weight` (V, d).
 
     With z and z' the two's logits it is Σ_v p_v (z_v - z'_v) - logsumexp(z) + logsumexp(z'). Its mean over what p
     sampled is that of k1, log p - log q of the samples, with far less noise.
