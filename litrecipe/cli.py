@@ -119,6 +119,13 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         True,
         DRY_RUN,
     ),
+    "align pipeline": RecipeVerb(
+        "several of these in a row, each fed by those before it",
+        "pipeline:PipelineRecipe",
+        "recipes.pipeline:main",
+        preemptible=True,
+        options=DRY_RUN,
+    ),
     "evaluate": RecipeVerb(
         "measure a model on tasks", "groups:EvaluateRecipe", "recipes.evaluate:main", preemptible=True
     ),
@@ -331,19 +338,45 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         raise InputError(*line.mistakes, *error.mistakes) from None
     if line.mistakes:
         raise InputError(*line.mistakes)
-    if verb.rows:
-        from litrecipe.data.formats import check_rows
-        from litrecipe.data.preferences import misplaced
-
-        try:
-            check_rows(recipe.data, found(verb.rows))
-        except InputError as error:
-            raise misplaced(recipe.data, wants_preferences=verb.rows == PREFERENCES) or error from None
+    if hasattr(recipe, "stages"):
+        look_at_stages(recipe)
+    elif verb.rows:
+        look_at_rows(recipe.data, verb.rows)
     try:
         return call(verb.code, recipe, **line.options)
     finally:
         if verb.preemptible:
             stop.let_go()
+
+
+def look_at_rows(data: Any, rows: str) -> None:
+    """Raise InputError for rows that a verb cannot read; `rows` as in `RecipeVerb`."""
+    from litrecipe.data.formats import check_rows
+    from litrecipe.data.preferences import misplaced
+
+    try:
+        check_rows(data, found(rows))
+    except InputError as error:
+        raise misplaced(data, wants_preferences=rows == PREFERENCES) or error from None
+
+
+def look_at_stages(recipe: Any) -> None:
+    """The same for all stages of a pipeline that are to run; what stages have still to write is left out."""
+    mistakes: list[str] = []
+    for name in recipe.wanted:
+        stage = recipe.stages[name]
+        verb = VERBS[stage.verb]
+        assert isinstance(verb, RecipeVerb)
+        if not verb.rows:
+            continue
+        given = {key: getattr(stage.recipe.data, key) or "" for key in ("train", "val")}
+        there = {key: "" if recipe.is_to_come(text) else recipe.located(text) for key, text in given.items()}
+        try:
+            look_at_rows(dataclasses.replace(stage.recipe.data, **there), verb.rows)
+        except InputError as error:
+            mistakes += stage.placed(name, error.mistakes)
+    if mistakes:
+        raise InputError(*mistakes)
 
 
 def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from litrecipe.config import schema
+from litrecipe.config.checks import reset
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import (
@@ -16,8 +18,10 @@ from litrecipe.config.merge import (
     find_in_hub,
     hub_folder,
     hub_names,
+    path_of,
     read_text,
 )
+from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.recipes import RECIPES
 
 
@@ -83,9 +87,9 @@ def copy(name: str, file: str) -> int:
 def _extends_by_name(line: str, source: Path) -> str:
     key, _, base = line.partition(":")
     beside = source.parent / base.strip()
-    if key != "extends" or not beside.is_file():
+    if key.strip() != "extends" or not beside.is_file():
         return line
-    return f"extends: {displayed(beside).removesuffix('.yaml')}\n"
+    return f"{key}: {displayed(beside).removesuffix('.yaml')}\n"
 
 
 def validate(names: list[str]) -> int:
@@ -108,12 +112,34 @@ def validate(names: list[str]) -> int:
 
 def _check_beyond_keys(recipe: Any, path: Path) -> str:
     """Look up generated data and tasks, and build the model without weights if it is at hand."""
+    if isinstance(recipe, PipelineRecipe):
+        return _check_stages(recipe, path)
     try:
         _check_data(recipe)
         source = _model_at_hand(recipe, path)
         return "valid" if source is None else f"valid, {_count_parameters(recipe, source)}"
     except InputError as error:
         raise InputError(*(f"{displayed(path)}: {mistake}" for mistake in error.mistakes)) from error
+
+
+def _check_stages(pipeline: PipelineRecipe, path: Path) -> str:
+    """The same of every stage, as far as it does not speak of what others make."""
+    mistakes: list[str] = []
+    told = []
+    for name, stage in pipeline.stages.items():
+        made = {key for key, _, _ in stage.references()}
+        recipe = deepcopy(stage.recipe)
+        for key in made - {"model.source", "rewards.sources"}:
+            reset(recipe, key)
+        try:
+            _check_data(recipe)
+            source = None if "model.source" in made else _model_at_hand(recipe, path)
+            told.append(name if source is None else f"{name} ({_count_parameters(recipe, source)})")
+        except InputError as error:
+            mistakes += stage.placed(name, error.mistakes)
+    if mistakes:
+        raise InputError(*mistakes)
+    return f"valid, {len(told)} stages: {', '.join(told)}"
 
 
 def _check_data(recipe: Any) -> None:
@@ -134,10 +160,10 @@ def _check_data(recipe: Any) -> None:
 
 def _model_at_hand(recipe: Any, path: Path) -> Path | None:
     """The `config.json` that the hub has (under `finetune`) for a model to be fetched, or a source on this disk."""
-    known = hub_folder() / "finetune" / path.parent.name / "config.json"
-    source = Path(recipe.model.source).expanduser()
-    if path.is_relative_to(hub_folder()) and known.is_file():
-        return known
+    known = (hub_folder() / "finetune" / name / "config.json" for name in (path.parent.name, path.stem))
+    source = path_of(recipe.model.source)
+    if path.is_relative_to(hub_folder()) and (config := next(filter(Path.is_file, known), None)):
+        return config
     return source if source.exists() else None
 
 
@@ -163,10 +189,9 @@ def _count_parameters(recipe: Any, source: Path) -> str:
 
 def kind_of(path: Path) -> type:
     """The dataclass of a recipe: the verb its hub folders are named after, or the one that knows most of its keys."""
-    if path.is_relative_to(hub_folder()):
-        folders = path.relative_to(hub_folder()).parts
-        return next(RECIPES[verb] for verb in (folders[0], " ".join(folders[:2])) if verb in RECIPES)
-    return schema.kind_of(path)
+    folders = path.relative_to(hub_folder()).parts if path.is_relative_to(hub_folder()) else ("",)
+    of_folder = (RECIPES[verb] for verb in (folders[0], " ".join(folders[:2])) if verb in RECIPES)
+    return next(of_folder, None) or schema.kind_of(path)
 
 
 def _found(name: str) -> Path:

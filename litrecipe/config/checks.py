@@ -24,6 +24,7 @@ from litrecipe.config.groups import (
 from litrecipe.config.merge import SCHEMA_VERSION
 from litrecipe.config.online import OnlineRecipe
 from litrecipe.config.online_checks import ONLINE_RANGES, check_online
+from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.config.rounds_checks import ROUNDS_RANGES, check_iterative_dpo, check_rejection_sampling
 
@@ -39,7 +40,9 @@ def check(recipe: Any) -> Iterator[Mistake]:
         value = _get(recipe, key)
         if value is not None and not is_right(value):
             yield key, value, f"give {cure}"
-            _reset(plausible, key)
+            reset(plausible, key)
+    if isinstance(recipe, PipelineRecipe):  # its stages are looked at one by one
+        return
     yield from _combinations(plausible)
     if isinstance(recipe, TrainingRecipe):
         yield from _texts(recipe)
@@ -66,7 +69,7 @@ def _get(recipe: Any, key: str) -> Any:
     return recipe
 
 
-def _reset(recipe: Any, key: str) -> None:
+def reset(recipe: Any, key: str) -> None:
     """Give a key its default."""
     *groups, name = key.split(".")
     owner = _get(recipe, groups[0]) if groups else recipe
@@ -133,6 +136,7 @@ RANGES: dict[str, Range] = {
     "generate.top_p": (lambda value: 0 < value <= 1, "a number above 0, and at most 1"),
     "generate.seed": _at_least(0),
     "limit": _at_least(1),
+    "seed": _at_least(0),
     "num_fewshot": _at_least(0),
     "batch_tokens": _at_least(1),
     "schema_version": (lambda value: value == SCHEMA_VERSION, f"{SCHEMA_VERSION}, the version this litrecipe knows"),
@@ -143,6 +147,10 @@ RANGES: dict[str, Range] = {
 
 
 def _missing(recipe: Any) -> Iterator[Mistake]:
+    if isinstance(recipe, PipelineRecipe):
+        if not recipe.out_dir:
+            yield "out_dir", "''", "give the folder of the pipeline"
+        return
     if not recipe.model.source:
         yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"
     if isinstance(recipe, TrainingRecipe):

@@ -22,6 +22,8 @@ INTEGER = re.compile(r"[-+]?[0-9]+(_[0-9]+)*")
 NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(_[0-9]+)*(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 WORDS: dict[str, bool | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
 WORDS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+IN_HUB = "hub:"
+"""Begins what is named by its place in the hub."""
 LONGEST_INTEGER = 40
 """Characters; longer ones would not fit 64 bits, and Python refuses to read very long ones."""
 
@@ -85,27 +87,58 @@ def overlay(base: Node, top: Node) -> Node:
     merged = dict(base.value)
     for key, node in top.value.items():
         merged[key] = overlay(merged[key], node) if key in merged else node
-    return Node(merged, top.where)
+    return Node(merged, top.where or base.where)
 
 
 def read_recipe(path: Path, mistakes: Mistakes, chain: tuple[Path, ...] = (), verb: str = "") -> Node:
-    """A recipe file laid over what it `extends`."""
+    """A recipe file laid over what it `extends`; the stages of a pipeline may extend recipes as well."""
     recipe = read_file(path, mistakes)
+    chain = (*chain, path.resolve())
+    stages = recipe.value.get("stages")
+    if stages is not None and stages.is_group:
+        for name, stage in stages.value.items():
+            if stage.is_group and "extends" in stage.value:
+                of_stage = stage.value.get("verb", Node("")).text or ""
+                key = f"stages.{name}.extends"
+                stages.value[name] = _extended(stage, key, path, mistakes, chain, of_stage, without=OF_A_RUN)
+    return _extended(recipe, "extends", path, mistakes, chain, verb)
+
+
+OF_A_RUN = (("out_dir",), ("out",), ("checkpoint", "resume"))
+"""Keys that say where a run is, not what: a stage does not take them over."""
+
+
+def _extended(
+    recipe: Node,
+    key: str,
+    path: Path,
+    mistakes: Mistakes,
+    chain: tuple[Path, ...],
+    verb: str,
+    without: Iterable[tuple[str, ...]] = (),
+) -> Node:
+    """A recipe, or a stage, of the file `path` over what it `extends`, but for the keys `without`."""
     if "extends" not in recipe.value:
         return recipe
     extends = recipe.value.pop("extends")
     if not isinstance(extends.text, str) or extends.value is None:
-        mistakes.without(f"{extends.where}extends: {show(extends)}: give the name of one recipe, or a file")
+        mistakes.without(f"{extends.where}{key}: {show(extends)}: give the name of one recipe, or a file")
         return recipe
-    base = find(extends.text, path.parent, mistakes, f"{extends.where}extends: ", verb)
+    base = find(extends.text, path.parent, mistakes, f"{extends.where}{key}: ", verb)
     if base is None:
         return recipe
-    chain = (*chain, path.resolve())
     if base.resolve() in chain:
         circle = " → ".join(displayed(link) for link in (*chain, base))
-        mistakes.without(f"{extends.where}extends: {extends.text}: a recipe cannot extend itself ({circle})")
+        mistakes.without(f"{extends.where}{key}: {extends.text}: a recipe cannot extend itself ({circle})")
         return recipe
-    return overlay(read_recipe(base, mistakes, chain, verb), recipe)
+    below = read_recipe(base, mistakes, chain, verb)
+    for *groups, name in without:
+        owner = below
+        for group in groups:
+            owner = owner.value.get(group, Node({})) if owner.is_group else Node({})
+        if owner.is_group:
+            owner.value.pop(name, None)
+    return overlay(below, recipe)
 
 
 def read_file(path: Path, mistakes: Mistakes) -> Node:
@@ -244,6 +277,14 @@ def hub_folder() -> Path:
     package = Path(__file__).resolve().parent.parent
     inside = package / "config_hub"
     return inside if inside.is_dir() else package.parent / "config_hub"
+
+
+def path_of(name: str) -> Path:
+    """The file or folder that a recipe names: `hub:experiments/addition` is what lies at that place among the recipes
+    that ship with the program, wherever it is run; all else is on this disk."""
+    if name.startswith(IN_HUB):
+        return hub_folder() / name.removeprefix(IN_HUB)
+    return Path(name).expanduser()
 
 
 def hub_names() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, GenerateRecipe, RewardRecipe
 from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
+from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 
 RECIPES: dict[str, type] = {
@@ -15,6 +16,7 @@ RECIPES: dict[str, type] = {
     "align rloo": RlooRecipe,
     "align iterative-dpo": IterativeDpoRecipe,
     "align rejection-sampling": RejectionSamplingRecipe,
+    "align pipeline": PipelineRecipe,
     "evaluate": EvaluateRecipe,
     "generate": GenerateRecipe,
     "chat": GenerateRecipe,

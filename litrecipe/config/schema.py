@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import yaml
 
-from litrecipe.config.checks import check, parse_duration
+from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import TrainingRecipe
-from litrecipe.config.merge import Mistakes, Node, merge, plain, read_recipe, read_yaml, show
+from litrecipe.config.merge import Mistakes, Node, merge, read_recipe
+from litrecipe.config.pipeline import FINAL, PipelineRecipe, Stage
 from litrecipe.config.recipes import RECIPES
+from litrecipe.config.stages import read_pipeline
+from litrecipe.config.walk import Walk, describe, held_against, keys
 
-__all__ = ["dump", "keys", "kind_of", "load", "load_run", "parse_duration"]
+__all__ = ["Walk", "describe", "dump", "keys", "kind_of", "load", "load_run", "parse_duration"]
 
+GIVEN_TO_STAGES = ("out_dir", "schema_version")
+"""Keys of a stage's recipe that are written once, for the pipeline."""
 Recipe = TypeVar("Recipe")
 
 
@@ -37,16 +40,14 @@ def load(
     verb = next((name for name, other in RECIPES.items() if other is kind), "")
     tree = merge(configs, flags, mistakes, verb)
     refuse_other_verb(kind, tree)
-    walk = Walk(kind)
-    recipe = walk.group(kind, tree, "")
-    mistakes += walk.mistakes
-    if not mistakes.unread:  # of a recipe that could not be read whole, nobody knows what is missing
-        for key, value, cure in check(recipe):
-            if key not in walk.wrong and (whole or value != "missing"):
-                mistakes.append(f"{walk.where.get(key, '')}{key}: {value}: {cure}")
+    recipe: Any
+    if kind is PipelineRecipe:
+        recipe = read_pipeline(tree, mistakes, whole=whole)
+    else:
+        recipe, _ = held_against(kind, tree, mistakes, whole=whole)
     if mistakes:
         raise InputError(*mistakes)
-    return recipe
+    return cast(Recipe, recipe)
 
 
 def refuse_other_verb(kind: type, tree: Node) -> None:
@@ -67,9 +68,14 @@ def kind_of(path: Path) -> type:
 
 
 def load_run(run: Path) -> TrainingRecipe | None:
-    """What a run directory was made by; None where there is no `recipe.yaml`."""
+    """What a run directory was made by, that of a pipeline by its last stage; None where there is no `recipe.yaml`."""
     path = run / "recipe.yaml"
-    recipe: Any = load(kind_of(path), [path]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    kind = kind_of(path)
+    if kind is PipelineRecipe:
+        return load_run((run / FINAL).resolve().parent)
+    recipe: Any = load(kind, [path])
     return recipe if isinstance(recipe, TrainingRecipe) else None
 
 
@@ -87,196 +93,16 @@ for _kind in (list, tuple):
 
 def dump(recipe: Any) -> str:
     """A recipe as YAML with all its keys; read back, it gives an equal recipe."""
-    text = yaml.dump(dataclasses.asdict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    keys = dataclasses.asdict(recipe)
+    if isinstance(recipe, PipelineRecipe):
+        keys["stages"] = {name: _of_stage(stage) for name, stage in recipe.stages.items()}
+    text = yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return str(text)
 
 
-def keys(kind: type) -> dict[str, Any]:
-    """Full name → type of every key of a recipe."""
-    found: dict[str, Any] = {}
-    for name, hint in get_type_hints(kind).items():
-        if dataclasses.is_dataclass(hint):
-            found |= {f"{name}.{key}": inner for key, inner in get_type_hints(hint).items()}
-        else:
-            found[name] = hint
-    return found
-
-
-class Walk:
-    """Holds a recipe against its dataclass; gathers what is wrong and remembers where keys were written."""
-
-    def __init__(self, kind: type) -> None:
-        self.keys = keys(kind)
-        self.groups = [name for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)]
-        self.mistakes: list[str] = []
-        self.wrong: set[str] = set()
-        self.where: dict[str, str] = {}
-
-    def group(self, kind: type[Recipe], node: Node, prefix: str) -> Recipe:
-        """Build a dataclass from what is right; what is wrong keeps its default."""
-        hints = get_type_hints(kind)
-        values: dict[str, Any] = {}
-        for name, child in node.value.items():
-            key = f"{prefix}{name}"
-            self.where[key] = child.where
-            if name not in hints:
-                self._unknown(key, child)
-            elif dataclasses.is_dataclass(hints[name]):
-                values[name] = self._subgroup(hints[name], child, key)
-            else:
-                try:
-                    values[name] = _convert(hints[name], child)
-                except _Misfit as misfit:
-                    self.wrong.add(key)
-                    self.mistakes.append(f"{child.where}{key}: {show(child)}: give {misfit}")
-        return kind(**values)
-
-    def _subgroup(self, kind: Any, node: Node, key: str) -> Any:
-        if node.is_group:
-            return self.group(kind, node, f"{key}.")
-        if node.is_flag or node.value is not None:
-            names = [f"{key}.{field.name}" for field in dataclasses.fields(kind)]
-            self.wrong.update(names)
-            shown = ", ".join(f"`{name}`" for name in names[:3]) + (", …" if len(names) > 3 else "")
-            self.mistakes.append(f"{node.where}{key}: {show(node)}: is a group: set its keys: {shown}")
-        return kind()
-
-    def _unknown(self, key: str, node: Node) -> None:
-        for name, leaf in _leaves(key, node):
-            self.mistakes.append(f"{leaf.where}{name}: {show(leaf)}: no such key: {self._hint(name, leaf)}")
-
-    def _hint(self, name: str, node: Node) -> str:
-        if name in self.keys:
-            return "write the group and the key on two lines, the key indented"
-        near = nearest(name, self.groups if node.is_group else list(self.keys))
-        # A wrong name very often means the right one: do not say that the latter is missing as well.
-        self.wrong.update(near)
-        if near:
-            return f"did you mean {' or '.join(f'`{key}`' for key in near)}?"
-        group = name.partition(".")[0]
-        of_group = [key for key in self.keys if key.startswith(f"{group}.")]
-        return f"there are {', '.join(of_group or [*self.groups, *(key for key in self.keys if '.' not in key)])}"
-
-
-def _leaves(key: str, node: Node) -> Iterator[tuple[str, Node]]:
-    if node.is_group and node.value:
-        for name, child in node.value.items():
-            yield from _leaves(f"{key}.{name}", child)
-    else:
-        yield key, node
-
-
-class _Misfit(Exception):
-    """A value is not of its key's type; the message says what would be."""
-
-
-def _convert(hint: Any, node: Node) -> Any:
-    """The value of a node as the type `hint`; raises _Misfit."""
-    if node.is_flag:
-        node = _read_flag(hint, node.text or "")
-    kind, arguments, value = get_origin(hint) or hint, get_args(hint), node.value
-    if kind is Literal and node.text in arguments:
-        return node.text
-    if kind is types.NoneType and value is None:
-        return None
-    if kind is str and node.text is not None and value is not None:
-        return node.text
-    if kind is bool and isinstance(value, bool):
-        return value
-    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        if kind is float:
-            return float(value)
-        if value == int(value) and abs(value) < 2**63:
-            return int(value)
-    if kind is list and isinstance(value, list):
-        return [_item(hint, arguments[0], item) for item in value]
-    if kind is tuple and isinstance(value, list) and len(value) == len(arguments):
-        return tuple(_item(hint, argument, item) for argument, item in zip(arguments, value, strict=True))
-    if kind is dict and isinstance(value, dict):
-        return {key: _item(hint, arguments[1], item) for key, item in value.items()}
-    if kind in (types.UnionType, Union):
-        for member in arguments:
-            try:
-                return _convert(member, node)
-            except _Misfit:
-                continue
-    raise _Misfit(describe(hint))
-
-
-def _item(whole: Any, hint: Any, node: Node) -> Any:
-    """A part of a list or mapping; what is said of a wrong one is what the whole should be."""
-    try:
-        return _convert(hint, node)
-    except _Misfit:
-        raise _Misfit(f"{describe(whole)} ({show(node)} is not one)") from None
-
-
-def _read_flag(hint: Any, text: str) -> Node:
-    """A flag's text, read as its type wants it: text as it stands, lists also as `a,b`, all else as YAML.
-
-    In a file nothing after a key means null; after a flag it is a variable of the shell that is not set.
-    """
-    members = (get_args(hint) if get_origin(hint) in (types.UnionType, Union) else None) or (hint,)
-    if str in members:
-        return Node(None if text == "null" and types.NoneType in members else text, text=text)
-    is_list = any(get_origin(member) in (list, tuple) for member in members)
-    if is_list and not text.startswith("[") and text != "null":
-        return Node([Node(plain(part.strip()), text=part.strip()) for part in text.split(",") if part.strip()])
-    if not text.strip():
-        raise _Misfit("a value, or null")
-    broken = Mistakes()
-    node = read_yaml(text, None, broken)
-    return Node(text, text=text) if broken else node
-
-
-def describe(hint: Any) -> str:
-    """A type in words."""
-    kind, arguments = get_origin(hint) or hint, get_args(hint)
-    if kind is Literal:
-        return arguments[0] if len(arguments) == 1 else f"one of {', '.join(arguments)}"
-    if kind in (types.UnionType, Union):
-        return " or ".join(describe(member) for member in arguments)
-    if kind is list:
-        if get_origin(arguments[0]) is Literal:
-            return f"a list out of {', '.join(get_args(arguments[0]))}"
-        return "a list of words: [a, b]"
-    if kind is tuple:
-        return f"a list of {len(arguments)} {describe(arguments[0]).removeprefix('a ')}s"
-    if kind is dict:
-        return "a mapping of words to words: {a: b}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[kind]
-
-
-FARTHEST_GROUP = 1.5
-"""What a key in another group is away at most, in letters: a right key in a wrong group is near."""
-
-
-def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """The known names likeliest meant by a wrong one, all that are equally near; none when all are far."""
-    distances = {candidate: _distance(name, candidate) for candidate in known}
-    best = min(distances.values(), default=math.inf)
-    farthest = FARTHEST_GROUP + 0.3 * len(name.rpartition(".")[2])
-    return [candidate for candidate, distance in distances.items() if distance == best][:3] if best <= farthest else []
-
-
-def _distance(name: str, known: str) -> float:
-    """Edits between two full names; the group counts at most `FARTHEST_GROUP`."""
-    group, _, leaf = name.lower().replace("-", "_").rpartition(".")
-    known_group, _, known_leaf = known.rpartition(".")
-    # `batch_size` for global_batch_size, `lora_alpha` for alpha
-    is_end = f"_{leaf}".endswith(f"_{known_leaf}") or f"_{known_leaf}".endswith(f"_{leaf}")
-    between_leaves = min(_edits(leaf, known_leaf), 1) if is_end else _edits(leaf, known_leaf)
-    return min(_edits(group, known_group), FARTHEST_GROUP) + between_leaves
-
-
-def _edits(a: str, b: str) -> int:
-    """Insertions, deletions, substitutions and swaps of neighbours that make `a` into `b`."""
-    rows = [list(range(len(b) + 1))]
-    for i, letter in enumerate(a, start=1):
-        row = [i]
-        for j, other in enumerate(b, start=1):
-            row.append(min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != other)))
-            if i > 1 and j > 1 and letter == b[j - 2] and other == a[i - 2]:
-                row[-1] = min(row[-1], rows[-2][j - 2] + 1)
-        rows.append(row)
-    return rows[-1][-1]
+def _of_stage(stage: Stage) -> dict[str, Any]:
+    """Verb and keys, but for those that the pipeline decides."""
+    found = {name: value for name, value in dataclasses.asdict(stage.recipe).items() if name not in GIVEN_TO_STAGES}
+    if "checkpoint" in found:
+        del found["checkpoint"]["resume"]
+    return {"verb": stage.verb} | found

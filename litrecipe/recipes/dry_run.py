@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -52,11 +55,24 @@ def show(
     return 0
 
 
-def show_recipe(recipe: TrainingRecipe) -> None:
+_instead: ContextVar[Any] = ContextVar("what is shown instead of a recipe", default=None)
+
+
+@contextmanager
+def shown_instead(recipe: Any) -> Iterator[None]:
+    """Inside, this is what is shown as the recipe, whatever stands in for it in the numbers."""
+    before = _instead.set(recipe)
+    try:
+        yield
+    finally:
+        _instead.reset(before)
+
+
+def show_recipe(recipe: Any) -> None:
     """With all defaults filled in."""
     console = progress.console()
     console.print("[bold]recipe[/bold]")
-    console.print(schema.dump(recipe), highlight=False, markup=False)
+    console.print(schema.dump(_instead.get() or recipe), highlight=False, markup=False)
 
 
 def memory_of(recipe: TrainingRecipe, files: ModelFiles, load: Load, frozen_copy: bool) -> MemoryTable:

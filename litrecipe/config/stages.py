@@ -1,0 +1,92 @@
+"""From the stages of a merged pipeline to the recipes of their verbs; all mistakes of all stages are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
+from litrecipe.config.merge import Mistakes, Node, overlay, show
+from litrecipe.config.pipeline import FINAL, NAME, PipelineRecipe, Stage
+from litrecipe.config.recipes import RECIPES
+from litrecipe.config.walk import held_against, nearest
+
+VERBS = {verb: kind for verb, kind in RECIPES.items() if issubclass(kind, TrainingRecipe | EvaluateRecipe)}
+"""What a stage may be."""
+GIVEN = {("out_dir",): "is out_dir/{name} of the pipeline", ("checkpoint", "resume"): "is checkpoint.resume of all"}
+"""What the pipeline decides for its stages."""
+
+
+def read_pipeline(tree: Node, mistakes: Mistakes, *, whole: bool = True) -> PipelineRecipe:
+    """The recipe in a merged tree; what is wrong is added to `mistakes`, what is missing only where `whole`."""
+    nodes = tree.value.get("stages", Node({}))
+    top = Node({name: node for name, node in tree.value.items() if name != "stages"}, tree.where)
+    pipeline, where = held_against(PipelineRecipe, top, mistakes, whole=whole)
+    if not nodes.is_group:
+        mistakes.append(f"{nodes.where}stages: {show(nodes)}: give stages by name: {{sft: {{verb: finetune, …}}, …}}")
+        return pipeline
+    for name, node in nodes.value.items():
+        if (stage := _read(name, node, pipeline.seed, list(nodes.value), mistakes)) is not None:
+            pipeline.stages[name] = stage
+    if whole and not nodes.value and not mistakes.unread:
+        mistakes.append("stages: missing: give stages by name: {sft: {verb: finetune, …}, …}")
+    for name in pipeline.only:
+        if name not in nodes.value:
+            mistakes.append(f"{where.get('only', '')}only: {name}: no such stage{_cure(name, list(nodes.value))}")
+    if not mistakes.unread:
+        mistakes += _misplaced(pipeline, list(nodes.value))
+    return pipeline
+
+
+def _read(name: str, node: Node, seed: int, names: list[str], mistakes: Mistakes) -> Stage | None:
+    key = f"stages.{name}"
+    if not NAME.fullmatch(name) or name == FINAL:
+        mistakes.append(f"{node.where}{key}: no name for a stage: use letters, digits, - and _, and not `{FINAL}`")
+        return None
+    if not node.is_group:
+        mistakes.append(f"{node.where}{key}: {show(node)}: is a group: give its verb and its recipe")
+        return None
+    verb = node.value.get("verb")
+    if verb is None and not node.where:  # no file has it: a flag reaches into the void
+        others = [other for other in names if other != name]
+        mistakes.append(f"{key}: no such stage{_cure(name, others)}")
+        return None
+    said = "missing" if verb is None else show(verb)
+    if verb is None or verb.text not in VERBS:
+        word = verb.text or "" if verb is not None else ""
+        near = [known for known in VERBS if known.split()[-1] == word] or nearest(word, list(VERBS))
+        cure = f"did you mean {near[0]}?" if near else f"give one of {', '.join(VERBS)}"
+        mistakes.append(f"{(verb or node).where}{key}.verb: {said}: {cure}")
+        return None
+    kind = VERBS[verb.text]
+    for path, why in GIVEN.items():
+        given: Node | None = node
+        for part in path:
+            given = given.value.get(part) if given is not None and given.is_group else None
+        if given is not None and (given.is_flag or given.value is not None):
+            mistakes.append(f"{given.where}{key}.{'.'.join(path)}: {show(given)}: {why.format(name=name)}: remove it")
+    recipe = Node({inner: child for inner, child in node.value.items() if inner != "verb"}, node.where)
+    if issubclass(kind, TrainingRecipe):
+        recipe = overlay(Node({"train": Node({"seed": Node(seed, text=str(seed))})}), recipe)
+    found, where = held_against(kind, recipe, mistakes, prefix=f"{key}.", where=node.where)
+    places = {inner.removeprefix(f"{key}."): place for inner, place in where.items()}
+    return Stage(verb.text, found, places | {"": node.where})
+
+
+def _misplaced(pipeline: PipelineRecipe, names: list[str]) -> Iterator[str]:
+    """References to what is not there, or not there yet."""
+    for name, stage in pipeline.stages.items():
+        before = names[: names.index(name)]
+        for key, other, file in stage.references():
+            line = f"{stage.where.get(key, '')}stages.{name}.{key}: stage:{other}"
+            made = pipeline.stages.get(other)
+            if other not in names:
+                yield f"{line}: no such stage{_cure(other, before)}"
+            elif other not in before:
+                yield f"{line}: runs {'later' if other != name else 'just then'}: write that stage above this one"
+            elif not file and made is not None and not made.makes_a_model:
+                yield f"{line}: makes no model: name a file of it (`stage:{other}/…`), or another stage"
+
+
+def _cure(name: str, known: list[str]) -> str:
+    near = nearest(name, known)
+    return f": did you mean {near[0]}?" if near else f": there are {', '.join(known) or 'none'}"
