@@ -1,6 +1,6 @@
 """SFT and PPO's four layouts: memory, the largest row under a cap, time, and passes through transformers.
 
-    python benchmarks/hydra.py [--repeats 3] [--threads 1] [--cap 3]
+    python benchmarks/hydra.py [--repeats 3] [--cap 3] [--folder FOLDER]
 
 SmolLM2-135M in fp32, adapters of rank 16. A short joint stage makes one hydra, which all layouts start from and are
 judged by, so that all draw the same first completions and score them alike; SFT learns those. `separate` holds policy,
@@ -10,8 +10,9 @@ critic, reference and reward model, `lora` and `joined` one base and the reward 
   announces; fresh processes, with one arena of the C library.
 - largest row: how many samples go through one forward and backward pass such that the same peak stays under `--cap`
   GiB; the dry run says where to look, then the last that fits and the first that does not are run.
-- time: seconds a sample of the second step, its rollout included, in turns.
-- passes: tokens that transformers read for each token of a rollout, counted.
+- time: CPU seconds a sample of the second step, its rollout included, of one thread, in turns: those of a machine that
+  is shared are longer than on one's own, but not by the share.
+- passes: tokens that transformers read for each token that is learnt, counted.
 
 On a CPU time a sample hardly depends on the batch, so the lower latency of the paper (2309.00754), which is that of a
 larger batch in freed memory, cannot be shown here: `gpu_check.py` measures it. Ends with 1 when announced and measured
@@ -42,11 +43,10 @@ from common import (
     print_table,
     read_lines,
     run_child,
-    step_seconds,
     write_result,
 )
 
-NEW_TOKENS, BATCH, STEPS = 32, 8, 2
+NEW_TOKENS, BATCH, STEPS, THREADS = 24, 8, 2, 1
 WORDS = range(6, 10)
 """Of a prompt: all are about as long."""
 ALLOWED = 0.20
@@ -71,7 +71,6 @@ class Bench:
     """A working folder with the hydra, prompts, and what SFT learns."""
 
     folder: Path
-    threads: int
     sample: int = 128
     """Tokens of the longest prompt and completion; a first guess."""
 
@@ -84,7 +83,7 @@ class Bench:
         model, joint = as_hf_folder(self.folder / "model"), self.folder / "joint"
         pairs = ["--data.train", "toy:units-pairs?n=16&seed=0", "--reward.sft_coef", "1", "--optim.lr", "1e-4"]
         self.run("joint", ["align", "reward", "--model.source", str(model), *pairs, *LORA, *self.fixed(4096)]).check()
-        run_child([*LITRECIPE, "model", "merge", joint, self.hydra], threads=self.threads).check()
+        run_child([*LITRECIPE, "model", "merge", joint, self.hydra], threads=THREADS).check()
         self.sample = self.announced("hydra", 1)["tokens"]
         first = self.command("hydra", 2 * BATCH, 2 * BATCH)
         self.run("first", [*first, "--train.max_steps", "1"]).check()
@@ -123,12 +122,13 @@ class Bench:
         sampled = ["--ppo.max_new_tokens", str(NEW_TOKENS), "--ppo.epochs", "1", *sized("ppo.rollout", batch)]
         return ["align", "ppo", *shared, "--data.train", str(self.prompts), *judge, *sampled, *PPO[method]]
 
-    def run(self, name: str, command: list[str], program: list[str] | None = None) -> Child:
-        """One fresh process, measured, and its run directory."""
+    def run(self, name: str, command: list[str]) -> Child:
+        """One fresh process, measured, and its run directory; what it did is counted in `passes.json`."""
         out = self.folder / name
         shutil.rmtree(out, ignore_errors=True)
-        words = [*(program or LITRECIPE), *command, "--out_dir", out]
-        return run_child(words, threads=self.threads, extra={"MALLOC_ARENA_MAX": "1"})
+        program = [sys.executable, REPO / "benchmarks" / "passes.py", self.folder / "passes.json"]
+        words = [*program, *command, "--out_dir", out]
+        return run_child(words, threads=THREADS, extra={"MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(REPO)})
 
     def announced(self, method: str, in_a_row: int) -> dict[str, Any]:
         """The dry run's table in bytes, with `tokens` of the largest row."""
@@ -140,31 +140,21 @@ class Bench:
         return {**table, "tokens": int(tokens[1])}
 
     def measured(self, method: str, in_a_row: int, baseline: int) -> dict[str, Any]:
-        """Peak and time of a run whose steps are one row each."""
+        """Peak, time and passes of a run whose steps are one row each."""
         child = self.run("run", self.command(method, in_a_row, in_a_row)).check()
         steps = [line for line in read_lines(self.folder / "run" / "metrics.jsonl") if "loss" in line]
-        first, last = steps[-2], steps[-1]
+        counted = json.loads((self.folder / "passes.json").read_text())
         found = {
             "peak_mib": round((child.peak_rss - baseline) / MIB),
-            "tokens_a_sample": round((last["tokens"] - first["tokens"]) / in_a_row, 1),
-            "seconds_a_sample": round((step_seconds(steps) - step_seconds(steps[:-1])) / in_a_row, 3),
+            "tokens_a_sample": round(steps[-1]["tokens"] / STEPS / in_a_row, 1),
+            "cpu_seconds_a_sample": round((counted["cpu"][-1] - counted["cpu"][-2]) / in_a_row, 3),
+            "backbones": counted["backbones"],
+            "passes": {kind: round(read / steps[-1]["tokens"], 2) for kind, read in counted["tokens"].items()},
         }
         if method in PPO:
-            found["rollout_seconds_a_sample"] = round(last["time/rollout"] / in_a_row, 3)
             found["first_reward"] = steps[0]["reward"]
         shutil.rmtree(self.folder / "run")  # all weights of two models, and their optimizer
         return found
-
-    def passes(self, layout: str) -> dict[str, Any]:
-        """What transformers read in one rollout and one epoch over it, for each of its tokens."""
-        out = self.folder / "passes.json"
-        small = ["--train.max_steps", "1", "--ppo.rollout_batch_size", "4"]
-        program = [sys.executable, str(REPO / "benchmarks" / "passes.py"), str(out)]
-        self.run("passes", [*self.command(layout, 4, 4), *small], program).check()
-        (step,) = (line for line in read_lines(self.folder / "passes" / "metrics.jsonl") if "loss" in line)
-        told = json.loads(out.read_text())
-        each = {kind: round(found["tokens"] / step["tokens"], 2) for kind, found in told["passes"].items()}
-        return {"backbones": told["backbones"], **each}
 
 
 def sized(key: str, count: int) -> list[str]:
@@ -230,13 +220,8 @@ def draw(methods: dict[str, Any], cap: float, out: Path) -> None:
     memory.legend(frameon=False)
     rows.bar(range(len(names)), [methods[name]["largest_row"]["measured"] for name in names], color="#2a7f62")
     rows.set(ylabel="samples", title=f"largest row under {cap:g} GiB")
-    for key, color, label in (
-        ("seconds_a_sample", "#2a7f62", "learning"),
-        ("rollout_seconds_a_sample", "#b5482f", "rollout"),
-    ):
-        times.bar(range(len(names)), [methods[name].get(key, 0) for name in names], color=color, label=label)
-    times.set(ylabel="seconds", title="time a sample")
-    times.legend(frameon=False)
+    times.bar(range(len(names)), [methods[name]["cpu_seconds_a_sample"] for name in names], color="#2a7f62")
+    times.set(ylabel="CPU seconds", title="time a sample, one thread")
     for axes in (memory, rows, times):
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     figure.suptitle("SFT and PPO's layouts, SmolLM2-135M in fp32, rank 16")
@@ -246,13 +231,12 @@ def draw(methods: dict[str, Any], cap: float, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cap", type=float, default=3.0, help="GiB")
     parser.add_argument("--folder", help="to work in, where what was prepared stays")
     args = parser.parse_args()
     baseline = run_child([sys.executable, "-c", IMPORTS], extra={"MALLOC_ARENA_MAX": "1"}).check().peak_rss
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(args.folder or folder), args.threads)
+        bench = Bench(Path(args.folder or folder))
         bench.prepare()
         tables = {method: bench.announced(method, BATCH) for method in METHODS}
         runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
@@ -266,18 +250,13 @@ def main() -> None:
             methods[method] = summary(tables[method], runs[method])
             methods[method]["largest_row"] = largest_row(bench, method, tables[method]["peak"], cap, baseline)
             print(method, methods[method]["largest_row"], flush=True)
-        for layout in PPO:
-            methods[layout]["passes"] = bench.passes(layout)
-    columns = ("static_mib", "announced_mib", "measured_mib", "seconds_a_sample", "rollout_seconds_a_sample")
+    columns = ("static_mib", "announced_mib", "measured_mib", "cpu_seconds_a_sample", "backbones", "passes")
     print_table(
-        ["", *columns, "largest row", "passes"],
-        [
-            [name, *(row.get(key, "") for key in columns), row["largest_row"]["measured"], row.get("passes", "")]
-            for name, row in methods.items()
-        ],
+        ["", *columns, "largest row"],
+        [[name, *(row[key] for key in columns), row["largest_row"]["measured"]] for name, row in methods.items()],
     )
     result = {
-        "threads": args.threads,
+        "threads": THREADS,
         "samples_in_a_row": BATCH,
         "tokens_of_the_longest_sample": bench.sample,
         "new_tokens": NEW_TOKENS,
@@ -294,14 +273,16 @@ def main() -> None:
 
 def summary(table: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians, beside the dry run's table."""
-    median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+    numbers = ("peak_mib", "tokens_a_sample", "cpu_seconds_a_sample")
+    median = {key: statistics.median(run[key] for run in runs) for key in numbers}
     announced, measured = table["peak"] / MIB, median.pop("peak_mib")
     return {
         "static_mib": round(sum(table.get(name, 0) for name in STATIC) / MIB),
         "announced_mib": round(announced),
         "measured_mib": round(measured),
         "announced_over_measured": round(announced / measured, 3),
-        **{key: round(value, 6) for key, value in median.items()},
+        **{key: round(value, 3) for key, value in median.items()},
+        **{key: value for key, value in runs[0].items() if key not in numbers},
         "runs": runs,
     }
 
@@ -312,8 +293,8 @@ def failures(methods: dict[str, Any]) -> list[str]:
     for name, row in methods.items():
         if abs(row["announced_over_measured"] - 1) > ALLOWED:
             found.append(f"{name}: announced over measured peak is {row['announced_over_measured']}")
-        if name in BACKBONES and row["passes"]["backbones"] != BACKBONES[name]:
-            found.append(f"{name}: {row['passes']['backbones']} transformers, not {BACKBONES[name]}")
+        if row["backbones"] != BACKBONES.get(name, 1):
+            found.append(f"{name}: {row['backbones']} transformers, not {BACKBONES.get(name, 1)}")
     rewards = [methods[name]["first_reward"] for name in PPO]
     if max(rewards) - min(rewards) > 1e-3:
         found.append(f"first completions are not the same: mean rewards {rewards}")
