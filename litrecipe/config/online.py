@@ -77,6 +77,10 @@ class Online(Sampling):
     """Sample among the likeliest tokens that hold this probability; below 1 needs `biased_sampling`."""
     biased_sampling: bool = False
     """Allow top_k and top_p, after which the ratio of new to old policy is no longer that of what was sampled from."""
+    sampler: str | None = None
+    """`function:MODULE:NAME`, which makes of policy and tokenizer another engine that samples (null: our own)."""
+    importance_cap: float = 2.0
+    """Largest weight of a token that such an engine drew more rarely than the policy would have."""
     truncated: Literal["learn", "mask"] = "learn"
     """`mask` leaves completions that were cut out of the loss."""
     kl_coef: float = 0.05
@@ -133,6 +137,8 @@ class Ppo(Online):
     """Give the advantages of a rollout mean 0 and variance 1."""
     whiten_rewards: bool = False
     """Divide a rollout's token rewards by their standard deviation."""
+    normalise_values: bool = False
+    """Let the critic learn returns of mean 0 and spread 1 over the run so far; `value_clip` is then in these units."""
     value_clip: float | None = 0.2
     """How far values may move from those of the rollout, in units of the value (null: as far as they like)."""
     value_coef: float = 0.1

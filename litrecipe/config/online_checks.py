@@ -30,6 +30,7 @@ OF_ALL: dict[str, Range] = {
     "missing_eos": AT_LEAST_0,
     "soft_limit": AT_LEAST_0,
     "cache_tokens": AT_LEAST_1,
+    "importance_cap": ABOVE_0,
     "kl_coef": AT_LEAST_0,
     "kl_target": ABOVE_0,
     "kl_horizon": AT_LEAST_1,
@@ -130,6 +131,7 @@ def _of_method(online: Online) -> Iterator[Mistake]:
         ("ptx_coef", "ptx_data", online.ptx_data is not None),
         ("ptx_data", "ptx_coef", online.ptx_coef > 0),
         ("ref_ema", "kl_coef", online.kl_coef > 0),
+        ("importance_cap", "sampler", online.sampler is not None),
     ):
         value = getattr(online, key)
         if value != getattr(Online, key) and not is_there:

@@ -4,6 +4,7 @@ Shapes: P predictions of a row, N of them that count, S segments, A completions 
 
 What a row brings beside its predictions, as extras (P,): `old_logps` under the policy that sampled, at the temperature
 of the predictions; `advantages`; for a critic `returns` and `old_values`; `ref_logps` where the KL is a loss;
+`importance`, by which the policy's loss of each token is multiplied, where another engine than the policy drew it;
 `counted`, 1 for tokens that count and 0 for those of completions that are left out (all count where there is none);
 and, where `ptx_coef` asks for it, `ptx`, 1 for tokens of plain text learnt along, which count there only.
 """
@@ -37,6 +38,7 @@ ADVANTAGES = "advantages"
 RETURNS = "returns"
 OLD_VALUES = "old_values"
 COUNTED = "counted"
+IMPORTANCE = "importance"
 PTX = "ptx"
 
 Metrics = dict[str, tuple[Tensor, Tensor | float]]
@@ -109,6 +111,8 @@ class PolicyGradient:
         advantages = extra_of(row, ADVANTAGES)[counted.places]
         log_ratio = log_ratios(logps, old, counted.lengths, self.ratio)
         losses = self._losses(logps, log_ratio, advantages)
+        if IMPORTANCE in row.extra:
+            losses = losses * row.extra[IMPORTANCE][counted.places]
         terms = [Term("policy", (losses * counted.shares).sum())]
         if self.has_kl:
             reference = reference_logps(predictions, row)[counted.places]

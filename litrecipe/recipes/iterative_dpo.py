@@ -26,6 +26,7 @@ from litrecipe.recipes.online import known_by
 from litrecipe.recipes.training import asked, begin, load_to_train, make_ready, nats_apart, save_trained, say_same
 from litrecipe.rollout.pairs import Pairing, WinRates, gold_answers
 from litrecipe.rollout.rewards import Scorer, make_judge
+from litrecipe.rollout.sampler import OwnSampler
 from litrecipe.rollout.source import Rollouts
 from litrecipe.rollout.sources import Weighted, check_columns_of, make_sources
 
@@ -61,7 +62,7 @@ def main(recipe: IterativeDpoRecipe, *, dry_run: bool = False) -> int:
     ranks = Ranks(fabric)
     practice = Pairing(
         module,
-        tokenizer,
+        OwnSampler(policy, tokenizer, config.cache_tokens),
         Scorer(sources, recipe.rewards, config, ranks.agree),
         rollouts,
         recipe.train.seed,

@@ -46,7 +46,8 @@ from litrecipe.recipes.training import (
 )
 from litrecipe.rollout.lessons import Lesson
 from litrecipe.rollout.practice import Practice
-from litrecipe.rollout.rewards import Scorer
+from litrecipe.rollout.rewards import Moments, Scorer
+from litrecipe.rollout.sampler import make_sampler
 from litrecipe.rollout.source import Rollouts
 from litrecipe.rollout.sources import MODEL, RewardSource, check_columns_of, light_sources, make_sources
 
@@ -57,12 +58,12 @@ class Course:
 
     build: Callable[[Decoder, Decoder | None], PolicyAndReference]
     """The module to train, from the policy and its reference (None: the policy with its adapter off, or none)."""
-    draw: Callable[[Any, dict[str, Any], Any, float], Lesson]
+    draw: Callable[[Any, dict[str, Any], Any, float, Moments], Lesson]
     objective: Objective[Any]
     roles: Callable[[PolicyAndReference], list[Role]] = lambda _: []
     rests: Callable[[int], list[str]] = lambda _: []
-    save_beside: Callable[[Path, PolicyAndReference], None] = lambda _, __: None
-    """Writes what else was trained into the folder of the policy."""
+    save_beside: Callable[[Path, PolicyAndReference, Moments], None] = lambda _, __, ___: None
+    """Writes what else was trained into the folder of the policy, given the moments of the returns."""
     own_source: Callable[[Decoder, Tokenizer, torch.device], RewardSource | None] = lambda _, __, ___: None
     """What the reward source `hydra` stands for, on the device that the policy will be on."""
 
@@ -89,7 +90,8 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     policy.with_entropy = "learnt" if config.entropy_coef else "measured"
     ranks = Ranks(fabric)
     scorer = Scorer(sources, recipe.rewards, config, ranks.agree)
-    practice = Practice(module, tokenizer, scorer, config, recipe.train.seed, budget, fabric, chosen.draw)
+    sampler = make_sampler(f"{name}.sampler", config.sampler, policy, tokenizer, config.cache_tokens)
+    practice = Practice(module, sampler, scorer, config, recipe.train.seed, budget, fabric, chosen.draw)
     source = Rollouts(practice, prompts.train, config, recipe.train, Path(recipe.out_dir), ranks, name)
 
     known |= add_plain_text(source, recipe, config, tokenizer)
@@ -98,7 +100,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
 
     def finish(folder: Path) -> None:
         save_trained(folder, policy, files, recipe)
-        chosen.save_beside(folder, module)
+        chosen.save_beside(folder, module, practice.returns)
         if average is not None:
             save_trained(folder / "ema", average.model, files, recipe)
 

@@ -22,6 +22,7 @@ from litrecipe.recipes.critics import check_hydra, make_critic, start_of_critic
 from litrecipe.recipes.online import Course, practise
 from litrecipe.recipes.training import make_ready, save_trained
 from litrecipe.rollout.lessons import ppo_lesson
+from litrecipe.rollout.rewards import Moments
 from litrecipe.rollout.sources import HYDRA, ModelSource, RewardSource
 
 POLICY, CRITIC = "policy", "critic"
@@ -55,9 +56,12 @@ def main(recipe: PpoRecipe, *, dry_run: bool = False) -> int:
             policy = Role(POLICY, recipe.optim.lr, recipe.train.grad_clip)
             return [policy, Role(CRITIC, value_lr, ppo.value_grad_clip, schedule)]
 
-        def save_critic(folder: Path, module: PolicyAndReference) -> None:
+        def save_critic(folder: Path, module: PolicyAndReference, returns: Moments) -> None:
             assert isinstance(module, ActorAndCritic)
-            save_trained(folder / "critic", module.critic, files, recipe, module.critic.statistics)
+            statistics = module.critic.statistics
+            if ppo.normalise_values:
+                statistics = undone(statistics or (0.0, 1.0), returns)
+            save_trained(folder / "critic", module.critic, files, recipe, statistics)
 
         def base_judge(policy: Decoder, tokenizer: Tokenizer, device: torch.device) -> RewardSource | None:
             if ppo.layout != "hydra":
@@ -76,3 +80,10 @@ def main(recipe: PpoRecipe, *, dry_run: bool = False) -> int:
         )
 
     return practise(recipe, course, dry_run=dry_run)
+
+
+def undone(statistics: tuple[float, float], returns: Moments) -> tuple[float, float]:
+    """Mean and spread by which a critic's rewards become values in units of the score, where with `statistics` they are
+    normalised returns: V = S (r - m) / s + M is (r - (m - M s / S)) / (s / S)."""
+    mean, std = statistics
+    return mean - returns.mean * std / returns.scale, std / returns.scale

@@ -35,6 +35,7 @@ from litrecipe.recipes.online import known_by
 from litrecipe.recipes.training import asked, begin, load_to_train, prepared
 from litrecipe.rollout.candidates import CandidateFile, choose, gains, sample_candidates
 from litrecipe.rollout.rewards import Scorer
+from litrecipe.rollout.sampler import OwnSampler
 from litrecipe.rollout.sources import check_columns_of, light_sources, make_sources
 
 if TYPE_CHECKING:
@@ -118,7 +119,15 @@ def answer(
     try:
         # Ranks are not in lockstep while they sample: of several, they agree on stopping between batches.
         with stop.deferred(), stop.interruptible(stop.requested if fabric.world_size == 1 else lambda: None):
-            sample_candidates(file, done, policy, tokenizer, prompts, scorer, recipe.train.seed, fabric)
+            sample_candidates(
+                file,
+                done,
+                OwnSampler(policy, tokenizer, recipe.rejection_sampling.cache_tokens),
+                prompts,
+                scorer,
+                recipe.train.seed,
+                fabric,
+            )
     except stop.Stopped as stopped:
         name = signal.Signals(stopped.signal_number).name
         say(f"stopped by {name}: the same command with --checkpoint.resume auto goes on with {file.path}")

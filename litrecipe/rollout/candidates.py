@@ -21,13 +21,11 @@ from litrecipe.config.groups import Generate
 from litrecipe.config.progress import track
 from litrecipe.config.rounds import RejectionSampling
 from litrecipe.data.prompts import Prompt
-from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import Ranks
-from litrecipe.model.decoder import Decoder
 from litrecipe.objectives.advantages import best_of, best_of_kl
 from litrecipe.rollout.experience import Scored, joined
-from litrecipe.rollout.practice import answers
 from litrecipe.rollout.rewards import Scorer
+from litrecipe.rollout.sampler import Sampler
 from litrecipe.rollout.table import records
 
 if TYPE_CHECKING:
@@ -83,8 +81,7 @@ class CandidateFile:
 def sample_candidates(
     file: CandidateFile,
     done: int,
-    policy: Decoder,
-    tokenizer: Tokenizer,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
     scorer: Scorer,
     seed: int,
@@ -104,7 +101,7 @@ def sample_candidates(
         streams = [(first + place) * n + number for place in mine for number in range(n)]
         asked = [batch[place] for place in mine]
         with torch.no_grad(), fabric.autocast():
-            found = answers(policy, tokenizer, asked, settings, n, streams, f"from prompt {first + 1} on")
+            found = sampler(asked, settings, n, streams, f"from prompt {first + 1} on")
             scores = scorer(found)
         groups = torch.tensor(mine, dtype=torch.int64).repeat_interleave(n)
         whole = joined(ranks.agree(Scored(found, scores, groups))).in_order()

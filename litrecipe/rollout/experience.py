@@ -59,7 +59,7 @@ class Scored:
         c, s = self.completions, self.scores
         parts, raw = ({name: some(values) for name, values in kept.items()} for kept in (s.by_source, s.raw))
         return Scored(
-            Completions(some(c.prompts), some(c.texts), some(c.tokens), some(c.ended)),
+            c.at(places),
             Scores(s.total[list(places)], parts, raw),
             self.groups[list(places)],
         )
@@ -82,6 +82,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
             strung(one.texts for one in completions),
             strung(one.tokens for one in completions),
             strung(one.ended for one in completions),
+            None if any(one.logps is None for one in completions) else strung(one.logps or [] for one in completions),
         ),
         Scores(
             torch.cat([one.total for one in scores]),

@@ -12,7 +12,7 @@ from litrecipe.config.online import OnlineEval
 from litrecipe.data.prompts import Prompt
 from litrecipe.objectives.advantages import pass_at_k
 from litrecipe.rollout.experience import Scored, joined
-from litrecipe.rollout.practice import Practice, answers
+from litrecipe.rollout.practice import Practice
 
 STREAMS = 2**40
 """Number of the first random stream here, far from those of the rollouts."""
@@ -38,15 +38,7 @@ def _scored(practice: Practice, prompts: Sequence[Prompt], temperature: float, n
     settings = Generate(practice.config.max_new_tokens, temperature, stop=practice.config.stop, seed=practice.seed)
     streams = [STREAMS + place * n + number for place in mine for number in range(n)]
     with practice.at_rest():
-        found = answers(
-            practice.module.policy,
-            practice.tokenizer,
-            [prompts[place] for place in mine],
-            settings,
-            n,
-            streams,
-            "answering held-out prompts",
-        )
+        found = practice.sampler([prompts[place] for place in mine], settings, n, streams, "answering held-out prompts")
         before = practice.scorer.state_dict()
         scores = practice.scorer(found)
         practice.scorer.load_state_dict(before)  # measuring changes nothing

@@ -6,6 +6,7 @@ Shapes: A completions of a rollout; P tokens of all of them, completion after co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from litrecipe.config.online import Grpo, Online, Ppo
 from litrecipe.model.row import Sample
 from litrecipe.objectives.advantages import (
+    LARGEST_LOG_RATIO,
     explained_variance,
     gae,
     group_advantages,
@@ -21,8 +23,9 @@ from litrecipe.objectives.advantages import (
     whiten,
 )
 from litrecipe.objectives.answers import REF_LOGPS
-from litrecipe.objectives.online import ADVANTAGES, COUNTED, OLD_LOGPS, OLD_VALUES, RETURNS
+from litrecipe.objectives.online import ADVANTAGES, COUNTED, IMPORTANCE, OLD_LOGPS, OLD_VALUES, RETURNS
 from litrecipe.rollout.experience import Scored
+from litrecipe.rollout.rewards import Moments
 
 LOGPS, VALUES, ENTROPY = "logps", "values", "entropy"
 """Names of what policy and critic say of each token; the reference says `ref_logps`."""
@@ -45,10 +48,20 @@ class Lesson:
     """For people: what became of the rollout."""
 
 
-def ppo_lesson(scored: Scored, said: dict[str, Tensor], config: Ppo, kl_coef: float) -> Lesson:
+def ppo_lesson(
+    scored: Scored, said: dict[str, Tensor], config: Ppo, kl_coef: float, so_far: Moments | None = None
+) -> Lesson:
     """Advantages and returns by generalised advantage estimation over token rewards: the KL at every token, the score
-    at a completion's last (1909.08593)."""
+    at a completion's last (1909.08593).
+
+    With `normalise_values` the critic says returns less their mean over their spread, as they were `so_far`, to which
+    those of this rollout are added. Advantages are made of values in the score's units, and the returns that the critic
+    learns are normalised by what is known now (as by the authors of 2404.10719).
+    """
     lengths, values = scored.lengths, said[VALUES]
+    so_far = so_far if config.normalise_values and so_far is not None else None
+    if so_far is not None:
+        values = values * so_far.scale + so_far.mean
     rewards = token_rewards(_kl(said), scored.scores.total, lengths, _in_reward(config, kl_coef))
     if config.whiten_rewards:
         rewards = whiten(rewards, shift_mean=False)
@@ -57,12 +70,18 @@ def ppo_lesson(scored: Scored, said: dict[str, Tensor], config: Ppo, kl_coef: fl
     lesson = _lesson(scored, said, config, kl_coef)
     if config.normalise_advantages:
         advantages = _whitened(advantages, lesson.extras.get(COUNTED))
-    lesson.extras.update({ADVANTAGES: advantages, RETURNS: returns, OLD_VALUES: values})
+    if so_far is not None:
+        counted = lesson.extras.get(COUNTED, torch.ones_like(returns)) > 0
+        so_far.add(returns[counted].tolist())
+        returns = (returns - so_far.mean) / so_far.scale
+    lesson.extras.update({ADVANTAGES: advantages, RETURNS: returns, OLD_VALUES: said[VALUES]})
     lesson.metrics["value/explained_variance"] = 0.0 if foreseen is None else foreseen
     return lesson
 
 
-def group_lesson(scored: Scored, said: dict[str, Tensor], config: Grpo, kl_coef: float) -> Lesson:
+def group_lesson(
+    scored: Scored, said: dict[str, Tensor], config: Grpo, kl_coef: float, _: Moments | None = None
+) -> Lesson:
     """Advantages without a critic: a completion's score beside those of its group, the same for all its tokens.
 
     A KL in the reward is taken off whole before the comparison (RLOO, 2402.14740). `batch` has no groups: each token's
@@ -93,9 +112,26 @@ def _lesson(scored: Scored, said: dict[str, Tensor], config: Online, kl_coef: fl
         metrics["objective/rlhf_reward"] = float((scored.scores.total - kl_coef * kl).mean())
         if config.kl_in == "loss":
             extras[REF_LOGPS] = said[REF_LOGPS]
+    if scored.completions.logps is not None:
+        extras[IMPORTANCE], told = importance(said[LOGPS], scored.completions.logps, config.importance_cap)
+        metrics |= told
     if config.truncated == "mask":
         extras[COUNTED] = (~scored.truncated).float().repeat_interleave(scored.lengths)
     return Lesson(extras, metrics, kl)
+
+
+def importance(logps: Tensor, drawn: list[list[float]], cap: float) -> tuple[Tensor, dict[str, float]]:
+    """Weights (P,) min(π / π_sampler, cap) of tokens with log-probabilities (P,) that another engine drew with others,
+    and how far apart the two are, by TRL's names.
+
+    With them the policy's loss is that of tokens that the policy drew, but for what the cap cuts off (truncated
+    importance sampling: Ionides, 2008).
+    """
+    off = logps - torch.tensor(list(chain.from_iterable(drawn)), dtype=logps.dtype)
+    weights = off.clamp(max=LARGEST_LOG_RATIO).exp().clamp(max=cap)
+    told = {f"sampling_logp_difference/{kind}": getattr(off.abs(), kind)() for kind in ("mean", "max")}
+    told |= {f"importance_sampling_ratio/{kind}": getattr(weights, kind)() for kind in ("min", "mean", "max")}
+    return weights, {f"sampling/{name}": float(value) for name, value in told.items()}
 
 
 def _kl(said: dict[str, Tensor]) -> Tensor:

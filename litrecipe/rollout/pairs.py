@@ -27,7 +27,7 @@ from litrecipe.model.row import Row, Sample, Segment
 from litrecipe.objectives.answers import REF_LOGPS
 from litrecipe.rollout.experience import Rollout, Scored, measure
 from litrecipe.rollout.lessons import Lesson, group_lesson
-from litrecipe.rollout.practice import Practice, answers
+from litrecipe.rollout.practice import Practice
 from litrecipe.rollout.rewards import Judge
 from litrecipe.rollout.source import about
 from litrecipe.rollout.sources import Completions
@@ -123,7 +123,7 @@ class Pairing(Practice):
         every = self.rounds.candidates
         used = [stream for place, stream in enumerate(streams) if place % every < n]
         with self.at_rest():
-            found = answers(self.module.policy, self.tokenizer, prompts, self.settings, n, used, "sampling")
+            found = self.sampler(prompts, self.settings, n, used, "sampling")
         if column is None:
             return found
         texts, tokens, ended = [], [], []
@@ -238,18 +238,12 @@ class WinRates:
             for first in range(0, len(completions), n)
             for one, other in permutations(range(n), 2)
         ]
-        chances = self.judge(*(_some(completions, side) for side in zip(*duels, strict=True))) if duels else []
+        chances = self.judge(*(completions.at(side) for side in zip(*duels, strict=True))) if duels else []
         wins = [0.0] * len(completions)
         for (one, other), chance in zip(duels, chances, strict=True):
             wins[one] += chance
             wins[other] += 1 - chance
         return [won / (2 * (n - 1)) for won in wins]
-
-
-def _some(completions: Completions, places: Sequence[int]) -> Completions:
-    c = completions
-    lists = ([values[place] for place in places] for values in (c.prompts, c.texts, c.tokens, c.ended))
-    return Completions(*lists)  # type: ignore[arg-type]
 
 
 def gold_answers(prompts: Sequence[Prompt], column: str, tokenizer: Tokenizer, longest: int) -> dict[str, list[int]]:

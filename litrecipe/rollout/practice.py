@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,24 +16,19 @@ from torch import Tensor
 from litrecipe.config.groups import Generate
 from litrecipe.config.online import Online
 from litrecipe.data.prompts import Prompt
-from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import Ranks
-from litrecipe.evaluation.sampling import complete
 from litrecipe.model.critic import ActorAndCritic
 from litrecipe.model.reference import PolicyAndReference
 from litrecipe.model.row import Row
 from litrecipe.objectives.answers import REF_LOGPS
 from litrecipe.rollout.experience import Rollout, measure
 from litrecipe.rollout.lessons import ENTROPY, LOGPS, VALUES, Lesson
-from litrecipe.rollout.rewards import Scorer, Scores
+from litrecipe.rollout.rewards import Moments, Scorer, Scores
+from litrecipe.rollout.sampler import Sampler
 from litrecipe.rollout.sources import Completions
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-
-CACHE_TOKENS = 8192
-"""Places of the cache that completions are sampled with."""
 
 
 @dataclass
@@ -42,15 +37,17 @@ class Practice:
 
     module: PolicyAndReference
     """What is trained."""
-    tokenizer: Tokenizer
+    sampler: Sampler
     scorer: Scorer
     config: Online
     seed: int
     budget: int
     """Tokens of a row."""
     fabric: Fabric
-    draw: Callable[[Any, dict[str, Tensor], Any, float], Lesson]
+    draw: Callable[[Any, dict[str, Tensor], Any, float, Moments], Lesson]
     """What the method makes of a scored rollout: `ppo_lesson` or `group_lesson`."""
+    returns: Moments = field(default_factory=Moments, kw_only=True)
+    """Of the returns so far, where the critic learns them normalised."""
     ranks: Ranks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +57,7 @@ class Practice:
         """`completions_per_prompt` completions of each prompt, each from a random stream of its own."""
         n = self.config.completions_per_prompt
         with self.at_rest():
-            return answers(self.module.policy, self.tokenizer, prompts, self.settings, n, streams, "sampling")
+            return self.sampler(prompts, self.settings, n, streams, "sampling")
 
     @property
     def settings(self) -> Generate:
@@ -85,7 +82,7 @@ class Practice:
                 ranks=self.ranks,
                 progress="log-probabilities of the rollout",
             )
-        return self.draw(rollout.scored, said, self.config, kl_coef)
+        return self.draw(rollout.scored, said, self.config, kl_coef, self.returns)
 
     def ask(self, row: Row) -> dict[str, Tensor]:
         """What is said of each prediction (P,) of a row."""
@@ -108,12 +105,13 @@ class Practice:
             self.module.follow(self.config.ref_ema)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the scorer remembers."""
-        return self.scorer.state_dict()
+        """What scorer and critic remember."""
+        return {"scorer": self.scorer.state_dict(), "returns": asdict(self.returns)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from there."""
-        self.scorer.load_state_dict(state)
+        self.scorer.load_state_dict(state["scorer"])
+        self.returns = Moments(**state["returns"])
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
@@ -125,31 +123,3 @@ class Practice:
                 yield
         finally:
             self.module.train(before)
-
-
-def answers(
-    policy: Any,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    settings: Generate,
-    completions: int,
-    streams: Sequence[int],
-    progress: str,
-) -> Completions:
-    """Completions of prompts, those of one side by side, each with the token that ended it."""
-    found = complete(
-        policy,
-        tokenizer,
-        [prompt.tokens.tolist() for prompt in prompts],
-        settings,
-        completions=completions,
-        streams=streams,
-        batch_tokens=CACHE_TOKENS,
-        progress=f"{progress}: completion",
-    )
-    return Completions(
-        [prompt for prompt in prompts for _ in range(completions)],
-        [one.text for one in found],
-        [[*one.tokens, one.stop_id] if one.stop_id is not None else one.tokens for one in found],
-        [one.ended for one in found],
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +72,11 @@ class Moments:
         """Standard deviation, 0 of fewer than two numbers."""
         return math.sqrt(self.squares / self.count) if self.count > 1 else 0.0
 
+    @property
+    def scale(self) -> float:
+        """The standard deviation, or 1 where there is none to divide by."""
+        return self.std or 1.0
+
 
 @dataclass
 class Scorer:
@@ -106,7 +111,7 @@ class Scorer:
 
     def state_dict(self) -> dict[str, Any]:
         """What scaling has seen so far, as JSON."""
-        return {"count": self.moments.count, "mean": self.moments.mean, "squares": self.moments.squares}
+        return asdict(self.moments)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from there."""
@@ -117,7 +122,7 @@ class Scorer:
         if self.config.combine == "normalise":
             rollout = Moments()
             rollout.add([score for of_rank in self.gather(scores) for score in of_rank if score is not None])
-            shift, scale = rollout.mean, rollout.std or 1.0
+            shift, scale = rollout.mean, rollout.scale
         return [None if score is None else weight * (score - shift) / scale for score in scores]
 
     def _scaled(self, sums: list[float]) -> list[float]:
@@ -125,7 +130,7 @@ class Scorer:
         if self.config.scale == "none":
             return sums
         self.moments.add([value for of_rank in self.gather(sums) for value in of_rank])
-        return [value / (self.moments.std or 1.0) for value in sums]
+        return [value / self.moments.scale for value in sums]
 
     def _punished(self, total: Tensor, completions: Completions) -> tuple[Tensor, dict[str, list[float | None]]]:
         """Scores less the penalties for nearing `max_new_tokens` and for being cut there; what is set, is set last."""
@@ -182,7 +187,7 @@ class FunctionJudge:
             "rows": [prompt.row for prompt in prompts],
         }
         chances = []
-        for value, prompt in zip(called(self.name, self.function, given, len(prompts)), prompts, strict=True):
+        for value, prompt in zip(called(self.name, self.function, given, prompts), prompts, strict=True):
             where = f"{self.name}: {prompt.where}"
             chance = finite(value, where)
             if not 0 <= chance <= 1:

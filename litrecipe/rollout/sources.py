@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.rollout.verifiable import RULES, Answer, Rule, did_you_mean, list_of, parse_rule
 
+T = TypeVar("T")
+
 KEY = "rewards.sources"
 MODEL, FUNCTION, HYDRA = "model:", "function:", "hydra"
 
@@ -46,9 +48,20 @@ class Completions:
     """As sampled, with the end token."""
     ended: list[str]
     """`eos`, `stop` (a stop string) or `length` (cut)."""
+    logps: list[list[float]] | None = None
+    """Log-probabilities of the tokens, as they were drawn, where another engine than the policy drew them."""
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def at(self, places: Sequence[int]) -> Completions:
+        """Some of them, in the order of `places`."""
+
+        def some(values: list[T]) -> list[T]:
+            return [values[place] for place in places]
+
+        logps = None if self.logps is None else some(self.logps)
+        return Completions(some(self.prompts), some(self.texts), some(self.tokens), some(self.ended), logps)
 
 
 class RewardSource(Protocol):
@@ -103,11 +116,10 @@ class FunctionSource:
             "completions": list(completions.texts),
             "rows": [prompt.row for prompt in prompts],
         }
+        values = called(f"{KEY}: {self.name}", self.function, given, prompts)
         return [
             None if value is None else self._number(value, prompt)
-            for value, prompt in zip(
-                called(f"{KEY}: {self.name}", self.function, given, len(prompts)), prompts, strict=True
-            )
+            for value, prompt in zip(values, prompts, strict=True)
         ]
 
     def _number(self, value: Any, prompt: Prompt) -> float:
@@ -338,18 +350,41 @@ def check_columns_of(sources: Sequence[Weighted], prompts: Sequence[Prompt]) -> 
         raise InputError(*mistakes)
 
 
-def called(name: str, function: Callable[..., Any], given: dict[str, Any], count: int) -> list[Any]:
-    """What a user's function returns, as a list of `count`; InputError for all else that it does."""
+def called(
+    name: str, function: Callable[..., Any], given: dict[str, list[Any]], prompts: Sequence[Prompt]
+) -> list[Any]:
+    """What a user's function returns for lists that are parallel to `prompts`, as such a list.
+
+    Raises InputError for all else that it does. Where it raises something itself, it is asked again for one after the
+    other, to name the prompt of the first at which it does. Of several ranks one may have no prompts: it is not called.
+    """
+    if not prompts:
+        return []
     try:
-        result = function(**given)
-        values = list(result.tolist() if hasattr(result, "tolist") else result)
+        values = _listed(function(**given))
     except InputError:
         raise
     except Exception as error:  # it may raise anything
+        _one_by_one(name, function, given, prompts)
         raise InputError(f"{name}: {_told(error)}{_place(error)}") from error
-    if len(values) != count:
-        raise InputError(f"{name}: returned {len(values)} values for {count} completions: give one for each")
+    if len(values) != len(prompts):
+        raise InputError(f"{name}: returned {len(values)} values for {len(prompts)} completions: give one for each")
     return values
+
+
+def _one_by_one(
+    name: str, function: Callable[..., Any], given: dict[str, list[Any]], prompts: Sequence[Prompt]
+) -> None:
+    """Raise InputError naming the first prompt at which a function raises something, if it does at one by itself."""
+    for place, prompt in enumerate(prompts):
+        try:
+            _listed(function(**{key: values[place : place + 1] for key, values in given.items()}))
+        except Exception as error:  # it may raise anything
+            raise InputError(f"{name}: {prompt.where}: {_told(error)}{_place(error)}") from error
+
+
+def _listed(result: Any) -> list[Any]:
+    return list(result.tolist() if hasattr(result, "tolist") else result)
 
 
 def _told(error: Exception) -> str:

@@ -299,6 +299,37 @@ def test_a_bonus_for_an_entropy_that_teaches_nothing_is_a_mistake_of_ours():
         objective(model(row)._replace(entropy=torch.zeros(4)), row)
 
 
+@pytest.mark.parametrize(("aggregate", "expected"), [("token", (-1.1 - 2 - 0.45 + 9) / 4), ("sequence", 3.90833)])
+def test_what_another_engine_drew_is_weighed(aggregate, expected):
+    """Losses -1.1, -1, -.9 and 3, times 1, 2, ½ and 3; the KL and what is counted are not."""
+    ref = [LOGPS[token] - 1 for token in (2, 3, 4)]
+    samples = [
+        completion("a", [2, 3, 4], [1.1, 1.0, 0.9], [1, 1, 1], importance=[1, 2, 0.5], ref_logps=ref),
+        completion("b", [5], [1.5], [-2.0], importance=[3], ref_logps=[LOGPS[5] - 1]),
+    ]
+    for rows in (rows_of(samples), rows_of(samples, 1)):
+        assert step(PolicyGradient(Grpo(aggregate=aggregate)), Tables(LOGPS), rows)[0] == pytest.approx(expected)
+        held = PolicyGradient(Grpo(aggregate=aggregate, kl_coef=0.5, kl_estimator="k1"))
+        assert step(held, Tables(LOGPS), rows)[0] == pytest.approx(expected + 0.5)
+
+
+def test_weighed_by_the_ratio_the_gradient_is_that_of_the_policys_own_samples():
+    """One token out of six that q draws, on average over q with weights π / q: ∇ Σ π A."""
+    z = nn.Parameter(float64(0.3, -0.2, 0.5, 0.0, -1.0, 0.1))
+    advantages, q = float64(3, -1, 0, 2, 1, -4), float64(0.3, 0.1, 0.1, 0.2, 0.1, 0.2)
+    logps = z.log_softmax(0)
+    (wanted,) = torch.autograd.grad(-(logps.exp() * advantages).sum(), z, retain_graph=True)
+    total = torch.zeros(6).double()
+    for token in range(6):
+        old = logps.detach()[token]
+        extra = {"old_logps": [old], "advantages": [advantages[token]], "importance": [old.exp() / q[token]]}
+        row = make_row([ranked("a", [[token]], **extra)])
+        predictions = Predictions(z.log_softmax(0)[row.target], row.target >= 0)
+        loss = PolicyGradient(Grpo())(predictions, row)
+        total += q[token] * torch.autograd.grad(loss.terms[0].sum, z)[0]
+    torch.testing.assert_close(total, wanted, rtol=1e-5, atol=1e-7)
+
+
 def with_text():
     """A completion and, beside it, plain text of tokens 6 and 7 with log π -1.5 and -.25."""
     asked = completion("a", [2, 3, 4], [1.1, 1.0, 0.9], [1, 1, 1], ptx=[0, 0, 0], counted=[1, 1, 1])

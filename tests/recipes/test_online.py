@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from litrecipe.checkpoint.source import open_model
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
+from litrecipe.data.samples import SampleSet
 from litrecipe.engine.rundir import read_records
 from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.recipes import grpo, ppo
@@ -121,6 +123,128 @@ def test_a_minibatch_that_is_too_far_off_is_passed_over(train: Train, capsys: py
         if skipped[place] and place != 3:
             assert ratios[place + 1] == pytest.approx(ratios[place], rel=1e-6)
     assert "on average, above grpo.max_ratio 1.05: not learnt" in capsys.readouterr().err
+
+
+ENGINES = """
+import copy
+
+import torch
+
+from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.rollout.sampler import OwnSampler
+
+
+class Noisy:
+    # Samples from the policy in other weights, and says how likely it found each token.
+
+    def __init__(self, policy, tokenizer, noise):
+        self.policy, self.tokenizer, self.noise = policy, tokenizer, noise
+
+    @torch.no_grad()
+    def __call__(self, prompts, settings, completions, streams, progress):
+        twin = copy.deepcopy(self.policy)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in twin.parameters():
+            parameter += self.noise * torch.randn(parameter.shape, generator=generator)
+        found = OwnSampler(twin, self.tokenizer, 8192)(prompts, settings, completions, streams, progress)
+        logps = []
+        for prompt, tokens in zip(found.prompts, found.tokens):
+            root = Segment(prompt.tokens, [0.0] * len(prompt.tokens))
+            row = make_row([Sample("", (root, Segment(torch.tensor(tokens).numpy(), [1.0] * len(tokens), 0)))])
+            logps.append(twin(row, settings.temperature or 1.0).logps.tolist())
+        return type(found)(found.prompts, found.texts, found.tokens, found.ended, logps)
+
+
+def same(policy, tokenizer):
+    return Noisy(policy, tokenizer, 0.0)
+
+
+def noisy(policy, tokenizer):
+    return Noisy(policy, tokenizer, 0.02)
+
+
+def mute(policy, tokenizer):
+    return OwnSampler(policy, tokenizer, 100)
+
+
+def short(policy, tokenizer):
+    def sampler(*given):
+        found = OwnSampler(policy, tokenizer, 100)(*given)
+        return type(found)(found.prompts, found.texts[:-1], found.tokens, found.ended)
+    return sampler
+
+
+def empty(policy, tokenizer):
+    def sampler(*given):
+        found = OwnSampler(policy, tokenizer, 100)(*given)
+        return type(found)(found.prompts, found.texts, [[] for _ in found.tokens], found.ended)
+    return sampler
+"""
+
+
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "engines.py").write_text(ENGINES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "engines", raising=False)
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize("verb", ["ppo", "grpo"])
+def test_another_engine_may_sample(train: Train, tmp_path: Path, verb: str) -> None:
+    """One that is the policy itself changes nothing but what is told of it. Of one with other weights the samples bring
+    min(π / π_engine, 1.2), not all 1, and the ratio of new to old policy still starts at 1."""
+    flags = {"data.val": "toy:units?n=3&seed=0&split=test", "train.max_steps": 2, "train.epochs": 9}
+    if verb == "grpo":
+        flags["grpo.completions_per_prompt"] = 4
+    own = train(verb, "own", **LORA, **flags)
+    same = train(verb, "same", **LORA, **flags, **{f"{verb}.sampler": "function:engines:same"})
+    assert [one["loss"] for one in same] == pytest.approx([one["loss"] for one in own], rel=1e-3, abs=1e-5)
+    assert same[0]["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+    assert not any("sampling/" in name for name in own[0])
+    other = {f"{verb}.sampler": "function:engines:noisy", f"{verb}.importance_cap": 1.2}
+    noisy = train(verb, "noisy", **LORA, **flags, **other)
+    assert noisy[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert noisy[0]["sampling/importance_sampling_ratio/max"] == pytest.approx(1.2)
+    assert noisy[0]["sampling/importance_sampling_ratio/min"] < 0.95
+    assert noisy[0]["sampling/sampling_logp_difference/max"] > 0.1
+    assert train(verb, "mute", **LORA, **flags, **{f"{verb}.sampler": "function:engines:mute"}) is not None
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("function:engines:short", "grpo.sampler: function:engines:short: returned 7 / 8 / 8 of 8 completions: give"),
+        ("function:engines:empty", "a completion of 0 tokens: give 1 to 6"),
+        ("function:engines:absent", "grpo.sampler: function:engines:absent: absent: not in engines"),
+        ("engines", "grpo.sampler: engines: give function:MODULE:NAME"),
+    ],
+)
+def test_an_engine_is_held_to_its_promises(train: Train, spec: str, words: str) -> None:
+    with pytest.raises(InputError) as told:
+        train("grpo", **LORA, grpo__sampler=spec)
+    assert words in str(told.value)
+
+
+def test_a_critic_of_normalised_returns_is_saved_in_units_of_the_score(train: Train, tmp_path: Path) -> None:
+    """Rewards of 100 or 110. After a while it foresees them, and so does what is saved, which knows nothing of the run;
+    within the run values have mean 0 and spread 1."""
+    sources = {"rewards.sources": '{"regex?pattern=[aeiou]": 10, "length?max=100": 100}'}
+    flags = {"ppo.layout": "separate", "ppo.normalise_values": "true", "ppo.value_lr": 1e-2, "ppo.kl_coef": 0.0}
+    records = train("ppo", **FULL, **sources, **flags, train__max_steps=32, train__epochs=9)
+    assert abs(records[-1]["value/mean"]) < 1.5
+    first = json.loads((tmp_path / "run" / "rollouts" / "000008.jsonl").read_text().splitlines()[0])
+    assert 99 < first["reward"] < 111
+    state = json.loads((max((tmp_path / "run" / "checkpoints").iterdir()) / "state.json").read_text())
+    returns = state["source"]["scoring"]["returns"]
+    assert 100 < returns["mean"] < 110
+    critic = load_reward_model(open_model(str(tmp_path / "run" / "final" / "critic")))
+    samples = SampleSet(tmp_path / "run" / "rollouts" / "000008.samples")
+    row = make_row([samples[0]])
+    with torch.no_grad():
+        values = critic.normalised(critic.read(row, row.predict_from))
+    assert values.tolist() == pytest.approx([105.0] * len(values), abs=8)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,10 @@ Two prompts, two completions each, of 2, 1, 1 and 2 tokens.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import torch
 from litrecipe.config.online import Grpo, Online, Ppo, Rloo
 from litrecipe.rollout.experience import Scored
 from litrecipe.rollout.lessons import Lesson, group_lesson, ppo_lesson
-from litrecipe.rollout.rewards import Scores
+from litrecipe.rollout.rewards import Moments, Scores
 from litrecipe.rollout.sources import Completions
 
 TOKENS = [[7, 2], [2], [5], [6, 2]]
@@ -107,6 +110,52 @@ def test_batch_whitens_what_is_still_to_come_of_kl_and_score() -> None:
     advantages = group_lesson(scored(), said(), config, 0.1).extras["advantages"]
     returns = torch.tensor([0.9, 1.0, -0.05, 0.0, 0.9, 0.9])
     assert torch.allclose(advantages, (returns - returns.mean()) / returns.std(correction=0), atol=1e-5)
+
+
+DRAWN = [[-1.0, -1.0], [-2.0], [-0.5], [-4.0, -1.0]]
+"""Log-probabilities of another engine: π / π_engine is 1, 1/e, e, e^-2.5, e^3, 1."""
+
+
+@pytest.mark.parametrize("lesson", [ppo_lesson, group_lesson])
+def test_tokens_that_another_engine_drew_are_weighed(lesson: Any) -> None:
+    """min(π / π_engine, 2), and TRL's metrics of both."""
+    config = Ppo(importance_cap=2.0) if lesson is ppo_lesson else Grpo(importance_cap=2.0)
+    mine = scored()
+    drawn = replace(mine, completions=replace(mine.completions, logps=DRAWN))
+    found = lesson(drawn, said(values=torch.zeros(6)), config, 0.0)
+    weights = [1, math.exp(-1), 2, math.exp(-2.5), 2, 1]
+    assert found.extras["importance"].tolist() == pytest.approx(weights)
+    told = {name.removeprefix("sampling/"): value for name, value in found.metrics.items() if "sampling/" in name}
+    assert told == {
+        "sampling_logp_difference/mean": pytest.approx((1 + 1 + 2.5 + 3) / 6),
+        "sampling_logp_difference/max": pytest.approx(3),
+        "importance_sampling_ratio/min": pytest.approx(math.exp(-2.5)),
+        "importance_sampling_ratio/mean": pytest.approx(sum(weights) / 6),
+        "importance_sampling_ratio/max": pytest.approx(2),
+    }
+    alone = lesson(mine, said(values=torch.zeros(6)), config, 0.0)
+    assert "importance" not in alone.extras and not any("sampling/" in name for name in alone.metrics)
+
+
+def test_the_critic_says_normalised_returns() -> None:
+    """γ = λ = 1, no KL. So far returns had mean 3 and spread 2, so that a critic that says -1 means 1. The rollout's
+    returns are the scores of the completions, 1, 1 | 0 | 0 | 1, 1; with four that were 1, 1, 5, 5 all ten have mean 1.6
+    and spread √(56/10 - 1.6²)."""
+    so_far = Moments()
+    so_far.add([1.0, 1.0, 5.0, 5.0])
+    config = Ppo(kl_coef=0.0, lam=1.0, normalise_advantages=False, normalise_values=True)
+    no_reference = {name: x for name, x in said(values=torch.full((6,), -1.0)).items() if name != "ref_logps"}
+    lesson = ppo_lesson(scored(), no_reference, config, 0.0, so_far)
+    returns = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 1.0])
+    torch.testing.assert_close(lesson.extras["advantages"], returns - 1)
+    assert (so_far.count, so_far.mean) == (10, pytest.approx(1.6))
+    spread = math.sqrt(5.6 - 1.6**2)
+    torch.testing.assert_close(lesson.extras["returns"], (returns - 1.6) / spread)
+    assert lesson.extras["old_values"].tolist() == [-1.0] * 6
+    masked = ppo_lesson(scored(), no_reference, replace(config, truncated="mask"), 0.0, counted := Moments())
+    assert counted.count == 5 and len(masked.extras["returns"]) == 6
+    plain = ppo_lesson(scored(), no_reference, replace(config, normalise_values=False), 0.0, untouched := Moments())
+    assert untouched.count == 0 and plain.extras["returns"].tolist() == returns.tolist()
 
 
 @pytest.mark.parametrize("lesson", [ppo_lesson, group_lesson])

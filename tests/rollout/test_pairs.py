@@ -152,19 +152,18 @@ def test_older_rounds_are_learnt_again_less_and_less(score: MakeScored, tmp_path
     assert pairing._earlier(1) == []
 
 
-def test_gold_stands_behind_what_was_sampled(ask: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gold_stands_behind_what_was_sampled(ask: Any) -> None:
     """Two prompts with two completions and their own answer: the third stream of each prompt is not drawn from."""
     drawn: list[int] = []
 
-    def answers(_: Any, __: Any, asked: Any, settings: Any, n: int, streams: Sequence[int], ___: str) -> Completions:
+    def sampler(asked: Any, settings: Any, n: int, streams: Sequence[int], _: str) -> Completions:
         drawn.extend(streams)
         every = [prompt for prompt in asked for _ in range(n)]
         return Completions(every, [str(one) for one in streams], [[one] for one in streams], ["length"] * len(streams))
 
-    monkeypatch.setattr("litrecipe.rollout.pairs.answers", answers)
     pairing = Pairing.__new__(Pairing)
     pairing.rounds = IterativeDpo(completions_per_prompt=2, gold="good")
-    pairing.config, pairing.seed, pairing.tokenizer = pairing.rounds.as_rollouts(), 0, tokenizer
+    pairing.config, pairing.seed, pairing.sampler = pairing.rounds.as_rollouts(), 0, sampler
     pairing.golds = {"f:1": [7, 2], "f:2": [8, 2]}
     pairing.module = torch.nn.Module()  # type: ignore[assignment]
     pairing.module.policy = None  # type: ignore[assignment]

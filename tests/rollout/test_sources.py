@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +163,7 @@ def test_rows_do_not_matter(source: ModelSource, ask: Any, complete: Any, budget
     prompts = [ask(prompt=f"What is {n // 3}?") if n % 3 == 0 else None for n in range(9)]
     prompts = [prompts[n - n % 3] for n in range(9)]
     completions = complete(prompts, [f"It is {'very ' * n}{n}." for n in range(9)])
-    alone = [
-        source(replace(completions, **{name: getattr(completions, name)[n : n + 1] for name in vars(completions)}))[0]
-        for n in range(9)
-    ]
+    alone = [source(completions.at([n]))[0] for n in range(9)]
     rows: list[int] = []
     source.model.register_forward_pre_hook(lambda _, given: rows.append(len(given[0].tokens)))
     small = ModelSource("m", source.model, source.tokenizer, source.tokenizer, budget=budget)
@@ -228,8 +224,13 @@ def test_functions_are_given_prompts_completions_and_rows(function: Any, ask: An
 @pytest.mark.parametrize(
     ("body", "mistake"),
     [
-        ("return 1 / 0", r"ZeroDivisionError: division by zero \(.*mine.*py:2\)$"),
-        ("raise SystemError", r"SystemError \(.*py:2\)$"),
+        (
+            "return [1 / (len(c) - 1) for c in completions]",
+            r"f:1: ZeroDivisionError: division by zero \(.*mine.*py:2\)$",
+        ),
+        ("return [rows[1]['prompt']] if len(rows) == 1 else 1 / 0", r"f:1: IndexError: list index out of range"),
+        ("return [1.0] if len(rows) == 1 else 1 / 0", r"ZeroDivisionError: division by zero \(.*py:2\)$"),
+        ("raise SystemError", r"f:1: SystemError \(.*py:2\)$"),
         ("return [1.0]", r"returned 1 values for 2 completions: give one for each$"),
         ("return None", r"TypeError: 'NoneType' object is not iterable"),
         ("return [0.0, float('nan')]", r"g:2: nan: not a finite number"),
