@@ -13,6 +13,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, RewardRecipe
 from litrecipe.config.merge import hub_folder, hub_names
 from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
+from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.recipes import RECIPES
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 
@@ -24,6 +25,7 @@ ALIGNING = {
     "rloo": RlooRecipe,
     "iterative-dpo": IterativeDpoRecipe,
     "rejection-sampling": RejectionSamplingRecipe,
+    "pipeline": PipelineRecipe,
 }
 
 
@@ -32,8 +34,9 @@ def test_a_recipe_says_what_it_is(name: str) -> None:
     path = hub_folder() / f"{name}.yaml"
     words, hardware = hub.headline(path)
     assert words and hardware
-    verb = next(verb for verb in RECIPES if name.startswith(f"{verb.replace(' ', '/')}/"))
-    assert f"#   litrecipe {verb} --config {name}\n" in path.read_text()
+    kind = hub.kind_of(path)  # of the folder's verb; of an experiment, by its keys
+    verbs = [verb for verb, other in RECIPES.items() if other is kind]
+    assert any(f"#   litrecipe {verb} --config {name}\n" in path.read_text() for verb in verbs), verbs
 
 
 def test_the_recipes_that_must_be_there() -> None:
@@ -41,12 +44,18 @@ def test_the_recipes_that_must_be_there() -> None:
         "finetune/smollm2-135m": ("full", "lora", "dora", "qlora"),
         "finetune/llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
         "finetune/llama-3.2-1b": ("lora", "qlora", "full-fsdp"),
-        "align/reward/smollm2-135m": ("lora",),
-        "align/reward/llama-3.1-8b": ("lora",),
+        "align/reward/smollm2-135m": ("lora", "hydra"),
+        "align/reward/llama-3.1-8b": ("lora", "qlora", "full-fsdp", "hydra-nf4"),
         "align/dpo/smollm2-135m": ("full", "lora", "dora"),
         "align/dpo/llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
-        "align/iterative-dpo": ("smollm2-135m",),
-        "align/rejection-sampling": ("smollm2-135m",),
+        "align/ppo/smollm2-135m": ("lora", "hydra"),
+        "align/ppo/llama-3.1-8b": ("hydra-nf4",),
+        "align/grpo/smollm2-135m": ("lora",),
+        "align/grpo/llama-3.1-8b": ("lora",),
+        "align/rloo/smollm2-135m": ("lora", "mdloo"),
+        "align/iterative-dpo/smollm2-135m": ("lora",),
+        "align/iterative-dpo/llama-3.1-8b": ("lora",),
+        "align/rejection-sampling/smollm2-135m": ("lora",),
     }.items():
         assert {f"{folder}/{recipe}" for recipe in recipes} <= set(hub_names())
 
@@ -58,8 +67,11 @@ def test_recipes_of_preference_learning_belong_to_their_verbs() -> None:
             continue
         kind = hub.kind_of(hub_folder() / f"{name}.yaml")
         assert kind is ALIGNING[name.split("/")[1]]
-        data = schema.load(kind, [name]).data
-        assert data.val and "test" in data.val and "test" not in data.train
+        recipe = schema.load(kind, [name])
+        for stage in recipe.stages.values() if isinstance(recipe, PipelineRecipe) else [recipe]:
+            data = (stage.recipe if isinstance(recipe, PipelineRecipe) else stage).data
+            assert "test" not in data.train and "test" in (data.val or "test")
+            assert data.val or isinstance(recipe, PipelineRecipe)
     recipe = schema.load(DpoRecipe, ["align/dpo/llama-3.1-8b/full-fsdp"])
     assert (recipe.dpo.beta, recipe.dpo.nll_coef, recipe.dpo.mask_format_tokens) == (0.1, 0.2, True)
     assert recipe.optim.lr == 1e-5
@@ -79,6 +91,14 @@ def test_all_are_valid_and_large_models_are_counted(capsys: pytest.CaptureFixtur
     head, score = 128_256 * 4096, 4096
     assert lines["align/reward/llama-3.1-8b/lora"] == (
         f"valid, {8_030_261_248 - head:,} parameters, {32 * per_layer + score:,} more are trained in the adapter"
+    )
+    assert (
+        lines["align/reward/llama-3.1-8b/full-fsdp"]
+        == f"valid, {8_030_261_248 - head + score:,} parameters, all trained"
+    )
+    # one base under the adapters of policy and critic, and the critic's score
+    assert lines["align/ppo/llama-3.1-8b/hydra-nf4"] == (
+        f"valid, 8,030,261,248 parameters, {2 * 32 * per_layer + score:,} more are trained in the adapter"
     )
 
 
@@ -147,6 +167,45 @@ def test_the_kind_of_a_file_is_seen_by_its_keys(tmp_path: Path) -> None:
     assert hub.kind_of(tmp_path / "f.yaml") is FinetuneRecipe
     assert hub.kind_of(tmp_path / "e.yaml") is EvaluateRecipe
     assert hub.kind_of(tmp_path / "x.yaml") is EvaluateRecipe
+
+
+PIPELINE = """\
+stages:
+  sft: {verb: finetune, extends: finetune/smollm2-135m/full, data: {train: 'toy:units?n=9'}}
+  dpo:
+    verb: align dpo
+    model: {source: 'stage:sft'}
+    data: {train: 'stage:sft/pairs.jsonl', val: 'toy:unit-pairs'}
+    eval: {tasks: ['exact_mach:x']}
+"""
+
+
+def test_pipelines_and_experiments_are_known_by_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(PIPELINE)
+    (tmp_path / "q.yaml").write_text("extends: p.yaml\nseed: 4\n")
+    assert hub.kind_of(tmp_path / "p.yaml") is hub.kind_of(tmp_path / "q.yaml") is PipelineRecipe
+    assert hub.kind_of(hub_folder() / "align" / "pipeline" / "smollm2-135m.yaml") is PipelineRecipe
+
+
+def test_validate_checks_each_stage_and_names_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for what other stages make, which is not there."""
+    (tmp_path / "p.yaml").write_text(PIPELINE)
+    with pytest.raises(InputError) as wrong:
+        hub.validate([str(tmp_path / "p.yaml")])
+    [toy] = wrong.value.mistakes
+    assert toy.startswith(f"{tmp_path}/p.yaml:6: stages.dpo.data.val: toy:unit-pairs")
+    (tmp_path / "p.yaml").write_text(PIPELINE.replace("toy:unit-", "toy:units-"))
+    with pytest.raises(InputError, match=rf"{tmp_path}/p\.yaml:7: stages\.dpo\.eval\.tasks: exact_mach:x"):
+        hub.validate([str(tmp_path / "p.yaml")])
+    (tmp_path / "p.yaml").write_text(PIPELINE.replace("toy:unit-", "toy:units-").replace("mach", "match"))
+    assert hub.validate([str(tmp_path / "p.yaml")]) == 0
+    assert "p.yaml: valid, 2 stages: sft" in capsys.readouterr().out
+
+
+def test_a_stage_that_extends_what_lies_beside_it_finds_it_from_a_copy(tmp_path: Path) -> None:
+    source = hub_folder() / "finetune" / "smollm2-135m" / "dora.yaml"
+    assert hub._extends_by_name("    extends: lora.yaml\n", source) == "    extends: finetune/smollm2-135m/lora\n"
+    assert hub._extends_by_name("extends: no/such.yaml\n", source) == "extends: no/such.yaml\n"
 
 
 def test_ls_names_every_recipe_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
