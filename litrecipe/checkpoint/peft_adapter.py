@@ -12,6 +12,7 @@ from litrecipe.checkpoint.safetensors_files import SafetensorsFile
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
 from litrecipe.config.groups import Adapter
+from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE
 
 if TYPE_CHECKING:
@@ -181,8 +182,8 @@ def save_adapter(
     state = gather(adapter_state(model).items())
     is_hydra = isinstance(model, Hydra)
     head = {SCORE: state.pop(f"{PEFT_PREFIX}{SCORE}")} if is_hydra and state else {}
-    if Path(base).expanduser().exists():
-        name, revision = str(Path(base).expanduser().resolve()), ""
+    if path_of(base).exists():
+        name, revision = str(path_of(base).resolve()), ""
     else:
         name, _, revision = base.partition("@")
     config = adapter_config(adapter, name, with_score=isinstance(model, RewardModel) and not is_hydra)

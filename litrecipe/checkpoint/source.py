@@ -1,7 +1,7 @@
 """Recognise what a user calls a model, and check it before anything large is read. Imports no torch.
 
 A source is a Hugging Face folder, a hub id, a GGUF file, a PEFT adapter folder, a run directory (its final model), or a
-`config.json` without weights.
+`config.json` without weights, such as those that ship with recipes (`hub:experiments/addition/config.json`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
+from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters, read_architecture
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
     """
     files = _open(source)
     if tokenizer is not None:
-        folder = Path(tokenizer).expanduser()
+        folder = path_of(tokenizer)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
         files = replace(files, tokenizer_dir=folder)
@@ -183,7 +184,7 @@ def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
 
 def _open(source: str, *, is_base: bool = False) -> ModelFiles:
     """`is_base`: an adapter's, which cannot be an adapter."""
-    path = Path(source).expanduser()
+    path = path_of(source)
     if not source:
         raise InputError(f"model.source: missing: give {SOURCES}")
     if path.is_dir():

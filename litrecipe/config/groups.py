@@ -48,11 +48,11 @@ class Model:
 
     source: str = ""
     """A Hugging Face folder, a hub id (`org/name`), a GGUF file, a PEFT adapter folder (whose adapter is trained on), a
-    run directory (its final model), or a `config.json` with `init: random`."""
+    run directory (its final model), or a `config.json` with `init: random`. `hub:…` lies among the program's recipes."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads weights; `random` builds the `config.json` of `source` from scratch."""
     tokenizer: str | None = None
-    """A folder with `tokenizer.json` when it is not beside the model."""
+    """A folder with `tokenizer.json` when it is not beside the model; also `hub:…`."""
     chat_template: str | None = None
     """A Jinja file that replaces the model's own chat template."""
 

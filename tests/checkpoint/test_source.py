@@ -173,3 +173,22 @@ files.weights_hash()
 """
     ranks = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert sum(rank.communicate(timeout=60)[0].count("hashed") for rank in ranks) == 1
+
+
+def test_what_ships_with_recipes_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = open_model("hub:experiments/addition/config.json")
+    assert files.weights is None and files.architecture.vocab_size == 14
+    assert (files.tokenizer_dir / "tokenizer.json").is_file()
+    assert open_model(files.source, tokenizer="hub:experiments/addition").tokenizer_dir == files.tokenizer_dir
+    assert "no such file or folder" in mistakes("hub:experiments/nothing/config.json")
+
+
+def test_the_tokenizer_of_sums_has_a_token_for_each_character() -> None:
+    from litrecipe.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(open_model("hub:experiments/addition/config.json").tokenizer_dir)
+    ids = tokenizer.encode("123+456=579")
+    assert len(ids) == 11 and tokenizer.decode(ids) == "123+456=579"
+    assert tokenizer.decode([*ids, *tokenizer.eos_ids]) == "123+456=579"
+    assert len({*tokenizer.encode("0123456789+="), tokenizer.pad_id, *tokenizer.eos_ids}) == 14

@@ -9,7 +9,7 @@ from litrecipe.data.toy import CONVERSIONS, TASKS, toy_rows
 
 
 def prompts(source: str) -> list[str]:
-    return [row["messages"][0]["content"] for row, _ in toy_rows(source)]
+    return [row.get("prompt") or row["messages"][0]["content"] for row, _ in toy_rows(source)]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -53,6 +53,37 @@ def test_fields_hold_what_the_sentence_says() -> None:
         assert list(answer) == ["name", "age", "city"]
         assert all(str(value) in sentence for value in answer.values())
         assert row["answer"] == row["messages"][1]["content"]
+
+
+def test_sums_are_right_and_of_numbers_of_so_many_digits() -> None:
+    for digits in (1, 3, 9):
+        for row, _ in toy_rows(f"toy:addition?n=30&digits={digits}"):
+            a, b = row["prompt"].removesuffix("=").split("+")
+            assert len(a) == len(b) == digits and a[0] != "0"
+            assert row["completion"] == row["answer"] == str(int(a) + int(b))
+    assert list(toy_rows("toy:addition?n=30&digits=3")) == list(toy_rows("toy:addition?n=30"))
+
+
+def test_a_sum_and_its_mirror_are_held_out_together() -> None:
+    train, test = (
+        {tuple(sorted(prompt[:-1].split("+"))) for prompt in prompts(f"toy:addition?n={n}&digits=2&split={split}")}
+        for split, n in (("train", 5000), ("test", 1200))
+    )
+    assert len(train) < 5000 and len(test) < 1200, "no sum is there with its mirror"
+    assert not train & test
+
+
+def test_wrong_sums_are_wrong() -> None:
+    for row, _ in toy_rows("toy:addition-pairs?n=50"):
+        assert row["chosen"] == str(sum(map(int, row["prompt"][:-1].split("+")))) != row["rejected"]
+
+
+def test_digits_are_an_option_of_addition_alone() -> None:
+    with pytest.raises(InputError, match="digits: no such option; there are n, seed, split"):
+        list(toy_rows("toy:units?digits=3"))
+    for digits in ("0", "10", "x"):
+        with pytest.raises(InputError, match=f"digits={digits}: give a whole number from 1 to 9"):
+            list(toy_rows(f"toy:addition?digits={digits}"))
 
 
 def test_places_name_task_split_and_row() -> None:
