@@ -110,6 +110,10 @@ class Online(Sampling):
     """Bonus for the policy's entropy."""
     zero_variance: Literal["keep", "drop", "resample"] = "keep"
     """Groups whose completions all score alike: learn from them, drop them, or sample other prompts instead."""
+    min_pass_rate: float = 0.0
+    """Ask a prompt no more once a smaller share of its completions scored `eval.success`: it is too hard."""
+    max_pass_rate: float = 1.0
+    """The same once a larger share did: it is too easy."""
     ref_ema: float = 0.0
     """After each rollout the reference becomes this much policy (2404.10719; try 3 over the number of rollouts)."""
     policy_ema: float | None = None
@@ -118,6 +122,11 @@ class Online(Sampling):
     """Weight of the loss on `ptx_data` (InstructGPT's PPO-ptx)."""
     ptx_data: str | None = None
     """Conversations that are learnt along with the rollouts, as many a step as completions."""
+
+    @property
+    def filters(self) -> bool:
+        """Whether prompts are left out by their pass rate."""
+        return self.min_pass_rate > 0 or self.max_pass_rate < 1
 
 
 @dataclass
@@ -228,6 +237,9 @@ class OnlineEval(Eval):
     """Completions sampled of each besides the greedy one, for the mean score and pass@k."""
     success: float | None = None
     """Score from which on a completion counts as right; gives the success rate and pass@k (null: neither)."""
+    sources: dict[str, float] = field(default_factory=dict)
+    """Sources as in `rewards.sources` that judge held-out answers and teach nothing, for `eval_judge/reward`; the best
+    policy is then that which they like best."""
 
 
 @dataclass

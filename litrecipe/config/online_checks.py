@@ -40,6 +40,8 @@ OF_ALL: dict[str, Range] = {
     "clip_high": ABOVE_0,
     "dual_clip": (lambda value: value > 1, "a number above 1"),
     "entropy_coef": AT_LEAST_0,
+    "min_pass_rate": FROM_0_TO_1,
+    "max_pass_rate": FROM_0_TO_1,
     "ref_ema": FROM_0_TO_1,
     "policy_ema": BELOW_1,
     "ptx_coef": AT_LEAST_0,
@@ -77,6 +79,9 @@ def check_sampling(
             "missing",
             "say what scores completions: `{model:runs/reward: 1.0}` or `{numeric: 1.0}`",
         )
+    if isinstance(recipe, OnlineRecipe) and recipe.eval.sources and not (recipe.data.val or recipe.data.val_fraction):
+        cure = "judge held-out answers: give data.val or data.val_fraction"
+        yield "eval.sources", ", ".join(recipe.eval.sources), cure
     if recipe.fabric.strategy == "fsdp":
         yield "fabric.strategy", "fsdp", "sampling from a sharded model is not there yet: use ddp"
     for key, value, default in (
@@ -98,6 +103,9 @@ def check_portions(train: Train, portion: str) -> Iterator[Mistake]:
 def check_online(recipe: OnlineRecipe) -> Iterator[Mistake]:
     """Keys of a policy-gradient method that do not go together."""
     name, online = method_of(recipe)
+    if online.filters and recipe.eval.success is None:
+        key = "min_pass_rate" if online.min_pass_rate else "max_pass_rate"
+        yield f"{name}.{key}", getattr(online, key), "needs the score that is a pass: set eval.success"
     yield from check_sampling(recipe, recipe.rewards, hydra=isinstance(online, Ppo) and online.layout == "hydra")
     yield from check_portions(recipe.train, f"{name}.rollout_batch_size / {name}.minibatches completions")
     for key, value, cure in _of_method(online):
@@ -121,6 +129,8 @@ def _of_method(online: Online) -> Iterator[Mistake]:
         yield "completions_per_prompt", 1, f"{alone}: give 2 or more, or advantage batch"
     if n == 1 and online.zero_variance != "keep":
         yield "zero_variance", online.zero_variance, f"{alone}: give completions_per_prompt 2 or more, or remove it"
+    if online.min_pass_rate > online.max_pass_rate:
+        yield "min_pass_rate", online.min_pass_rate, f"must be at most max_pass_rate {online.max_pass_rate:g}"
     for key in ("top_k", "top_p"):
         value = getattr(online, key)
         if value != getattr(Online, key) and not online.biased_sampling:

@@ -7,37 +7,72 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
-from litrecipe.config.online import OnlineRecipe
+from litrecipe.config.online import OnlineRecipe, Rewards, Sampling
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import Ranks
 from litrecipe.engine.fit import on_first_rank
 from litrecipe.engine.rundir import read_records
 from litrecipe.model.decoder import Decoder
 from litrecipe.recipes.training import save_trained, task_runner
 from litrecipe.rollout.held_out import measure_held_out
 from litrecipe.rollout.practice import Practice
+from litrecipe.rollout.rewards import Scorer
+from litrecipe.rollout.sources import KEY, RewardSource, check_columns_of, make_sources
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+REWARD, JUDGED = "eval_reward", "eval_judge/reward"
+"""By what policies are compared."""
 
 
 def keep_best(
     recipe: OnlineRecipe, policy: Decoder, files: ModelFiles, fabric: Fabric, step: int, metrics: dict[str, float]
 ) -> None:
-    """Save the policy in `best/` when no evaluation of the run before this one gave a higher reward."""
+    """Save the policy in `best/` when no evaluation of the run before this one gave a higher reward: that of the judge
+    where there is one, who cannot be gamed by what is learnt."""
     folder = Path(recipe.out_dir)
-    reward = metrics.get("eval_reward")
-    before = on_first_rank(fabric, lambda: [one.get("eval_reward") for one in read_records(folder / "metrics.jsonl")])
+    name = JUDGED if recipe.eval.sources else REWARD
+    reward = metrics.get(name)
+    before = on_first_rank(fabric, lambda: [one.get(name) for one in read_records(folder / "metrics.jsonl")])
     if reward is None or any(other is not None and other >= reward for other in before):
         return
     save_trained(folder / "best", policy, files, recipe)
     if fabric.global_rank == 0:
-        write_json(folder / "best.json", {"step": step, "eval_reward": reward})
+        kept = {key: metrics[key] for key in (REWARD, JUDGED) if key in metrics}
+        write_json(folder / "best.json", {"step": step, **kept})
+
+
+def judge_of(
+    recipe: OnlineRecipe,
+    tokenizer: Tokenizer,
+    prompts: PromptSet,
+    fabric: Fabric,
+    own: RewardSource | None = None,
+) -> Scorer | None:
+    """What `eval.sources` make of held-out answers, as they are; None where there are none."""
+    config = Rewards(sources=recipe.eval.sources)
+    if not config.sources:
+        return None
+    budget = recipe.train.micro_batch_tokens
+    try:
+        sources = make_sources(config, tokenizer, recipe.fabric, fabric.device, budget=budget, own=own)
+        check_columns_of(sources, prompts.val)
+    except InputError as error:
+        raise InputError(*(line.replace(KEY, "eval.sources", 1) for line in error.mistakes)) from error
+    return Scorer(sources, config, Sampling(), Ranks(fabric).agree)
 
 
 def examiner(
-    recipe: OnlineRecipe, practice: Practice, prompts: PromptSet, tokenizer: Tokenizer, policy: Decoder
+    recipe: OnlineRecipe,
+    practice: Practice,
+    prompts: PromptSet,
+    tokenizer: Tokenizer,
+    policy: Decoder,
+    judge: Scorer | None,
 ) -> Callable[[], dict[str, float]] | None:
     """Answers held-out prompts, and runs `eval.tasks`; None where there are neither."""
     run_tasks = task_runner(policy, tokenizer, recipe)
@@ -45,6 +80,6 @@ def examiner(
         return run_tasks
 
     def examine() -> dict[str, float]:
-        return measure_held_out(practice, prompts.val, recipe.eval) | (run_tasks() if run_tasks else {})
+        return measure_held_out(practice, prompts.val, recipe.eval, judge) | (run_tasks() if run_tasks else {})
 
     return examine

@@ -21,8 +21,8 @@ from litrecipe.model.reference import frozen_twin
 from litrecipe.objectives.dpo import DPO, make_dpo
 from litrecipe.recipes.dpo import advise
 from litrecipe.recipes.dry_run_online import show_rounds
-from litrecipe.recipes.examination import examiner, keep_best
-from litrecipe.recipes.online import known_by
+from litrecipe.recipes.examination import examiner, judge_of, keep_best
+from litrecipe.recipes.known import known_by
 from litrecipe.recipes.training import asked, begin, load_to_train, make_ready, nats_apart, save_trained, say_same
 from litrecipe.rollout.pairs import Pairing, WinRates, gold_answers
 from litrecipe.rollout.rewards import Scorer, make_judge
@@ -53,6 +53,7 @@ def main(recipe: IterativeDpoRecipe, *, dry_run: bool = False) -> int:
     fabric = make_fabric(recipe.fabric)
     sources = judging(recipe, tokenizer, fabric)
     check_columns_of(sources, prompts.train)
+    judge = judge_of(recipe, tokenizer, prompts, fabric)
     known = known_by(recipe, files, tokenizer, prompts, dpo=recipe.dpo)
     refuse_other_run(RunDir(folder), recipe.checkpoint.resume, known)
     policy = load_to_train(load_model, files, recipe)
@@ -91,7 +92,7 @@ def main(recipe: IterativeDpoRecipe, *, dry_run: bool = False) -> int:
             objective=objective,
             source=source,
             save_final=lambda final: save_trained(final, policy, files, recipe),
-            evaluate_tasks=examiner(recipe, practice, prompts, tokenizer, policy),
+            evaluate_tasks=examiner(recipe, practice, prompts, tokenizer, policy, judge),
             told=source.told,
             after_step=after_step,
             evaluated=partial(keep_best, recipe, policy, files, fabric),

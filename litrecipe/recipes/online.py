@@ -12,13 +12,10 @@ import torch
 from torch import nn
 
 from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.source import ModelFiles, open_model
-from litrecipe.config.online import Online, OnlineRecipe, Ppo, method_of, sampling_of
+from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.config.online import Online, OnlineRecipe, method_of
 from litrecipe.config.progress import say, warn
-from litrecipe.config.rounds import RejectionSamplingRecipe
-from litrecipe.data.cache import key_of
 from litrecipe.data.prepared import prepare
-from litrecipe.data.prompts import PromptSet
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
@@ -31,15 +28,12 @@ from litrecipe.model.average import Average
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.loss import Objective
-from litrecipe.recipes.critics import AUTO, POLICY
-from litrecipe.recipes.dpo import start
 from litrecipe.recipes.dry_run_online import show_online
-from litrecipe.recipes.examination import examiner, keep_best
+from litrecipe.recipes.examination import examiner, judge_of, keep_best
+from litrecipe.recipes.known import known_by
 from litrecipe.recipes.training import (
     asked,
     begin,
-    head_of,
-    identity,
     load_to_train,
     make_ready,
     save_trained,
@@ -49,7 +43,7 @@ from litrecipe.rollout.practice import Practice
 from litrecipe.rollout.rewards import Moments, Scorer
 from litrecipe.rollout.sampler import make_sampler
 from litrecipe.rollout.source import Rollouts
-from litrecipe.rollout.sources import MODEL, RewardSource, check_columns_of, light_sources, make_sources
+from litrecipe.rollout.sources import RewardSource, check_columns_of, light_sources, make_sources
 
 
 @dataclass
@@ -85,6 +79,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     own = chosen.own_source(policy, tokenizer, fabric.device)
     sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, own=own)
     check_columns_of(sources, prompts.train)
+    judge = judge_of(recipe, tokenizer, prompts, fabric, own)
     module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
     make_ready(policy, recipe)
     policy.with_entropy = "learnt" if config.entropy_coef else "measured"
@@ -92,11 +87,14 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     scorer = Scorer(sources, recipe.rewards, config, ranks.agree)
     sampler = make_sampler(f"{name}.sampler", config.sampler, policy, tokenizer, config.cache_tokens)
     practice = Practice(module, sampler, scorer, config, recipe.train.seed, budget, fabric, chosen.draw)
-    source = Rollouts(practice, prompts.train, config, recipe.train, Path(recipe.out_dir), ranks, name)
+    source = Rollouts(
+        practice, prompts.train, config, recipe.train, Path(recipe.out_dir), ranks, name, recipe.eval.success
+    )
 
     known |= add_plain_text(source, recipe, config, tokenizer)
     refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
     average = Average(policy, config.policy_ema) if config.policy_ema is not None else None
+    check = Once(check_start)
 
     def finish(folder: Path) -> None:
         save_trained(folder, policy, files, recipe)
@@ -112,6 +110,8 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
 
     def after_step(_: int, result: StepResult) -> None:
         result.metrics["policy/skipped"] = float(result.refused is not None)
+        if source.at.minibatch == 1:
+            check(result)
         source.after_step(result.metrics.get("policy/approxkl", 0.0))
         if average is not None:
             average.follow()
@@ -127,7 +127,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
             objective=chosen.objective,
             source=source,
             save_final=finish,
-            evaluate_tasks=examiner(recipe, practice, prompts, tokenizer, policy),
+            evaluate_tasks=examiner(recipe, practice, prompts, tokenizer, policy, judge),
             roles=chosen.roles(module),
             rests=chosen.rests,
             refuses=refuses,
@@ -135,7 +135,6 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
             carried=carried,
             after_step=after_step,
             evaluated=partial(keep_best, recipe, policy, files, fabric),
-            check_first=check_start,
             online=True,
             identity=known,
         )
@@ -150,29 +149,6 @@ def needs_copy(files: ModelFiles, recipe: OnlineRecipe) -> bool:
     return config.kl_coef > 0 and (not has_fresh_adapter or config.ref_ema > 0)
 
 
-def known_by(
-    recipe: OnlineRecipe | RejectionSamplingRecipe,
-    files: ModelFiles,
-    tokenizer: Tokenizer,
-    prompts: PromptSet,
-    **others: Any,
-) -> dict[str, str]:
-    """What must be the same when a run goes on; `others` are groups of the recipe's own."""
-    name, config = sampling_of(recipe)
-    judges = [spec.removeprefix(MODEL) for spec in recipe.rewards.sources if spec.startswith(MODEL)]
-    if isinstance(config, Ppo) and config.critic not in (AUTO, POLICY):
-        judges.append(config.critic)
-    hashes = {f"reward model {judge}": hash_of(open_model(judge)) for judge in judges} | head_of(files)
-    groups = {name: config, "rewards": recipe.rewards, **others}
-    seed = {"train.seed": str(recipe.train.seed)}
-    return identity(recipe, files, tokenizer, prompts, **groups) | start(files) | hashes | seed
-
-
-def hash_of(judge: ModelFiles) -> str:
-    """Of all that a reward model computes with."""
-    return key_of(judge.weights_hash(), start(judge), head_of(judge), judge.reward_statistics)
-
-
 def add_plain_text(source: Rollouts, recipe: OnlineRecipe, config: Online, tokenizer: Tokenizer) -> dict[str, str]:
     """Let conversations be learnt along, as many a step as completions; returns what must stay the same of them."""
     if config.ptx_data is None:
@@ -184,6 +160,18 @@ def add_plain_text(source: Rollouts, recipe: OnlineRecipe, config: Online, token
     endless = replace(recipe.train, global_batch_size=size, epochs=None, max_steps=1)
     source.beside = RecordedSource(texts.train, endless)
     return {"ptx_data": texts.train.fingerprint}
+
+
+class Once:
+    """Does something the first time that it is asked to."""
+
+    def __init__(self, act: Callable[[StepResult], None]) -> None:
+        self.act, self.done = act, False
+
+    def __call__(self, result: StepResult) -> None:
+        if not self.done:
+            self.done = True
+            self.act(result)
 
 
 def check_start(result: StepResult) -> None:

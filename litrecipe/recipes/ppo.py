@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def main(recipe: PpoRecipe, *, dry_run: bool = False) -> int:
             if ppo.layout == "joined":
                 return []
             value_lr = recipe.optim.lr if ppo.value_lr is None else ppo.value_lr
-            asked = {"name": ppo.value_schedule, "warmup_steps": ppo.value_warmup_steps}
+            asked: dict[str, Any] = {"name": ppo.value_schedule, "warmup_steps": ppo.value_warmup_steps}
             schedule = replace(recipe.schedule, **{key: value for key, value in asked.items() if value is not None})
             policy = Role(POLICY, recipe.optim.lr, recipe.train.grad_clip)
             return [policy, Role(CRITIC, value_lr, ppo.value_grad_clip, schedule)]

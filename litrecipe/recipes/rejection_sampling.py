@@ -31,7 +31,7 @@ from litrecipe.engine.rundir import RunDir
 from litrecipe.evaluation.pictures import draw_best_of
 from litrecipe.recipes.dry_run_online import show_rejection_sampling
 from litrecipe.recipes.finetune import tune
-from litrecipe.recipes.online import known_by
+from litrecipe.recipes.known import known_by
 from litrecipe.recipes.training import asked, begin, load_to_train, prepared
 from litrecipe.rollout.candidates import CandidateFile, choose, gains, sample_candidates
 from litrecipe.rollout.rewards import Scorer

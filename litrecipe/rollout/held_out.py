@@ -13,46 +13,59 @@ from litrecipe.data.prompts import Prompt
 from litrecipe.objectives.advantages import pass_at_k
 from litrecipe.rollout.experience import Scored, joined
 from litrecipe.rollout.practice import Practice
+from litrecipe.rollout.rewards import Scorer
 
 STREAMS = 2**40
 """Number of the first random stream here, far from those of the rollouts."""
 
 
-def measure_held_out(practice: Practice, prompts: Sequence[Prompt], config: OnlineEval) -> dict[str, float]:
+def measure_held_out(
+    practice: Practice, prompts: Sequence[Prompt], config: OnlineEval, judge: Scorer | None = None
+) -> dict[str, float]:
     """Scores of the likeliest answers, and of sampled ones where `samples` asks for them, with pass@k for k = 1, 2, 4…
+
+    What a `judge` says of the same answers stands under `judge/`; success and pass@k are those of the rewards.
 
     The ranks share the prompts; all call this and get the same.
     """
     prompts = prompts[: config.prompts]
-    told = _told(_scored(practice, prompts, 0.0, 1), "", config.success)
+    told = _told(_scored(practice, prompts, 0.0, 1, judge), "", config.success)
     if config.samples:
-        sampled = _scored(practice, prompts, practice.config.temperature, config.samples)
+        sampled = _scored(practice, prompts, practice.config.temperature, config.samples, judge)
         told |= _told(sampled, "sampled/", config.success)
         if config.success is not None:
-            told |= passes(sampled.scores.total >= config.success, config.samples)
+            told |= passes(sampled[0].scores.total >= config.success, config.samples)
     return told
 
 
-def _scored(practice: Practice, prompts: Sequence[Prompt], temperature: float, n: int) -> Scored:
+def _scored(
+    practice: Practice, prompts: Sequence[Prompt], temperature: float, n: int, judge: Scorer | None
+) -> list[Scored]:
+    """Answers with what the rewards say of them, and the same answers with what a judge says."""
     mine = range(len(prompts))[practice.ranks.rank :: practice.ranks.world]
     settings = Generate(practice.config.max_new_tokens, temperature, stop=practice.config.stop, seed=practice.seed)
     streams = [STREAMS + place * n + number for place in mine for number in range(n)]
     with practice.at_rest():
         found = practice.sampler([prompts[place] for place in mine], settings, n, streams, "answering held-out prompts")
         before = practice.scorer.state_dict()
-        scores = practice.scorer(found)
+        scores = [practice.scorer(found)]
         practice.scorer.load_state_dict(before)  # measuring changes nothing
+        scores += [judge(found)] if judge is not None else []
     groups = torch.tensor(mine, dtype=torch.int64).repeat_interleave(n)
-    return joined(practice.ranks.agree(Scored(found, scores, groups))).in_order()
+    return [joined(practice.ranks.agree(Scored(found, one, groups))).in_order() for one in scores]
 
 
-def _told(scored: Scored, prefix: str, success: float | None) -> dict[str, float]:
-    total = scored.scores.total
+def _told(by: list[Scored], prefix: str, success: float | None) -> dict[str, float]:
+    scored, total = by[0], by[0].scores.total
     told = {
         f"{prefix}reward": float(total.mean()),
         f"{prefix}length": float(scored.lengths.float().mean()),
         f"{prefix}clipped_ratio": float(scored.truncated.float().mean()),
     }
+    told |= {f"{prefix}rewards/{name}": mean for name, mean in scored.scores.means().items()}
+    for judged in by[1:]:
+        told[f"{prefix}judge/reward"] = float(judged.scores.total.mean())
+        told |= {f"{prefix}judge/{name}": mean for name, mean in judged.scores.means().items()}
     if success is not None:
         told[f"{prefix}success"] = float((total >= success).float().mean())
     return told

@@ -80,7 +80,7 @@ def ppo_lesson(
 
 
 def group_lesson(
-    scored: Scored, said: dict[str, Tensor], config: Grpo, kl_coef: float, _: Moments | None = None
+    scored: Scored, said: dict[str, Tensor], config: Grpo, kl_coef: float, _so_far: Moments | None = None
 ) -> Lesson:
     """Advantages without a critic: a completion's score beside those of its group, the same for all its tokens.
 

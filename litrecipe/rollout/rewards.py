@@ -46,6 +46,14 @@ class Scores:
     raw: dict[str, list[float | None]]
     """Source → scores as it gave them."""
 
+    def means(self) -> dict[str, float]:
+        """Source, or penalty, → the mean of what it gave, where it gave anything."""
+        given = {
+            name: [score for score in scores if score is not None]
+            for name, scores in (self.by_source | self.raw).items()
+        }
+        return {name: math.fsum(scores) / len(scores) for name, scores in given.items() if scores}
+
 
 @dataclass
 class Moments:
@@ -180,7 +188,7 @@ class FunctionJudge:
     def __call__(self, a: Completions, b: Completions) -> list[float]:
         """Raises InputError naming the function, and the prompt, for what is no probability."""
         prompts = a.prompts
-        given = {
+        given: dict[str, list[Any]] = {
             "prompts": [prompt.said for prompt in prompts],
             "a": list(a.texts),
             "b": list(b.texts),

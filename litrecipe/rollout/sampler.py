@@ -80,7 +80,12 @@ class Engine:
         """Raises InputError naming the prompt where a completion is none."""
         found = self.sampler(prompts, settings, completions, streams, progress)
         wanted = [prompt for prompt in prompts for _ in range(completions)]
-        lists = [found.texts, found.tokens, found.ended, *([] if found.logps is None else [found.logps])]
+        lists: list[Sequence[Any]] = [
+            found.texts,
+            found.tokens,
+            found.ended,
+            *([] if found.logps is None else [found.logps]),
+        ]
         if any(len(one) != len(wanted) for one in lists):
             said = " / ".join(str(len(one)) for one in lists)
             raise InputError(f"{self.name}: returned {said} of {len(wanted)} completions: give all, side by side")

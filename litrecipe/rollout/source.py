@@ -90,6 +90,8 @@ class Place:
     """Minibatches of the whole run."""
     kl_coef: float = 0.0
     """The KL's coefficient for the next rollout."""
+    left_out: tuple[int, ...] = ()
+    """Numbers of the prompts whose pass rate was out of range when they were asked last."""
 
 
 class Rollouts:
@@ -108,9 +110,10 @@ class Rollouts:
         run_dir: Path,
         ranks: Ranks,
         name: str = "ppo",
+        success: float | None = None,
     ) -> None:
-        """`name` is that of the recipe's group, for messages."""
-        self.name = name
+        """`name` is that of the recipe's group, for messages; a score of `success` is a pass."""
+        self.name, self.success = name, success
         self.method, self.prompts, self.config, self.ranks, self.train = method, prompts, config, ranks, train
         self.run_dir, self.folder = run_dir, run_dir / "rollouts"
         self.order = Order(len(prompts), train.seed)
@@ -159,9 +162,9 @@ class Rollouts:
         return self.metrics | {"completions": float(self.at.completions)}
 
     def total_steps(self, train: Train) -> int:
-        """The smaller of `max_steps` and the steps of as many rollouts as there are prompts for."""
-        left = self.at.minibatches - self.at.minibatch
-        return steps_of(self.config, train, len(self.prompts), self.at.prompts, self.at.steps + left)
+        """The smaller of `max_steps` and the steps of as many rollouts as there are prompts for; fewer are made where
+        prompts or minibatches are left out. However far it is, so that a schedule goes on as it was."""
+        return steps_of(self.config, train, len(self.prompts))
 
     def state_dict(self) -> dict[str, Any]:
         """How far it is, what scoring remembers, and what both depend on."""
@@ -174,6 +177,7 @@ class Rollouts:
             was = f"the checkpoint was made with {state['of_prompts']}: resume with the same, or start a new out_dir"
             raise InputError(f"data.train: {len(self.prompts)} prompts: {was}")
         self.at = Place(**{name: state[name] for name in asdict(self.at)})
+        self.at.left_out = tuple(self.at.left_out)  # JSON has lists
         self.method.load_state_dict(state["scoring"])
         if self.beside is not None:
             self.beside.load_state_dict(state["beside"])
@@ -250,10 +254,10 @@ class Rollouts:
         sampled = silent = 0
         for _ in range(RESAMPLED):
             there = sum(one.prompts for one in kept)
-            prompts = self._next_prompts(self.groups - there)
-            if not prompts:
+            places = self._next_places(self.groups - there)
+            if not places:
                 break
-            found = self._scored(prompts)
+            found = self._scored(places)
             same = zero_variance(found.scores.total, found.groups)
             sampled, silent = sampled + len(same), silent + int(same.sum())
             if self.config.zero_variance != "keep":
@@ -264,6 +268,8 @@ class Rollouts:
             if sum(one.prompts for one in kept) == self.groups:
                 break
         self.metrics = {"frac_reward_zero_std": silent / sampled} if sampled else {}
+        if self.config.filters:
+            self.metrics["prompts/left_out"] = len(self.at.left_out) / len(self.prompts)
         if sampled and not kept:
             raise InputError(
                 f"rewards.sources: all completions of a prompt score alike, {sampled} of them over: the model is "
@@ -274,23 +280,41 @@ class Rollouts:
             warn(f"rollout {self.at.rollout + 1}: {alike}: there is nothing to learn which is better")
         return joined(kept) if kept else None
 
-    def _next_prompts(self, count: int) -> list[Prompt]:
-        stop = self.at.prompts + count
-        stop = stop if self.limit is None else min(stop, self.limit)
-        taken = [self.prompts[self.order[cursor]] for cursor in range(self.at.prompts, stop)]
-        self.at.prompts += len(taken)
+    def _next_places(self, count: int) -> list[int]:
+        """Places in the order of the next prompts that are to be asked."""
+        taken: list[int] = []
+        left_out = set(self.at.left_out)
+        if len(left_out) == len(self.prompts):
+            warn(f"the pass rate of every prompt is out of {self.name}.min_pass_rate … max_pass_rate: the run ends")
+            return []
+        while len(taken) < count and (self.limit is None or self.at.prompts < self.limit):
+            if self.order[self.at.prompts] not in left_out:
+                taken.append(self.at.prompts)
+            self.at.prompts += 1
         return taken
 
-    def _scored(self, prompts: list[Prompt]) -> Scored:
-        """All ranks' completions of the prompts, which they share, in the order of the prompts."""
+    def _scored(self, places: list[int]) -> Scored:
+        """All ranks' completions of the prompts at these places, which they share, in their order."""
+        prompts = [self.prompts[self.order[place]] for place in places]
         n = self.config.completions_per_prompt
         mine = range(len(prompts))[self.ranks.rank :: self.ranks.world]
         streams = [self.at.completions + place * n + number for place in mine for number in range(n)]
         self.at.completions += len(prompts) * n
         completions = self.method.sample([prompts[place] for place in mine], streams)
-        first = self.at.prompts - len(prompts)
-        groups = torch.tensor([first + place for place in mine], dtype=torch.int64).repeat_interleave(n)
-        return joined(self.ranks.agree(Scored(completions, self.method.score(completions), groups))).in_order()
+        groups = torch.tensor([places[place] for place in mine], dtype=torch.int64).repeat_interleave(n)
+        found = joined(self.ranks.agree(Scored(completions, self.method.score(completions), groups))).in_order()
+        if self.config.filters:
+            self._leave_out(found)
+        return found
+
+    def _leave_out(self, found: Scored) -> None:
+        """From now on the prompts whose completions passed too rarely or too often."""
+        assert self.success is not None
+        passed = (found.scores.total >= self.success).double()
+        rates = {place: float(passed[found.groups == place].mean()) for place in found.groups.unique().tolist()}
+        low, high = self.config.min_pass_rate, self.config.max_pass_rate
+        out = {self.order[place] for place, rate in rates.items() if not low <= rate <= high}
+        self.at.left_out = tuple(sorted({*self.at.left_out, *out}))
 
     def _plan(self) -> None:
         """Which samples each minibatch takes."""
@@ -331,13 +355,13 @@ def prompts_of(train: Train, prompts: int) -> int | None:
     return None if epochs is None else max(1, round(epochs * prompts))
 
 
-def steps_of(config: Online, train: Train, prompts: int, taken: int = 0, steps: int = 0) -> int:
-    """Steps of a run over so many prompts, `taken` of which have made `steps` of them."""
+def steps_of(config: Online, train: Train, prompts: int) -> int:
+    """Most steps of a run over so many prompts."""
     limits = [] if train.max_steps is None else [train.max_steps]
     in_all = prompts_of(train, prompts)
     if in_all is not None:
-        rollouts = -(-(in_all - taken) // (config.rollout_batch_size // config.completions_per_prompt))
-        limits.append(steps + rollouts * config.minibatches * config.epochs)
+        rollouts = -(-in_all // (config.rollout_batch_size // config.completions_per_prompt))
+        limits.append(rollouts * config.minibatches * config.epochs)
     return min(limits)
 
 
@@ -363,8 +387,4 @@ def about(found: Scored) -> dict[str, float]:
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(found.truncated.float().mean()),
     }
-    for name, scores in {**found.scores.raw, **found.scores.by_source}.items():
-        given = [score for score in found.scores.raw.get(name, scores) if score is not None]
-        if given:
-            told[f"rewards/{name}"] = float(np.mean(given))
-    return told
+    return told | {f"rewards/{name}": mean for name, mean in found.scores.means().items()}

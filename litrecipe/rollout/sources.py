@@ -111,7 +111,7 @@ class FunctionSource:
     def __call__(self, completions: Completions) -> list[float | None]:
         """Raises InputError naming the function, and the prompt, for what is no score."""
         prompts = completions.prompts
-        given = {
+        given: dict[str, list[Any]] = {
             "prompts": [prompt.said for prompt in prompts],
             "completions": list(completions.texts),
             "rows": [prompt.row for prompt in prompts],

@@ -17,9 +17,15 @@ FULL = ("--adapter.method", "none", "--optim.lr", "1e-3")
 SCALED = ("--rewards.scale", "running", "--rewards.clip", 5)
 CASES = {
     # A rollout is 2 · 2 steps, so checkpoints every 3 stand in the midst of one.
-    "ppo": ("ppo", *LORA, *SCALED, "--ppo.ref_ema", 0.2, "--ppo.kl_target", 0.5, "--ppo.kl_horizon", 50),
+    "ppo": (
+        *("ppo", *LORA, *SCALED, "--ppo.ref_ema", 0.2, "--ppo.kl_target", 0.5, "--ppo.kl_horizon", 50),
+        *("--ppo.normalise_values", "true", "--ppo.value_schedule", "linear", "--optim.adam_style", "tf"),
+    ),
     "ppo-separate": ("ppo", *FULL, "--ppo.layout", "separate", "--ppo.critic_warmup", 3, "--ppo.max_kl", "1e-6"),
-    "grpo": ("grpo", *FULL, "--grpo.kl_coef", 0.1, "--grpo.completions_per_prompt", 4, "--grpo.zero_variance", "drop"),
+    "grpo": (
+        *("grpo", *FULL, "--grpo.kl_coef", 0.1, "--grpo.completions_per_prompt", 4, "--grpo.zero_variance", "drop"),
+        *("--grpo.max_pass_rate", 0.7, "--eval.success", 1),
+    ),
 }
 Command = Callable[..., list[object]]
 

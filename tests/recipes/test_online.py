@@ -298,6 +298,35 @@ def test_a_held_out_prompt_is_answered_before_the_first_step_and_on_the_way(trai
     assert [one["loss"] for one in told] == [one["loss"] for one in without]
 
 
+def test_a_judge_of_held_out_answers_chooses_the_best_policy(train: Train, tmp_path: Path) -> None:
+    """It hates what is rewarded: the best policy is that of the lowest reward. What each source says is told too."""
+    sources = {"rewards.sources": '{"length?target=9&unit=characters": 1.0, "length?max=9": 0.5}'}
+    val = {"data.val": "toy:units?n=9&seed=0&split=test", "eval.every": 3, "eval.samples": 4, "train.epochs": 9}
+    judge = {"eval.sources": '{"length?target=9&unit=characters": -1.0}', "grpo.completions_per_prompt": 4}
+    train("grpo", **FULL, **sources, **val, **judge, optim__lr=0.3, train__max_steps=6)
+    evaluated = [one for one in read_records(tmp_path / "run" / "metrics.jsonl") if "eval_reward" in one]
+    characters = "length?target=9&unit=characters"
+    for one in evaluated:
+        assert one["eval_judge/reward"] == pytest.approx(-one[f"eval_rewards/{characters}"])
+        assert one[f"eval_judge/{characters}"] == pytest.approx(one[f"eval_rewards/{characters}"])
+        assert one["eval_reward"] == pytest.approx(one[f"eval_rewards/{characters}"] + 0.5)
+        assert one["eval_sampled/judge/reward"] == pytest.approx(-one[f"eval_sampled/rewards/{characters}"])
+    best = json.loads((tmp_path / "run" / "best.json").read_text())
+    highest = max(one["eval_judge/reward"] for one in evaluated)
+    assert best["eval_judge/reward"] == highest
+    assert best["step"] == next(one["step"] for one in evaluated if one["eval_judge/reward"] == highest)
+    assert len({one["eval_reward"] for one in evaluated}) > 1
+
+
+def test_the_ratio_is_looked_at_wherever_a_run_goes_on(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the first minibatch of the first new rollout."""
+    flags = {"checkpoint.resume": "auto", "grpo.epochs": 2, "grpo.completions_per_prompt": 4}
+    train("grpo", **LORA, **flags, train__max_steps=3)
+    assert capsys.readouterr().err.count("start: the policy says of its completions what it said") == 1
+    train("grpo", **LORA, **flags, train__max_steps=6)
+    assert capsys.readouterr().err.count("start: the policy says of its completions what it said") == 1
+
+
 def test_an_adapter_that_was_trained_before_is_held_to_itself(train: Train, tmp_path: Path) -> None:
     """Not to its base, which it never was: at the start the KL is 0."""
     train("grpo", "first", **LORA, optim__lr=1e-2, grpo__completions_per_prompt=4)
@@ -351,6 +380,16 @@ def test_a_reward_model_is_a_source(train: Train, tmp_path: Path, tiny_model: Pa
         ("ppo", {"ppo.layout": "joined", "ppo.critic_warmup": 2}, "ppo.critic_warmup: 2: a joined critic is a head on"),
         ("ppo", {"ppo.truncated": "mask"}, "all completions were cut at ppo.max_new_tokens 6, none is learnt"),
         ("rloo", {"fabric.strategy": "fsdp"}, "sampling from a sharded model is not there yet"),
+        ("rloo", {"rloo.max_pass_rate": 0.9}, "rloo.max_pass_rate: 0.9: needs the score that is a pass: set eval.succ"),
+        ("grpo", {"grpo.min_pass_rate": 0.9, "grpo.max_pass_rate": 0.1, "eval.success": 1}, "must be at most max_pass"),
+        ("grpo", {"eval.sources": "{exact: 1}"}, "eval.sources: exact: judge held-out answers: give data.val"),
+        (
+            "grpo",
+            {"eval.sources": '{"exact?column=no": 1}', "data.val": "toy:units?n=2&seed=0&split=test"},
+            "eval.sources: exact?column=no: no: no row has this column",
+        ),
+        ("grpo", {"grpo.importance_cap": 3}, "grpo.importance_cap: 3.0: does nothing without sampler"),
+        ("ppo", {"optim.adam_style": "tf", "optim.name": "sgd"}, "optim.adam_style: tf: sgd has no epsilon"),
     ],
 )
 def test_mistakes_are_told_at_once(train: Train, verb: str, flags: dict[str, Any], words: str) -> None:

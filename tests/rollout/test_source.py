@@ -73,9 +73,16 @@ def prompts(count: int = 12) -> list[Any]:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Rollouts]:
-    def rollouts(method: Dice | None = None, train: Train | None = None, count: int = 12, **keys: Any) -> Rollouts:
+    def rollouts(
+        method: Dice | None = None,
+        train: Train | None = None,
+        count: int = 12,
+        success: float | None = None,
+        **keys: Any,
+    ) -> Rollouts:
         keys = {"rollout_batch_size": 8, "completions_per_prompt": 2, "minibatches": 2, "epochs": 2} | keys
-        return Rollouts(method or Dice(), prompts(count), Online(**keys), train or Train(), tmp_path, ALONE)
+        config, train = Online(**keys), train or Train()
+        return Rollouts(method or Dice(), prompts(count), config, train, tmp_path, ALONE, "ppo", success)
 
     return rollouts
 
@@ -192,6 +199,81 @@ def test_a_policy_that_went_too_far_learns_no_more_of_the_rollout(make: Callable
     assert method.done == 1
     assert not set(texts(source.next_step())) & set(texts(first))
     assert source.at.rollout == 2
+
+
+def test_the_length_of_a_run_is_what_it_was_at_its_start(make: Callable[..., Rollouts]) -> None:
+    """12 prompts, four a rollout, four steps a rollout: 12, though each rollout is broken off after its first step. A
+    schedule depends on it, and must not change where a run goes on."""
+    source = make(max_kl=0.1)
+    assert source.total_steps(Train()) == 12
+    while source.next_step():
+        source.after_step(1.0)
+        assert source.total_steps(Train()) == 12
+    assert source.at.steps == 3
+    resumed = make(max_kl=0.1)
+    resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
+    assert resumed.total_steps(Train()) == 12
+
+
+class Graded(Dice):
+    """Each prompt has a pass rate: of the two completions of prompt n, n % 3 pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def sample(self, prompts: Sequence[Any], streams: Sequence[int]) -> Completions:
+        self.asked += [int(prompt.where[2:]) for prompt in prompts]
+        found = super().sample(prompts, streams)
+        return Completions(found.prompts, [str(place % 2) for place in range(len(streams))], found.tokens, found.ended)
+
+    def score(self, completions: Completions) -> Scores:
+        numbers = [int(prompt.where[2:]) for prompt in completions.prompts]
+        scores = [float(n % 3 > int(text)) for n, text in zip(numbers, completions.texts, strict=True)]
+        return Scores(torch.tensor(scores), {"dice": list(scores)}, {"dice": list(scores)})
+
+
+@pytest.mark.parametrize(
+    ("keys", "left"),
+    [
+        ({"min_pass_rate": 0.5}, {1, 2, 4, 5, 7, 8, 10, 11}),
+        ({"max_pass_rate": 0.5}, {0, 1, 3, 4, 6, 7, 9, 10}),
+        ({"min_pass_rate": 0.3, "max_pass_rate": 0.7}, {1, 4, 7, 10}),
+    ],
+)
+def test_prompts_out_of_the_range_of_pass_rates_are_asked_once(
+    make: Callable[..., Rollouts], keys: dict[str, float], left: set[int]
+) -> None:
+    """Rates 0, ½ and 1. In the first epoch all twelve are asked, in the second and third those that are left; and a run
+    that goes on asks the same."""
+    train = Train(epochs=3)
+    source = make(Graded(), train, success=1.0, **keys)
+    for _ in range(8):
+        source.next_step()
+    state = checkpoint(source)
+    while source.next_step():
+        pass
+    asked = source.method.asked  # type: ignore[attr-defined]
+    assert sorted(asked[:12]) == list(range(12))
+    assert sorted(asked[12:]) == sorted([*left, *left])
+    assert source.told()["prompts/left_out"] == pytest.approx(1 - len(left) / 12)
+    resumed = make(Graded(), train, success=1.0, **keys)
+    resumed.load_state_dict(state)
+    while resumed.next_step():
+        pass
+    assert resumed.method.asked == asked[8:]  # type: ignore[attr-defined]
+    assert resumed.state_dict()["left_out"] == source.state_dict()["left_out"]
+
+
+def test_a_run_ends_when_no_prompt_is_left(make: Callable[..., Rollouts], capsys: pytest.CaptureFixture[str]) -> None:
+    source = make(Dice(lambda _: 1.0), Train(max_steps=100), success=1.0, max_pass_rate=0.9)
+    steps = 0
+    while source.next_step():
+        steps += 1
+    assert steps == 12
+    assert "the pass rate of every prompt is out of ppo.min_pass_rate … max_pass_rate: the run ends" in (
+        " ".join(capsys.readouterr().err.split())
+    )
 
 
 def alike(stream: int) -> float:
