@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -188,10 +189,15 @@ def _count_parameters(recipe: Any, source: Path) -> str:
 
 
 def kind_of(path: Path) -> type:
-    """The dataclass of a recipe: the verb its hub folders are named after, or the one that knows most of its keys."""
-    folders = path.relative_to(hub_folder()).parts if path.is_relative_to(hub_folder()) else ("",)
-    of_folder = (RECIPES[verb] for verb in (folders[0], " ".join(folders[:2])) if verb in RECIPES)
-    return next(of_folder, None) or schema.kind_of(path)
+    """The dataclass of a recipe: of the verb that its hub folders are named after, or that its comment runs it with, or
+    the one that knows most of its keys."""
+    if not path.is_relative_to(hub_folder()):
+        return schema.kind_of(path)
+    name = path.relative_to(hub_folder()).with_suffix("").as_posix()
+    folders = name.split("/")
+    runs = re.findall(rf"^#\s+litrecipe (.+) --config {re.escape(name)}$", path.read_text(encoding="utf-8"), re.M)
+    verbs = [verb for verb in (folders[0], " ".join(folders[:2]), *runs) if verb in RECIPES]
+    return RECIPES[verbs[0]] if verbs else schema.kind_of(path)
 
 
 def _found(name: str) -> Path:

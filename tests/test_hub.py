@@ -197,7 +197,7 @@ def test_validate_checks_each_stage_and_names_its_line(tmp_path: Path, capsys: p
     (tmp_path / "p.yaml").write_text(PIPELINE.replace("toy:unit-", "toy:units-"))
     with pytest.raises(InputError, match=rf"{tmp_path}/p\.yaml:7: stages\.dpo\.eval\.tasks: exact_mach:x"):
         hub.validate([str(tmp_path / "p.yaml")])
-    (tmp_path / "p.yaml").write_text(PIPELINE.replace("toy:unit-", "toy:units-").replace("mach", "match"))
+    (tmp_path / "p.yaml").write_text(PIPELINE.replace("toy:unit-", "toy:units-").replace("mach:x", "match:toy:units"))
     assert hub.validate([str(tmp_path / "p.yaml")]) == 0
     assert "p.yaml: valid, 2 stages: sft" in capsys.readouterr().out
 

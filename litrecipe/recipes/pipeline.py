@@ -156,5 +156,5 @@ def worth_telling(metrics: dict[str, float]) -> list[tuple[str, float]]:
     """What was measured on held-out data, what matters most first; where nothing was, the loss."""
     measured = [key for key in metrics if key.startswith("eval_")]
     measured.sort(key=lambda key: next((at for at, word in enumerate(FIRST) if word in key), len(FIRST)))
-    shown = {key: key.rpartition("/")[2] if ":" in key else key.removeprefix("eval_") for key in measured[:SHOWN]}
+    shown = {key: key.rpartition("/")[2] if ":" in key else key for key in measured[:SHOWN]}
     return [(name, metrics[key]) for key, name in (shown or {"loss": "loss"}).items() if key in metrics]
