@@ -5,16 +5,23 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from litrecipe import cli
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Fabric
 from litrecipe.config.merge import hub_names
 from litrecipe.config.recipes import RECIPES
+from litrecipe.data.prompts import Prompt
+from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.rollout.rewards import make_judge
+from litrecipe.rollout.sources import Completions, make_source
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(REPO / "tutorials").glob("*.md"), REPO / "README.md"])
@@ -24,8 +31,7 @@ GROUPS = {key.partition(".")[0] for key in KEYS if "." in key}
 NAMES = {key.rpartition(".")[2] for key in KEYS} | GROUPS
 ENDINGS = {"json", "jsonl", "md", "png", "py", "safetensors", "txt", "yaml"}
 """Of file names, which look like a group and a key."""
-
-pytestmark = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+of_every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -42,7 +48,8 @@ def commands(page: Path) -> Iterator[list[str]]:
                 yield shlex.split(command, comments=True)[1:]
 
 
-def test_every_command_is_read(page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@of_every_page
+def test_every_command_is_read(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files that a reader has and we have not are left out, and what would be missing without them."""
     monkeypatch.setattr(cli, "call", lambda *_, **__: 0)
     for words in commands(page):
@@ -61,6 +68,7 @@ def test_every_command_is_read(page: Path, monkeypatch: pytest.MonkeyPatch, caps
             pytest.fail(f"{words}: {error}")
 
 
+@of_every_page
 def test_every_recipe_is_read(page: Path, tmp_path: Path) -> None:
     for number, body in enumerate(blocks(page, "yaml")):
         written = yaml.safe_load(body)
@@ -74,6 +82,7 @@ def test_every_recipe_is_read(page: Path, tmp_path: Path) -> None:
             pytest.fail(f"{body}\n{error}")
 
 
+@of_every_page
 def test_every_key_that_is_named_exists(page: Path) -> None:
     """In running text: `group.key`, and `key: value`."""
     text = FENCE.sub("", page.read_text())
@@ -86,6 +95,51 @@ def test_every_key_that_is_named_exists(page: Path) -> None:
             assert said[1].rpartition(".")[2] in NAMES, code
 
 
+@of_every_page
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", FENCE.sub("", page.read_text())):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(
+    ("text", "looks"),
+    [
+        ("```\n$ litrecipe align ppo --model M --ppo.clipp 3\n```\n", "commands"),
+        ("```\nlitrecipe align dpo --model M \\\n    --dpo.loss simple\n```\n", "commands"),
+        ("```yaml\nppo:\n  clipp: 3\n```\n", "recipes"),
+        ("Set `ppo.clipp`.", "keys"),
+        ("Set `clipp: 3`.", "keys"),
+        ("See [there](nowhere.md#here).", "links"),
+    ],
+)
+def test_what_is_wrong_is_found(text: str, looks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    looking = {
+        "commands": lambda: test_every_command_is_read(page, monkeypatch),
+        "recipes": lambda: test_every_recipe_is_read(page, tmp_path),
+        "keys": lambda: test_every_key_that_is_named_exists(page),
+        "links": lambda: test_every_link_leads_somewhere(page),
+    }
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        looking[looks]()
+
+
+def test_the_functions_are_called_as_they_are_written(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rewards and judges of the pages, in a file beside the recipe."""
+    for name, page in (("rewards_of_10", "10-reward-functions.md"), ("judges_of_13", "13-iterative-dpo.md")):
+        (tmp_path / f"{name}.py").write_text("".join(blocks(REPO / "tutorials" / page, "python")))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    prompt = Prompt("f:1", [{"role": "user", "content": "How long?"}], None, {"unit": "km"}, None, np.array([1]))
+    other = replace(prompt, row={})
+    a = Completions([prompt, other], ["3 km", "three"], [[1], [1]], ["eos", "eos"])
+    b = Completions([prompt, other], ["3 miles", "3"], [[1], [1]], ["eos", "eos"])
+    tokenizer, fabric = Tokenizer.load(tiny_model), Fabric()
+    scores = [
+        make_source(f"function:rewards_of_10:{name}", tokenizer, fabric, "cpu")(a) for name in ("brief", "right_unit")
+    ]
+    assert scores == [[-2.0, -1.0], [1.0, None]]
+    judge = make_judge("function:judges_of_13:shorter", tokenizer, fabric, "cpu")
+    assert judge(a, b) == [1.0, 0.0] and judge(a, a) == [0.5, 0.5]
