@@ -1,12 +1,14 @@
 """Attention of a packed row: every token sees its own segment causally, its segment's ancestors wholly, nothing else.
 
 Shapes: T tokens of a row, H query heads, G key/value heads, D head dimension, n tokens of a segment,
-m tokens of its ancestors.
+m tokens of its ancestors, B segments that are alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import cast
 
@@ -16,18 +18,36 @@ from torch import Tensor
 
 from litrecipe.model.row import Span
 
+SHORT = 64
+"""Tokens of a segment with its ancestors up to which those that are alike are computed together: there a call of the
+kernel costs more than what it computes (128 segments of 13 tokens, forward and backward: 11 ms for 54, one thread)."""
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Segments of n tokens below ancestors of equal lengths, with m tokens in all."""
+
+    count: int
+    """B."""
+    queries: Tensor
+    """(B n,) their places in the row."""
+    keys: Tensor
+    """(B (m + n),) places of their ancestors' tokens and their own."""
+    mask: Tensor | None
+    """(n, m + n) what they see; None where they have no ancestors: causally."""
+
 
 class Forest:
     """How the segments of a row hang together, prepared once for all layers."""
 
     def __init__(self, spans: Sequence[Span], device: torch.device | str = "cpu") -> None:
+        self.starts = [span.start for span in spans]
         self.lengths = [span.stop - span.start for span in spans]
         self.paths: list[list[int]] = []
         """Per segment the indices of its ancestors, eldest first, and its own."""
         for index, span in enumerate(spans):
             self.paths.append([*(self.paths[span.parent] if span.parent >= 0 else []), index])
         self.device = torch.device(device)
-        self.masks = [self._mask(path) if len(path) > 1 else None for path in self.paths]
         if self.device.type == "cuda":
             self.varlen = Varlen(spans, self.paths, self.device)
 
@@ -35,8 +55,46 @@ class Forest:
         """Attention of one layer, see `attend`."""
         return attend(q, k, v, self)
 
-    def _mask(self, path: list[int]) -> Tensor:
-        """(n, m + n) boolean: a branch's tokens see all m ancestors, and their own segment causally."""
+    @cached_property
+    def alike(self) -> list[Alike]:
+        """Short segments of which there are several of a kind; the others are computed one by one."""
+        return [self._alike([self.paths[index] for index in several]) for several in self._several]
+
+    @cached_property
+    def alone(self) -> list[tuple[list[int], Tensor | None]]:
+        """Path and mask of the segments that are computed one by one."""
+        together = {index for several in self._several for index in several}
+        return [(path, self._mask(path)) for path in self.paths if path[-1] not in together]
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """(T,) where a token of the row stands among the outputs of `alone` and `alike`; None where it stays."""
+        if not self.alike:
+            return None
+        alone = [self._places([path], -1) for path, _ in self.alone]
+        return torch.cat([*alone, *(one.queries for one in self.alike)]).argsort()
+
+    @cached_property
+    def _several(self) -> list[list[int]]:
+        """Indices of segments by kind, see `alike`."""
+        kinds: dict[tuple[int, ...], list[int]] = {}
+        for index, path in enumerate(self.paths):
+            kinds.setdefault(tuple(self.lengths[one] for one in path), []).append(index)
+        return [found for lengths, found in kinds.items() if len(found) > 1 and sum(lengths) <= SHORT]
+
+    def _alike(self, paths: list[list[int]]) -> Alike:
+        keys = [self._places(paths, depth).view(len(paths), -1) for depth in range(len(paths[0]))]
+        return Alike(len(paths), keys[-1].flatten(), torch.cat(keys, 1).flatten(), self._mask(paths[0]))
+
+    def _places(self, paths: list[list[int]], depth: int) -> Tensor:
+        """Places, end to end, of the tokens that segments of one length at a depth of their paths have."""
+        starts = torch.tensor([self.starts[path[depth]] for path in paths])
+        return (starts[:, None] + torch.arange(self.lengths[paths[0][depth]])).flatten().to(self.device)
+
+    def _mask(self, path: list[int]) -> Tensor | None:
+        """(n, m + n) boolean: a branch's tokens see all m ancestors, and their own segment causally. None: causally."""
+        if len(path) == 1:
+            return None
         n = self.lengths[path[-1]]
         m = sum(self.lengths[ancestor] for ancestor in path[:-1])
         return torch.ones(n, m + n, dtype=torch.bool, device=self.device).tril(m)
@@ -72,21 +130,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
 
 
 def _attend_segments(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
-    """One fused attention a segment. `split` rather than slices: its backward pass is a single concatenation."""
-    keys, values = k.split(forest.lengths), v.split(forest.lengths)
+    """One fused attention a segment, or one for many short segments that are alike."""
     outputs = []
-    for query, path, mask in zip(q.split(forest.lengths), forest.paths, forest.masks, strict=True):
-        key = keys[path[0]] if mask is None else torch.cat([keys[i] for i in path])
-        value = values[path[0]] if mask is None else torch.cat([values[i] for i in path])
-        outputs.append(_fused(query, key, value, mask))
-    return torch.cat(outputs)
+    if forest.alone:
+        # `split` rather than slices: its backward pass is a single concatenation
+        queries, keys, values = (x.split(forest.lengths) for x in (q, k, v))
+        for path, mask in forest.alone:
+            key = keys[path[0]] if mask is None else torch.cat([keys[i] for i in path])
+            value = values[path[0]] if mask is None else torch.cat([values[i] for i in path])
+            outputs.append(_fused(queries[path[-1]][None], key[None], value[None], mask)[0])
+    for one in forest.alike:
+        query, key, value = (
+            x.index_select(0, places).unflatten(0, (one.count, -1))
+            for x, places in ((q, one.queries), (k, one.keys), (v, one.keys))
+        )
+        outputs.append(_fused(query, key, value, one.mask).flatten(0, 1))
+    return torch.cat(outputs) if forest.order is None else torch.cat(outputs).index_select(0, forest.order)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """q (n, H, D), k and v (m + n, G, D) → (n, H, D); causal without a mask."""
-    q, k, v = q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    """q (B, n, H, D), k and v (B, m + n, G, D) → (B, n, H, D); causal without a mask."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
-    return output[0].transpose(0, 1)
+    return output.transpose(1, 2)
 
 
 def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Tensor:

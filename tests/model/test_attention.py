@@ -85,6 +85,27 @@ def test_equals_the_definition(segments: list[tuple[int, int]], shape: tuple[int
     assert_equal_forward_and_gradients(spans_of(segments), shape)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("segments", "kinds", "alone"),
+    [
+        ([(5, -1), (5, -1), (70, -1), (5, -1)], [3], 1),
+        ([(7, -1), (3, 0), (7, -1), (4, 2), (7, -1), (3, 4), (3, 4)], [3, 3], 1),
+        ([(2, -1), (3, 0), (3, -1), (3, 2), (2, -1), (3, 4)], [2, 2], 2),
+        ([(40, -1), (30, 0), (30, 0), (30, -1), (30, -1)], [2], 3),
+    ],
+    ids=["roots", "branches", "ancestors-of-other-lengths", "too-long"],
+)
+def test_short_segments_that_are_alike_are_computed_together(
+    segments: list[tuple[int, int]], kinds: list[int], alone: int, shape: tuple[int, int, int]
+) -> None:
+    spans = spans_of(segments)
+    forest = Forest(spans)
+    assert [one.count for one in forest.alike] == kinds
+    assert len(forest.alone) == alone
+    assert_equal_forward_and_gradients(spans, shape)
+
+
 @settings(max_examples=60, deadline=None)
 @given(forests(), st.sampled_from(SHAPES))
 def test_equals_the_definition_on_random_forests(spans: list[Span], shape: tuple[int, int, int]) -> None:
