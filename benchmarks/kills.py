@@ -7,7 +7,8 @@ steps over packed samples, across epoch ends. A second run is killed again and a
 steps, and inside a save. Final weights, the last checkpoint's weights, optimizer and state, metrics (timing fields
 aside) and flight record must be equal. Preference learning is killed three times unless --kills says otherwise. Methods
 that sample are killed in the midst of sampling too, and what they sampled, paired and kept of rounds must be equal as
-well. Each of `finetune`, `align` and `online` has a result of its own; `--methods` names those that are wanted.
+well. A pipeline of five stages is killed in each of them and between them; no stage may outlive it. Each of `finetune`,
+`align`, `online` and `pipeline` has a result of its own; `--methods` names those that are wanted.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ METHODS = {
             truncated="learn",
         ),
     },
+    "pipeline": {"pipeline": ["align", "pipeline", "--config", str(Path(__file__).with_name("kills-pipeline.yaml"))]},
 }
 """Verb and flags of each method."""
 DATA: dict[str, dict[str, Any]] = {
@@ -88,14 +90,23 @@ DATA: dict[str, dict[str, Any]] = {
     },
 }
 HELD_OUT: dict[str, Any] = {"data.val": "toy:units?n=4&seed=0&split=test", "eval.every": 7}
-KILLS = {"finetune": 10, "align": 3, "online": 10}
-NAMES = {"finetune": "kills", "align": "kills-align", "online": "kills-online"}
+KILLS = {"finetune": 10, "align": 3, "online": 10, "pipeline": 10}
+NAMES = {"finetune": "kills", "align": "kills-align", "online": "kills-online", "pipeline": "kills-pipeline"}
 MOMENTS = {
     "finetune": ("save", "step", "start"),
     "align": ("save", "step", "start"),
     "online": ("sampling", "start", "sampling", "save", "step"),
+    "pipeline": ("step", "between", "save", "between", "sampling", "between", "step", "save", "between", "step"),
 }
-SAID = {"start": "at start", "sampling": "in sampling", "step": "between steps", "save": "inside a save"}
+SAID = {
+    "start": "at start",
+    "sampling": "in sampling",
+    "step": "between steps",
+    "save": "inside a save",
+    "between": "between stages",
+}
+STAGES = ("sft", "sft", "reward", "reward", "rejection", "rejection", "ppo", "ppo", "ppo", "dpo")
+"""Of a pipeline: in which one it is killed, or after which."""
 SHRUNKEN = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -104,7 +115,7 @@ SHRUNKEN = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-STEPS = {"finetune": 40, "align": 40, "online": 60}
+STEPS = {"finetune": 40, "align": 40, "online": 60, "pipeline": None}
 EVERY = 3
 A_ROLLOUT = 4
 """Steps in which a rollout is learnt."""
@@ -144,6 +155,10 @@ def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
         "train.micro_batch_tokens": 256,
         "fabric.accelerator": "cpu",
     }
+    if kind == "pipeline":  # its other keys are in its recipe
+        model = {f"stages.sft.{key}": value for key, value in flags.items() if key.startswith("model.")}
+        caches = {f"stages.{stage}.data.cache_dir": folder / "cache" for stage in STAGES}
+        return words(method, model | caches)
     if "hydra" in method:  # starts from what a reward model and a language model learnt together
         joint = ["align", "reward", *FULL, "--reward.sft_coef", "1"]
         words(joint, flags | DATA["align"] | {"train.max_steps": 2}).finish(folder / "joint")
@@ -176,19 +191,44 @@ def candidates(out: Path) -> int | None:
     return path.stat().st_size if path.exists() and not (out / "sft.jsonl").exists() else None
 
 
-def kill_once(job: Job, out: Path, moment: str, chance: random.Random) -> bool:
-    """Start, kill at the moment asked for; False when the run ended first."""
+def is_done(stage: Path) -> bool:
+    """Whether a pipeline has noted that a stage ended well."""
+    note = stage / "stage.json"
+    return note.exists() and bool(json.loads(note.read_text())["done"])
+
+
+def left_behind(out: Path) -> list[int]:
+    """Processes that work on a run, but for the dead that nobody buried."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            about_it = str(out).encode() in (folder / "cmdline").read_bytes()
+            dead = (folder / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:  # it has just ended
+            continue
+        if about_it and not dead and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def kill_once(job: Job, whole: Path, moment: str, chance: random.Random, stage: str = "") -> bool:
+    """Start, kill at the moment asked for (of a stage); False when the run, or that stage, ended first."""
+    out = whole / stage
+    if moment == "between" and is_done(out):
+        return False
     before, sampled = steps_done(out), candidates(out)
     for draft in drafts(out):  # an earlier kill's; this one is to wait for a save of its own
         shutil.rmtree(draft)
-    process = job.start(out)
-    wait = chance.uniform(0.0, 8.0) if moment == "start" else chance.uniform(0.0, 0.3)
+    process = job.start(whole)
+    wait = chance.uniform(0.0, 8.0) if moment in ("start", "between") else chance.uniform(0.0, 0.3)
     steps = before + chance.randint(1, 6)
     if moment == "sampling":  # a rollout follows when the one before is learnt
         steps = (before // A_ROLLOUT + 1) * A_ROLLOUT
     due: float | None = time.monotonic() + wait if moment == "start" else None
     while process.poll() is None:
         now = candidates(out)
+        if due is None and moment == "between" and is_done(out):
+            due = time.monotonic() + wait
         if due is None and moment in ("step", "sampling") and steps_done(out) >= steps:
             due = time.monotonic() + wait
         if due is None and moment == "sampling" and now is not None and now > (sampled or 0):
@@ -196,6 +236,9 @@ def kill_once(job: Job, out: Path, moment: str, chance: random.Random) -> bool:
         if (moment == "save" and drafts(out)) or (due is not None and time.monotonic() >= due):
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
+            time.sleep(1)
+            if pids := left_behind(whole):
+                sys.exit(f"kills: processes outlived the one that was killed: {pids}")
             return True
         time.sleep(0.001)
     return False
@@ -231,11 +274,14 @@ def killed_and_resumed(kind: str, method: list[str], kills: int, chance: random.
         moments = {moment: 0 for moment in SAID if moment in MOMENTS[kind]}
         for kill in range(kills):
             moment = MOMENTS[kind][kill % len(MOMENTS[kind])]
-            if not kill_once(job, broken, moment, chance):
+            stage = STAGES[kill % len(STAGES)] if kind == "pipeline" else ""
+            if not kill_once(job, broken, moment, chance, stage):
                 break
             moments[moment] += 1
         job.finish(broken)
-        return {"killed": moments, "different": differences(unbroken, broken)}
+        parts = dict.fromkeys(STAGES) if kind == "pipeline" else [""]
+        different = [str(Path(part, name)) for part in parts for name in differences(unbroken / part, broken / part)]
+        return {"killed": moments, "different": different}
 
 
 def main() -> None:
@@ -252,7 +298,9 @@ def main() -> None:
         rows = [[name, *found["killed"].values(), found["different"] or "nothing"] for name, found in results.items()]
         moments = [said for moment, said in SAID.items() if moment in MOMENTS[kind]]
         print_table(["method", *moments, "different from the unbroken run"], rows)
-        settings = {"seed": args.seed, "steps": STEPS[kind], "checkpoint_every": EVERY}
+        settings: dict[str, Any] = {"seed": args.seed, "steps": STEPS[kind], "checkpoint_every": EVERY}
+        if kind == "pipeline":
+            settings["killed_in_or_after"] = STAGES[:kills]
         write_result(NAMES[kind], {**settings, "methods": results})
         differ = differ or any(found["different"] for found in results.values())
     if differ:
