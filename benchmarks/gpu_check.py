@@ -99,7 +99,7 @@ def make_tokenizer(folder: Path) -> None:
     """Bytes as tokens, and the ChatML template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    specials = ["<|im_start|>", "<|im_end|>"]
+    specials = ["<|im_start|>", "<|im_end|>", "<|padding|>"]  # the last for reward models
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*specials, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
