@@ -167,3 +167,80 @@ def test_a_peer_gets_our_tokens_in_our_order(
     places = [next(n for n, text in enumerate(wanted) if text in line) for line in said]
     assert sorted(places) == list(range(5)) and places != sorted(places)
     assert adapter.stat().st_size
+
+
+def test_gold_pairs_share_their_first_word_and_differ_in_their_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = load(BENCHMARKS / "budget.py", monkeypatch)
+    texts = {0: ["it fell apart", "it broke", "never again", "no"], 1: ["it shines", "always good"]}
+    rows = [{"text": text, "label": label} for label, some in texts.items() for text in some]
+    pairs = budget.gold_pairs(rows, 10)
+    assert sorted(pairs, key=lambda pair: pair["rejected"]) == [
+        {"prompt": "it", "chosen": " shines", "rejected": " broke"},
+        {"prompt": "it", "chosen": " shines", "rejected": " fell apart"},
+    ]
+
+
+def test_prompts_are_whole_tokens_of_longer_sentences(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from litrecipe.data.new_tokenizer import learn_tokenizer
+
+    budget = load(BENCHMARKS / "budget.py", monkeypatch)
+    tokenizer = learn_tokenizer(["a b c d e f g h"] * 2, 300)
+    prompts = budget.prompts_of(["a b c d e f g h", "a b c d h g f e", "a b c d e f g"], tokenizer)
+    assert prompts == ["a b c d"]
+
+
+def test_labels_are_drawn_with_the_odds_of_the_gold(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = load(BENCHMARKS / "budget.py", monkeypatch)
+    asked = [{"role": "user", "content": "so"}]
+    one, other = ({"prompt": asked, "completion": text, "reward": r} for text, r in ((" good", 1.0), (" bad", 0.0)))
+    pairs, told = budget.label([one, other, other, one] * 5000 + [one, one], spread=2.0, seed=0)
+    odds = 1 / (1 + 2.718281828459045**-2)
+    chosen = sum(pair == {"prompt": "so", "chosen": " good", "rejected": " bad"} for pair in pairs)
+    assert len(pairs) == 10_000 and told["sure"] == pytest.approx(odds)
+    assert told["as_the_gold_ranks"] == chosen / 10_000
+    assert abs(chosen / 10_000 - odds) < 4 * (odds * (1 - odds) / 10_000) ** 0.5
+
+
+def test_methods_are_compared_where_they_went_equally_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs that pass 4 nats, one of them between two of its policies, and one that never does; rewards have mean 10
+    and spread 2 at the start, and the straight line goes along √KL: 4 nats are half way from 1 to 9."""
+    import numpy as np
+
+    budget = load(BENCHMARKS / "budget.py", monkeypatch)
+    spread = np.tile([-2.0, 2.0], 8)
+
+    def judged(kl: float, gold: float) -> dict:
+        told = {"kl": [kl] * 16, "gold": (gold + spread).tolist(), "proxy": (gold + spread).tolist()}
+        return told | {"length": [5] * 16, "ended": [True] * 16, "texts": ["a", "b"] * 8}
+
+    start = judged(0.0, 10.0)
+    curves = {
+        "dpo": {0: start, 8: judged(1.0, 12.0), 16: judged(9.0, 16.0)},
+        "iterative-dpo": {0: start, 8: judged(1.0, 13.0)},
+        "ppo": {0: start, 8: judged(4.0, 20.0)},
+    }
+    found = budget.verdict(curves, seed=0)
+    assert found["units"]["gold"] == {"mean": 10.0, "spread": 2.0}
+    assert found["at_equal_kl"]["4"] == {
+        "gold": {"dpo": 2.0, "ppo": 5.0},
+        "apart": {"ppo - dpo": {"mean": 3.0, "low": 3.0, "high": 3.0}},
+    }
+    assert found["at_equal_kl"]["1"]["apart"]["iterative-dpo - dpo"]["mean"] == 0.5
+    assert found["at_equal_kl"]["16"] == {"gold": {}, "apart": {}}
+    assert found["last"]["wins"]["ppo over dpo"]["mean"] == 1.0
+    assert found["curves"]["dpo"][1]["gold"] == 1.0 and found["curves"]["dpo"][1]["different"] == 0.125
+    again = budget.over_seeds({"0": found, "1": found})
+    assert again["at_equal_kl"]["4"]["ppo - dpo"] == {"seeds": 2, "mean": 3.0, "half": 0.0}
+
+
+def test_an_interval_is_that_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 400 numbers with spread 1 the mean is known to 1.96/20 either way."""
+    import numpy as np
+
+    budget = load(BENCHMARKS / "budget.py", monkeypatch)
+    rng = np.random.default_rng(0)
+    values = rng.normal(0.5, 1.0, 400)
+    found = budget.interval(values, rng.integers(0, 400, (4000, 400)))
+    assert found["mean"] == pytest.approx(values.mean(), abs=1e-4)
+    for side, bound in (("low", -1), ("high", 1)):
+        assert found[side] - found["mean"] == pytest.approx(bound * 1.96 * values.std() / 20, rel=0.05)
