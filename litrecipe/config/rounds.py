@@ -31,6 +31,14 @@ class IterativeDpo(Sampling):
     how often it beats the others of its prompt."""
     margin: float = 0.0
     """By how much the better completion's score must exceed the worse one's; equal scores make no pair."""
+    gold_margin: float | None = None
+    """The same where the better one is `gold` (DNO asks for more there; null: as `margin`)."""
+    max_repetition: float | None = None
+    """Share of three-word runs that were said before, from 0 to 1, above which a completion is never chosen, and
+    rejected before all others (DNO; try 0.3; null: only scores count)."""
+    soft_labels: bool = False
+    """Learn with which probability the better one is better, σ of the difference of scores, not that it is (DNO's
+    regression)."""
     min_chosen: float | None = None
     """Score that the better one must reach (DNO, 2404.03715; null: any)."""
     gold: str | None = None

@@ -9,6 +9,7 @@ from litrecipe.config.online import Rewards
 from litrecipe.config.online_checks import (
     AT_LEAST_0,
     AT_LEAST_1,
+    FROM_0_TO_1,
     OF_ALL,
     Mistake,
     Range,
@@ -22,7 +23,9 @@ OF_ROUNDS: dict[str, Range] = OF_ALL | {
     "prompts_per_round": AT_LEAST_1,
     "prompts_per_batch": AT_LEAST_1,
     "margin": AT_LEAST_0,
-    "history": (lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    "gold_margin": AT_LEAST_0,
+    "max_repetition": FROM_0_TO_1,
+    "history": FROM_0_TO_1,
     "keep": AT_LEAST_1,
 }
 KINDS = {"iterative_dpo": IterativeDpo, "rejection_sampling": RejectionSampling}
@@ -31,6 +34,8 @@ ROUNDS_RANGES: dict[str, Range] = {
 }
 """As `checks.RANGES`."""
 FUNCTION = "function:"
+SOFT = {"sigmoid", "sigmoid_norm"}
+"""Losses that learn with which probability an answer is the better one."""
 
 
 def check_iterative_dpo(recipe: IterativeDpoRecipe) -> Iterator[Mistake]:
@@ -45,6 +50,10 @@ def check_iterative_dpo(recipe: IterativeDpoRecipe) -> Iterator[Mistake]:
     losses = list(dpo.mix or [dpo.loss])
     if config.reference != IterativeDpo.reference and all(loss in REFERENCE_FREE for loss in losses):
         yield "iterative_dpo.reference", config.reference, f"{losses[0]} has no reference: remove it"
+    if config.soft_labels and (not set(losses) <= SOFT or dpo.label_smoothing):
+        cure = f"{', '.join(losses)} learns no probabilities: use dpo.loss {' or '.join(sorted(SOFT))}"
+        cure = "the scores say how sure they are: remove dpo.label_smoothing" if set(losses) <= SOFT else cure
+        yield "iterative_dpo.soft_labels", True, cure
     for key, value, cure in _of_rounds(config):
         yield f"iterative_dpo.{key}", value, cure
     if config.judge is not None:
@@ -60,6 +69,8 @@ def check_iterative_dpo(recipe: IterativeDpoRecipe) -> Iterator[Mistake]:
 def _of_rounds(config: IterativeDpo) -> Iterator[Mistake]:
     if config.candidates < 2:
         yield "completions_per_prompt", 1, "a pair has two: give 2 or more, or the data's own answer by gold"
+    if config.gold_margin is not None and config.gold is None:
+        yield "gold_margin", config.gold_margin, "does nothing without gold: set that too, or remove it"
     if config.judge is not None and not config.judge.startswith(FUNCTION):
         cure = f"give {FUNCTION}MODULE:NAME; what scores completions goes into rewards.sources"
         yield "judge", config.judge, cure

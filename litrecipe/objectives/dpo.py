@@ -32,6 +32,8 @@ from litrecipe.objectives.loss import Loss, Samples, Term
 
 PER_TOKEN = ("simpo", "orpo")
 PARTNERS = ("partner", "chosen_partner", "rejected_partner")
+DOUBT = "doubt"
+"""Extra of a sample, a number a pair: how likely its worse answer is to be the better one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Pairs:
     """How many pairs each one's sample has: they share its weight."""
     weights: Tensor | None
     """By what the losses are multiplied (WPO); without gradient."""
+    doubts: Tensor | None
+    """How likely the rejected is to be the better one, where that is known; `sigmoid` and `sigmoid_norm` learn it."""
     partners: dict[str, Tensor]
     """`aot`, `aot_unpaired`: what each pair's margin and log-ratios are held against."""
 
@@ -134,6 +138,7 @@ class DPO:
             rejected_tokens=tokens[:, 1],
             siblings=siblings_of(row, where),
             weights=weights,
+            doubts=row.extra.get(DOUBT),
             partners={name: values for name, values in row.extra.items() if name in PARTNERS},
         )
 
@@ -169,8 +174,13 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
     def of_ratios(loss: Callable[..., Tensor], *settings: float) -> Callable[[Pairs], Tensor]:
         return lambda pairs: loss(*map(through, pairs.ratios), beta, *settings)
 
+    def sigmoid(pairs: Pairs) -> Tensor:
+        a, b = map(through, pairs.ratios)
+        return preference.sigmoid(a, b, beta, smoothing if pairs.doubts is None else pairs.doubts)
+
     def sigmoid_per_token(pairs: Pairs) -> Tensor:
-        return preference.sigmoid(*pairs.ratios_per_token, beta, smoothing)
+        doubts = smoothing if pairs.doubts is None else pairs.doubts
+        return preference.sigmoid(*pairs.ratios_per_token, beta, doubts)
 
     def ipo(pairs: Pairs) -> Tensor:
         return preference.ipo(*(pairs.ratios_per_token if config.length_normalize else pairs.ratios), beta)
@@ -195,7 +205,7 @@ def _loss(name: str, config: Dpo) -> Callable[[Pairs], Tensor]:
         return beta * preference.orpo(*pairs.logps_per_token)
 
     return {
-        "sigmoid": of_ratios(preference.sigmoid, smoothing),
+        "sigmoid": sigmoid,
         "cdpo": of_ratios(preference.sigmoid, smoothing),
         "robust": of_ratios(preference.robust, smoothing),
         "hinge": of_ratios(preference.hinge),

@@ -22,9 +22,9 @@ LARGEST_EXPONENT = 80.0
 """exp of more overflows fp32."""
 
 
-def nls(x: Tensor, smoothing: float = 0.0) -> Tensor:
-    """ℓ(x) = -log σ(x), or (1 - ε) ℓ(x) + ε ℓ(-x) with label smoothing ε."""
-    if smoothing == 0.0:
+def nls(x: Tensor, smoothing: float | Tensor = 0.0) -> Tensor:
+    """ℓ(x) = -log σ(x), or (1 - ε) ℓ(x) + ε ℓ(-x) with label smoothing ε, one for all or one each."""
+    if not isinstance(smoothing, Tensor) and smoothing == 0.0:
         return -F.logsigmoid(x)
     return -(1 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
 
@@ -45,8 +45,9 @@ def through(ratio: Tensor, divergence: Divergence, alpha: float = 0.5) -> Tensor
     return (1 - _exp(-alpha * ratio)) / alpha
 
 
-def sigmoid(a: Tensor, b: Tensor, beta: float, smoothing: float = 0.0) -> Tensor:
-    """DPO: ℓ(βh) (2305.18290, equation 7). With `smoothing` ε cDPO: (1 - ε) ℓ(βh) + ε ℓ(-βh).
+def sigmoid(a: Tensor, b: Tensor, beta: float, smoothing: float | Tensor = 0.0) -> Tensor:
+    """DPO: ℓ(βh) (2305.18290, equation 7). With `smoothing` ε cDPO: (1 - ε) ℓ(βh) + ε ℓ(-βh). With one each, how likely
+    the worse answer is to be the better one, DNO's regression (2404.03715), whose best βh is log (1 - ε) / ε.
 
     Of log-probabilities per token, it is the length-normalised DPO of Tülu 3 (2411.15124), where β is
     some 5 instead of 0.1; without a reference, the preference term of CPO (2401.08417).

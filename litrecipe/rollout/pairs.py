@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from litrecipe.config.errors import InputError
@@ -25,15 +26,17 @@ from litrecipe.data.samples import SampleSet
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.row import Row, Sample, Segment
 from litrecipe.objectives.answers import REF_LOGPS
+from litrecipe.objectives.dpo import DOUBT
 from litrecipe.rollout.experience import Rollout, Scored, measure
 from litrecipe.rollout.lessons import Lesson, group_lesson
 from litrecipe.rollout.practice import Practice
 from litrecipe.rollout.rewards import Judge
 from litrecipe.rollout.source import about
 from litrecipe.rollout.sources import Completions
-from litrecipe.rollout.verifiable import did_you_mean
+from litrecipe.rollout.verifiable import Answer, Repetition, did_you_mean
 
 TIED, IDENTICAL, LOW, CLOSE, LONG = "tied", "identical", "below min_chosen", "within the margin", "too long for a row"
+REPEATING = "all repeating themselves"
 """Why a prompt has no pair."""
 
 
@@ -76,22 +79,35 @@ def _pair(places: list[int], scored: Scored, config: IterativeDpo, budget: int) 
     distinct = {completions.texts[place]: place for place in reversed(places)}.values()
     if len(distinct) < 2:
         return IDENTICAL
-    better = max(distinct, key=lambda place: (scores[place], -place))
-    worse = min(distinct, key=lambda place: (scores[place], place))
-    if scores[better] == scores[worse]:
+    repeating = {place for place in distinct if _repeats_itself(completions, place, config)}
+    if len(repeating) == len(distinct):
+        return REPEATING
+    better = max(set(distinct) - repeating, key=lambda place: (scores[place], -place))
+    worse = min(distinct, key=lambda place: (place not in repeating, scores[place], place))
+    if worse not in repeating and scores[better] == scores[worse]:
         return TIED
     if config.min_chosen is not None and scores[better] < config.min_chosen:
         return LOW
-    if scores[better] - scores[worse] < config.margin:
+    is_gold = config.gold_margin is not None and better == places[-1]
+    margin = config.gold_margin if is_gold and config.gold_margin is not None else config.margin
+    if worse not in repeating and scores[better] - scores[worse] < margin:
         return CLOSE
     if len(completions.prompts[better].tokens) + sum(len(completions.tokens[one]) for one in (better, worse)) > budget:
         return LONG
     return better, worse
 
 
-def pair_samples(scored: Scored, paired: Paired, number: int) -> list[Sample]:
-    """Each prompt with its better and its worse completion as branches, as preferences are learnt."""
-    completions = scored.completions
+def _repeats_itself(completions: Completions, place: int, config: IterativeDpo) -> bool:
+    if config.max_repetition is None:
+        return False
+    answer = Answer(completions.texts[place], len(completions.tokens[place]), {})
+    return -(Repetition().score(answer) or 0.0) > config.max_repetition
+
+
+def pair_samples(scored: Scored, paired: Paired, number: int, config: IterativeDpo) -> list[Sample]:
+    """Each prompt with its better and its worse completion as branches, as preferences are learnt; with `soft_labels`
+    beside how likely the worse is to be the better one, which one that repeats itself is not."""
+    completions, totals = scored.completions, scored.scores.total.double()
     samples = []
     for pair in paired.pairs:
         prompt = completions.prompts[pair[0]]
@@ -99,7 +115,12 @@ def pair_samples(scored: Scored, paired: Paired, number: int) -> list[Sample]:
         branches = [np.asarray(completions.tokens[place]) for place in pair]
         said = (Segment(tokens, np.ones(len(tokens), dtype=np.float32), parent=0) for tokens in branches)
         root = Segment(asked, np.zeros(len(asked), dtype=np.float32))
-        samples.append(Sample(f"{prompt.where}@{number}:{pair[0]}", (root, *said)))
+        extra = {}
+        if config.soft_labels:
+            better, worse = pair
+            doubt = float(torch.sigmoid(totals[worse] - totals[better]))
+            extra[DOUBT] = np.array([0.0 if _repeats_itself(completions, worse, config) else doubt])
+        samples.append(Sample(f"{prompt.where}@{number}:{pair[0]}", (root, *said), extra))
     return samples
 
 
@@ -139,7 +160,7 @@ class Pairing(Practice):
         both, by the forward pass of the training: where the policy is its own reference, its ratios start at 1."""
         paired = pair_up(rollout.scored, self.rounds, self.budget)
         metrics = self._told(rollout.scored, paired)
-        samples = pair_samples(rollout.scored, paired, rollout.number)
+        samples = pair_samples(rollout.scored, paired, rollout.number, self.rounds)
         if not samples:
             return Lesson({}, metrics, None, [], str(paired))
         if not self.rounds.online:

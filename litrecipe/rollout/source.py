@@ -209,7 +209,8 @@ class Rollouts:
             self.method.load_state_dict(before[1])
             raise
         with_group = [
-            replace(one, extra={GROUP: np.array([group])}) for one, group in zip(samples, groups, strict=True)
+            replace(one, extra={**one.extra, GROUP: np.array([group])})
+            for one, group in zip(samples, groups, strict=True)
         ]
         self.samples = with_extras(with_group, lesson.extras)
         self.metrics |= about(rollout.scored) | lesson.metrics

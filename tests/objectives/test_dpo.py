@@ -244,6 +244,27 @@ def test_the_nll_of_a_ranked_list_is_that_of_its_best_answer():
     assert step(objective, Table(LOGPS, REF), rows_of(samples, 1))[0] == pytest.approx(plain + 10 * 2, rel=1e-12)
 
 
+@pytest.mark.parametrize(("loss", "per_token"), [("sigmoid", 1), ("sigmoid_norm", 2)])
+def test_doubts_are_learnt_as_probabilities(loss, per_token):
+    """Two pairs with h = 2 (per token 1) and β = .5, whose worse answers are the better ones with .1 and .4: DNO's
+    -(1 - ε) log σ(x) - ε log σ(-x), however the step is cut. Where x is log (1 - ε) / ε it teaches nothing."""
+    samples = [
+        ranked(name, [[2, 2], [3, 3]], ref_logps=[-1, -1, -1, -1], doubt=[doubt])
+        for name, doubt in (("a", 0.1), ("b", 0.4))
+    ]
+    model, x = Table([0, 0, -0.5, -1.5, 0]), 0.5 * 2 / per_token
+    wanted = [
+        -(1 - doubt) * math.log(1 / (1 + math.exp(-x))) - doubt * math.log(1 / (1 + math.exp(x)))
+        for doubt in (0.1, 0.4)
+    ]
+    for rows in (rows_of(samples), rows_of(samples, 1), [*rows_of(samples), make_row([])]):
+        loss_of_step = step(make_dpo(Dpo(loss=loss, beta=0.5)), model, rows)[0]
+        assert loss_of_step == pytest.approx(sum(wanted) / 2, rel=1e-6)
+    at_rest = [ranked("c", [[2, 2], [3, 3]], ref_logps=[-1] * 4, doubt=[1 / (1 + math.exp(x))])]
+    _, (gradient,), _ = step(make_dpo(Dpo(loss=loss, beta=0.5)), model, rows_of(at_rest))
+    assert gradient.abs().max() < 1e-7
+
+
 def test_format_tokens_are_left_to_the_nll():
     """Format token 3: of (2, 3) and (4, 4, 3) the preference sees (2) and (4, 4), with log-ratios ¼ and ½, means ¼ and
     ¼; the NLL sees (1 + 2) / 2."""

@@ -149,6 +149,7 @@ def test_a_round_pairs_what_its_rollout_holds(train: Train, tmp_path: Path, caps
         {"dpo.weighting": "true", "dpo.nll_coef": 0.1},
         {"iterative_dpo.top_p": 0.95, "iterative_dpo.temperature": 0.7, "data.val": "toy:units?n=3&seed=0&split=test"},
         {"iterative_dpo.gold": "answer", "iterative_dpo.completions_per_prompt": 1, "iterative_dpo.max_new_tokens": 30},
+        {"iterative_dpo.soft_labels": "true", "iterative_dpo.history": 0.5, "iterative_dpo.max_repetition": 0.3},
     ],
 )
 def test_losses_sampling_and_the_datas_own_answers(train: Train, flags: dict[str, Any]) -> None:
@@ -308,6 +309,12 @@ def test_a_dry_run_counts_and_writes_nothing(
         ("iterative-dpo", {"rewards.sources": "{}"}, "rewards.sources: missing"),
         ("iterative-dpo", {"dpo.reference": "copy"}, "dpo.reference: copy: rounds have their own: remove it"),
         ("iterative-dpo", {"dpo.loss": "kto"}, "dpo.loss: kto: rounds make pairs"),
+        (
+            "iterative-dpo",
+            {"iterative_dpo.gold_margin": 1},
+            "iterative_dpo.gold_margin: 1.0: does nothing without gold",
+        ),
+        ("iterative-dpo", {"iterative_dpo.soft_labels": "true", "dpo.loss": "ipo"}, "ipo learns no probabilities: use"),
         ("iterative-dpo", {"dpo.loss": "cdpo"}, "dpo.label_smoothing: 0: cdpo needs it above 0"),
         ("iterative-dpo", {"iterative_dpo.completions_per_prompt": 1}, "a pair has two: give 2 or more"),
         ("iterative-dpo", {"iterative_dpo.online": "true"}, "iterative_dpo.minibatches: 2: online makes a round one"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -66,6 +67,38 @@ def test_bars_for_the_better_and_for_the_difference(score: MakeScored) -> None:
     assert paired.dropped == {"below min_chosen": 1, "within the margin": 1}
 
 
+def test_the_datas_own_answer_must_be_better_by_more(score: MakeScored) -> None:
+    """DNO's rubric: a negative at least 2 below the data's answer, which stands last, or 1 below the model's own."""
+    config = IterativeDpo(gold="good", margin=1, gold_margin=2, completions_per_prompt=2)
+    scored = score([("a", 5.0), ("b", 4.0), ("gold", 3.9)], [("a", 4.0), ("b", 4.5), ("gold", 6.0)])
+    assert pair_up(scored, config, 1000).pairs == [(0, 2), (5, 3)]
+    nearer = score([("a", 5.0), ("b", 4.0), ("gold", 5.5)], [("a", 5.5), ("b", 4.5), ("gold", 4.5)])
+    paired = pair_up(nearer, config, 1000)
+    assert paired.pairs == [(3, 4)] and paired.dropped == {"within the margin": 1}
+
+
+ECHO = "so it is so it is so it is so it is"
+
+
+def test_what_repeats_itself_is_rejected_before_all_others(score: MakeScored) -> None:
+    """Of ten runs of three words three are new: a share of .7. Whatever its score, and however close."""
+    config = IterativeDpo(max_repetition=0.5, margin=1)
+    scored = score([(ECHO, 9.0), ("b", 1.0), ("c", 0.5)], [(ECHO, 0.0), (f"{ECHO} it", 1.0)], [("a", 3.0), ("b", 1.0)])
+    paired = pair_up(scored, config, 1000)
+    assert paired.pairs == [(1, 0), (5, 6)]
+    assert paired.dropped == {"all repeating themselves": 1}
+    assert pair_up(scored, IterativeDpo(max_repetition=0.8), 1000).pairs[0] == (0, 2)
+
+
+def test_how_sure_the_scores_are_goes_with_the_pair(score: MakeScored) -> None:
+    """Scores 2 and 0.5: the worse is better with σ(-1.5); one that repeats itself never is."""
+    config = IterativeDpo(max_repetition=0.5, soft_labels=True)
+    scored = score([("a", 2.0), ("b", 0.5)], [(ECHO, 2.0), ("b", 0.5)])
+    one, other = pair_samples(scored, pair_up(scored, config, 1000), 1, config)
+    assert one.extra["doubt"].tolist() == [pytest.approx(1 / (1 + math.exp(1.5)))]
+    assert other.extra["doubt"].tolist() == [0.0]
+
+
 def test_what_fits_into_no_row_is_dropped(score: MakeScored) -> None:
     """Prompt, better and worse completion count once each."""
     scored = score([("a", 1.0), ("b", 0.0)])
@@ -76,7 +109,7 @@ def test_what_fits_into_no_row_is_dropped(score: MakeScored) -> None:
 
 def test_a_pair_is_a_prompt_with_two_branches(score: MakeScored) -> None:
     scored = score([("worse", 0.0), ("better", 1.0)])
-    [sample] = pair_samples(scored, pair_up(scored, IterativeDpo(), 1000), 3)
+    [sample] = pair_samples(scored, pair_up(scored, IterativeDpo(), 1000), 3, IterativeDpo())
     root, better, worse = sample.segments
     assert sample.id == "f:0@3:1"
     assert root.tokens.tolist() == scored.completions.prompts[0].tokens.tolist() and not root.weights.any()
@@ -142,7 +175,8 @@ def test_older_rounds_are_learnt_again_less_and_less(score: MakeScored, tmp_path
     scored = score(*([("better", 1.0), ("worse", 0.0)] for _ in range(8)))
     rounds = IterativeDpo(prompts_per_round=8, history=0.5)
     for number in (1, 2, 3):
-        SampleSet.write(tmp_path / f"{number:06d}.samples", pair_samples(scored, pair_up(scored, rounds, 1000), number))
+        samples = pair_samples(scored, pair_up(scored, rounds, 1000), number, rounds)
+        SampleSet.write(tmp_path / f"{number:06d}.samples", samples)
     pairing = Pairing.__new__(Pairing)
     pairing.rounds, pairing.folder, pairing.seed = rounds, tmp_path, 0
     found = [one.id for one in pairing._earlier(4)]
