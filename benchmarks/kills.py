@@ -57,7 +57,9 @@ METHODS = {
         "aot": ["align", "dpo", *FULL, "--dpo.loss", "aot"],
     },
     "online": {
-        "ppo, separate": align("ppo --adapter.method none --ppo.layout separate --ppo.critic_warmup 3", **ROLLOUT),
+        "ppo, separate": align(
+            "ppo --adapter.method none --ppo.layout separate --ppo.normalise_values true", **ROLLOUT
+        ),
         "ppo, lora": align("ppo --adapter.r 8 --ppo.kl_target 0.5 --ppo.kl_horizon 100 --ppo.ref_ema 0.2", **ROLLOUT),
         "ppo, joined": align("ppo --adapter.r 8 --ppo.layout joined --rewards.scale running", **ROLLOUT),
         "ppo, hydra": align("ppo --adapter.r 8 --ppo.layout hydra --ppo.policy_ema 0.9", **ROLLOUT),
@@ -154,6 +156,7 @@ def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
         "data.cache_dir": folder / "cache",
         "train.micro_batch_tokens": 256,
         "fabric.accelerator": "cpu",
+        "log.loggers": "[]",
     }
     if kind == "pipeline":  # its other keys are in its recipe
         model = {f"stages.sft.{key}": value for key, value in flags.items() if key.startswith("model.")}
@@ -294,7 +297,10 @@ def main() -> None:
     for kind in args.methods:
         chance = random.Random(args.seed)
         kills = args.kills or KILLS[kind]
-        results = {name: killed_and_resumed(kind, method, kills, chance) for name, method in METHODS[kind].items()}
+        results: dict[str, Any] = {}
+        for name, method in METHODS[kind].items():
+            results[name] = killed_and_resumed(kind, method, kills, chance)
+            print(name, json.dumps(results[name]), flush=True)
         rows = [[name, *found["killed"].values(), found["different"] or "nothing"] for name, found in results.items()]
         moments = [said for moment, said in SAID.items() if moment in MOMENTS[kind]]
         print_table(["method", *moments, "different from the unbroken run"], rows)
