@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import LITRECIPE, MACHINE, REPO, RESULTS, SHARED, print_table, read_lines, run_child, write_result
+from common import LITRECIPE, MACHINE, REPO, RESULTS, SHARED, print_table, read_lines, run_child, student, write_result
 
 HUB = REPO / "config_hub" / "experiments" / "budget"
 SENTENCES = SHARED / "data" / "sentiment" / "yelp_train.jsonl.gz"
@@ -48,8 +48,6 @@ METHODS = ("dpo", "iterative-dpo", "ppo")
 LEVELS = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Nats of KL at which methods are compared, where they reach that far."""
 RESAMPLED = 2000
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Quantile .975 of Student's t by the number of seeds."""
 SHOWN = 3
 """Completions that are kept for people to read."""
 
@@ -332,17 +330,12 @@ def over_seeds(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 values = values.get(name, {})
             for name, value in values.items():
                 found[name].append(value["mean"])
-        return {name: _mean(values) for name, values in found.items()}
+        return {name: student(values) for name, values in found.items()}
 
     return {
         "at_equal_kl": {level: gathered(["at_equal_kl", level, "apart"]) for level in (f"{one:g}" for one in LEVELS)},
         "last": {name: gathered(["last", name]) for name in ("apart", "wins")},
     }
-
-
-def _mean(values: Sequence[float]) -> dict[str, Any]:
-    half = T_975[len(values)] * statistics.stdev(values) / sqrt(len(values)) if len(values) in T_975 else None
-    return {"seeds": len(values), "mean": round(statistics.mean(values), 4), "half": half and round(half, 4)}
 
 
 def show(seeds: Mapping[str, Mapping[str, Any]]) -> None:

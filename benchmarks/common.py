@@ -29,6 +29,8 @@ SHARED = Path(os.environ.get("LITRECIPE_SHARED", REPO.parent / "shared"))
 LITRECIPE = [sys.executable, "-m", "litrecipe.cli"]
 PACKAGES = ("torch", "lightning-fabric", "peft", "transformers", "bitsandbytes", "tokenizers", "numpy", "lm-eval")
 MIB = 2**20
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Quantile .975 of Student's t by the number of seeds."""
 
 
 def machine() -> dict[str, Any]:
@@ -129,6 +131,14 @@ def write_result(name: str, result: Mapping[str, Any]) -> Path:
     path.write_text(json.dumps({"benchmark": name, "machine": MACHINE, **result}, indent=1) + "\n")
     print(f"written: {path.relative_to(REPO)}")
     return path
+
+
+def student(values: Sequence[float]) -> dict[str, Any]:
+    """The mean over seeds, and half of Student's 95 % interval where there are two to five."""
+    if not values:
+        return {"seeds": 0, "mean": None, "half": None}
+    half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) in T_975 else None
+    return {"seeds": len(values), "mean": round(statistics.mean(values), 4), "half": half and round(half, 4)}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class Panel:
     """Name → points (x, y); a line without a name is not in the legend."""
     level: float | None = None
     """Where a dashed line lies across."""
+    bands: Mapping[str, Sequence[Sequence[float]]] = field(default_factory=dict)
+    """Points (x, low, high) around the line of a name."""
 
 
 def draw_panels(panels: Sequence[Panel], path: Path, title: str, xlabel: str = "step") -> None:
@@ -112,7 +114,10 @@ def side_by_side(panels: Sequence[Panel], title: str, xlabel: str) -> Any:
         for place, (name, points) in enumerate(panel.lines.items()):
             marker = "o" if len(points) < FEW else None
             label = name or None
-            axes.plot(*zip(*points, strict=True), marker=marker, color=COLOURS[place % len(COLOURS)], label=label)
+            colour = COLOURS[place % len(COLOURS)]
+            axes.plot(*zip(*points, strict=True), marker=marker, color=colour, label=label)
+            if name in panel.bands:
+                axes.fill_between(*zip(*panel.bands[name], strict=True), color=colour, alpha=0.15, linewidth=0)
         if panel.level is not None:
             axes.axhline(panel.level, color="grey", linewidth=0.8, linestyle="--")
         axes.set(xlabel=xlabel, ylabel=panel.ylabel)

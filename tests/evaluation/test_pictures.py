@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.colors import to_rgb
+
 from litrecipe.evaluation.pictures import FEW, Panel, draw_panels, side_by_side
 
 
@@ -21,3 +23,12 @@ def test_panels_hold_their_lines(tmp_path: Path) -> None:
     assert (reward.get_xlabel(), reward.get_ylabel(), kl.get_ylabel()) == ("step", "reward", "KL")
     draw_panels(panels, tmp_path / "run.png", "a run")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_band_lies_around_its_line() -> None:
+    line, band = [(0, 1.0), (1, 2.0)], [(0, 0.5, 1.5), (1, 1.0, 3.0)]
+    (axes,) = side_by_side([Panel("success", {"a": line, "b": line}, bands={"b": band})], "runs", "step").axes
+    (drawn,) = axes.collections
+    corners = {tuple(point) for point in drawn.get_paths()[0].vertices.tolist()}
+    assert corners == {(0, 0.5), (0, 1.5), (1, 1.0), (1, 3.0)}
+    assert drawn.get_facecolor()[0, :3].tolist() == list(to_rgb(axes.lines[1].get_color()))
