@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import copy
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
     """Build and launch Fabric; with several devices on one node this starts the other processes."""
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+    with _without_torchmetrics():
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     _refuse_plain_sbatch()
     _refuse_lonely_node(config)
@@ -50,6 +53,21 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     atexit.register(_end_children, fabric)
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def _without_torchmetrics() -> Iterator[None]:
+    """Inside, torchmetrics cannot be imported. Where it is installed Fabric imports it for its version, which only its
+    detection of spikes asks for, and with it SciPy and parts of transformers: two thirds of the time that it takes."""
+    name = "torchmetrics"
+    is_hidden = name not in sys.modules
+    if is_hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if is_hidden:
+            del sys.modules[name]
 
 
 def accelerator_of(config: FabricConfig) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -51,3 +55,15 @@ def test_a_node_that_knows_no_other_does_not_wait_for_them(monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"^fabric\.num_nodes: 2: nothing says where .* MASTER_ADDR"):
         make_fabric(Fabric(accelerator="cpu", num_nodes=2))
+
+
+def test_torchmetrics_is_not_imported_along_and_can_be_afterwards() -> None:
+    if importlib.util.find_spec("torchmetrics") is None:
+        pytest.skip("torchmetrics is not installed: nobody imports it")
+    code = (
+        "import sys; from litrecipe.config.groups import Fabric; from litrecipe.engine.fabric import make_fabric; "
+        "make_fabric(Fabric(accelerator='cpu')); assert not {'torchmetrics', 'scipy'} & set(sys.modules); "
+        "import torchmetrics; print(torchmetrics.MeanMetric.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip().endswith("MeanMetric"), done.stderr
