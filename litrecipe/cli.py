@@ -120,7 +120,7 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         DRY_RUN,
     ),
     "align pipeline": RecipeVerb(
-        "several of these in a row, each fed by those before it",
+        "run recipes as stages, each fed by those before it",
         "pipeline:PipelineRecipe",
         "recipes.pipeline:main",
         preemptible=True,
@@ -392,7 +392,9 @@ def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
     options = {"--config RECIPE": "a file, or a name of `litrecipe recipes ls`; may be repeated, later ones win"}
     for option, (_, default, words) in verb.options.items():
         options[f"--{option}"] = words if default is False else f"{words} (default: {default})"
-    options |= {"--model M": "short for --model.source M", "--help [GROUP]": "this, or the keys of one group"}
+    if "model" in groups:
+        options["--model M"] = "short for --model.source M"
+    options["--help [GROUP]"] = "this, or the keys of one group"
     return recipe_help(name, f"{verb.summary[0].upper()}{verb.summary[1:]}.", kind, options)
 
 

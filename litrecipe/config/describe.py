@@ -58,6 +58,6 @@ def two_columns(pairs: Iterable[tuple[str, str]], width: int) -> list[str]:
     """Lines of names and what they mean, the latter wrapped."""
     lines = []
     for name, words in pairs:
-        first, *rest = wrap(words, 94 - width) or [""]
+        first, *rest = wrap(" ".join(words.split()), 94 - width) or [""]
         lines += [f"  {name:{width}}  {first}".rstrip(), *(" " * (width + 4) + line for line in rest)]
     return lines

@@ -24,7 +24,7 @@ REFERENCE = re.compile(rf"(?<![\w-])stage:({NAME.pattern})((?:/[^\s?,]*)?)")
 
 @dataclass
 class Resume:
-    """Going on."""
+    """Saving and resuming; each stage has keys of its own for the former."""
 
     resume: Literal["auto"] | None = None
     """`auto` goes on where the pipeline in `out_dir` stands, if there is one."""

@@ -66,13 +66,12 @@ def main(recipe: PipelineRecipe, *, dry_run: bool = False) -> int:
 
 def refuse_several_ranks() -> None:
     """Each rank would start stages of its own."""
-    in_step = "SLURM_STEP_ID" in os.environ
-    tasks = int(os.environ.get("WORLD_SIZE") or (in_step and os.environ.get("SLURM_NTASKS")) or 1)
-    if tasks > 1:
-        raise InputError(
-            f"align pipeline: started as {tasks} processes: start it as one, its stages start the processes that "
-            "fabric.devices asks for"
-        )
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if int(os.environ.get(name) or 1) > 1:
+            raise InputError(
+                f"{name}: {os.environ[name]}: a pipeline is one process: start it as one, its stages start as many as "
+                "their fabric.devices say"
+            )
 
 
 def check_place(out: RunDir, recipe: PipelineRecipe) -> None:
