@@ -107,7 +107,8 @@ def main() -> None:
         "four each": lambda side, seed: side.sample(prompts[: len(prompts) // 4], 4, args.new_tokens, seed),
         "other lengths": lambda side, seed: side.sample_lengths(prompts * 2, lengths, seed),
     }
-    greedy = agreement(*(side.greedy(prompts[:4], args.new_tokens) for side in sides.values()))  # warms both up, too
+    few = prompts[: len(prompts) // 2]  # as many as have our weights laid out; warms both up, too
+    greedy = agreement(*(side.greedy(few, args.new_tokens) for side in sides.values()))
     told: dict[str, dict[str, list[dict[str, float]]]] = {job: {name: [] for name in sides} for job in jobs}
     for seed in range(args.repeats):
         for job, run in jobs.items():

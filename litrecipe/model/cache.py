@@ -67,7 +67,6 @@ class CacheStep:
         """`positions` of the B tokens, and of each prompt its length and its rows (default: one)."""
         B, device = len(positions), cache.layers[0].device
         bounds = [0, *accumulate(prompts)]
-        rows = [B, *accumulate(copies or [1] * len(prompts), initial=B)][1:]
         whole = [torch.tensor(positions, dtype=torch.int64), *(torch.arange(n) for n in prompts)]
         self.positions = torch.cat(whole).to(device)
         """(T,)"""
@@ -76,18 +75,27 @@ class CacheStep:
         self.count = B
         self.window = max(positions, default=-1) + 1
         """S"""
-        self.row = torch.arange(B, device=device)
-        self.slot = self.positions[:B]
+        self.sources, self.rows, self.slots = self._stores(prompts, copies or [1] * len(prompts))
+        """Which token is kept where: (T,), or more where a prompt fills several rows. None: each once, in order."""
         self.mask = self._mask(cache.layers[0].dtype) if len(set(positions)) > 1 else None
         self.spans = [Span(start, stop, -1) for start, stop in pairwise(bounds)]
-        self.rows = list(pairwise(rows))
-        """Of each prompt, first and last but one."""
         self.forest = Forest(self.spans, device) if self.spans else None
         self.layers = [CachedAttention(self, layer) for layer in cache.layers]
 
+    def _stores(self, prompts: Sequence[int], copies: Sequence[int]) -> tuple[Tensor | None, Tensor, Tensor]:
+        """sources, rows and slots."""
+        own, *read = torch.arange(self.count + sum(prompts)).split([self.count, *prompts])
+        sources = torch.cat([own, *(tokens.repeat(n) for tokens, n in zip(read, copies, strict=True))])
+        lengths = [1] * self.count + [length for length, n in zip(prompts, copies, strict=True) for _ in range(n)]
+        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        device = self.positions.device
+        sources, rows = sources.to(device), rows.to(device)
+        return sources if len(sources) > len(self.positions) else None, rows, self.positions[sources]
+
     def _mask(self, dtype: torch.dtype) -> Tensor:
         """(B, 1, 1, S), added to the scores. One mask for all layers: made of booleans, each layer would convert it."""
-        unseen = torch.arange(self.window, device=self.slot.device) > self.slot[:, None, None, None]
+        slots = self.positions[: self.count]
+        unseen = torch.arange(self.window, device=slots.device) > slots[:, None, None, None]
         return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
 
 
@@ -101,26 +109,19 @@ class CachedAttention:
     @torch.compiler.disable  # the number of filled slots changes with every step
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T, H, D), k and v (T, G, D) → (T, H, D)."""
-        B = self.step.count
-        if self.step.forest is None:
-            return self._continue(q, k, v)
-        read = self._read(q[B:], k[B:], v[B:], self.step.forest)
-        return torch.cat((self._continue(q[:B], k[:B], v[:B]), read)) if B else read
+        step, B = self.step, self.step.count
+        for stored, new in ((self.keys, k), (self.values, v)):
+            new = new.to(stored.dtype)
+            stored[step.rows, :, step.slots] = new if step.sources is None else new[step.sources]
+        if step.forest is None:
+            return self._continue(q)
+        read = step.forest.attend(q[B:], k[B:], v[B:])
+        return torch.cat((self._continue(q[:B]), read)) if B else read
 
-    def _continue(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A token of each sequence: q (B, H, D), k and v (B, G, D) → (B, H, D)."""
+    def _continue(self, q: Tensor) -> Tensor:
+        """A token of each sequence: q (B, H, D) → (B, H, D)."""
         step = self.step
-        self.keys[step.row, :, step.slot] = k.to(self.keys.dtype)
-        self.values[step.row, :, step.slot] = v.to(self.values.dtype)
         keys, values = (x[: step.count, :, : step.window] for x in (self.keys, self.values))
         # The R query heads of a key/value head are laid out as R queries of it, so no key is repeated.
         query = q.view(step.count, keys.shape[1], -1, q.shape[2])
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=step.mask).reshape(q.shape)
-
-    def _read(self, q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
-        """Whole prompts, end to end."""
-        for span, (first, end) in zip(self.step.spans, self.step.rows, strict=True):
-            n = span.stop - span.start
-            self.keys[first:end, :, :n] = k[span.start : span.stop].transpose(0, 1)
-            self.values[first:end, :, :n] = v[span.start : span.stop].transpose(0, 1)
-        return forest.attend(q, k, v)

@@ -239,11 +239,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = widen(x)
-        # Not vecdot: autocast would take it for a matrix product and compute it in bf16.
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -256,6 +254,14 @@ class _RMSNorm(torch.autograd.Function):
         inner = widen(grad) * weight
         along = (inner * normalised).mean(-1, keepdim=True)
         return inner.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`RMSNorm`'s output (…, d) without its gradient, and 1 / √(mean x² + eps) (…, 1)."""
+    wide = widen(x)
+    # Not vecdot: autocast would take it for a matrix product and compute it in bf16.
+    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale).to(x.dtype).mul_(weight), scale
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:

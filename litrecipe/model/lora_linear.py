@@ -34,8 +34,7 @@ class LoraLinear(PeftLinear):
         if self.disable_adapters:
             return self.base(x)
         x = x.to(product_dtype(x))
-        dropout = self.lora_dropout[NAME]
-        z = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
+        z = self.lora_dropout[NAME](x) if self.training and self.drops else None
         magnitude, norms = (self.magnitude, self.row_norms()) if self.is_dora else (None, None)
         return _LowRank.apply(x, z, self.a, self.b, magnitude, norms, self.base, self.scale)
 
@@ -58,6 +57,11 @@ class LoraLinear(PeftLinear):
     def scale(self) -> float:
         """s, which is alpha / r, or alpha / √r."""
         return self.scaling[NAME]
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops inputs of A."""
+        return isinstance(self.lora_dropout[NAME], nn.Dropout)
 
     @property
     def is_dora(self) -> bool:

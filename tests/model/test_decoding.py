@@ -14,6 +14,7 @@ from litrecipe.model.architecture import read_architecture
 from litrecipe.model.cache import CacheStep, KVCache
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.decoding import Sampled, choose, generate, sample
+from litrecipe.model.laid_out import LaidOut
 
 CONTEXT = 48
 CONFIG = {
@@ -38,6 +39,13 @@ def model() -> Decoder:
     return model
 
 
+@pytest.fixture(autouse=True, params=["the model's layers", "laid out"])
+def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All that is said here holds for both ways of computing."""
+    monkeypatch.setattr(decoding, "LAID_OUT", (1, 1) if request.param == "laid out" else (10**9, 1))
+    return request.param
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
@@ -59,24 +67,25 @@ def tokens_of(model: Decoder, prompts: list[list[int]], **settings: Any) -> list
 
 
 @pytest.fixture
-def steps(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int], KVCache]]:
+def steps(layers: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int], KVCache]]:
     """Filled while sampling: of each forward pass the positions of sequences that went on, lengths of prompts that were
     read, and the cache as (rows, slots)."""
     seen: list[Any] = []
-    decode, begin = model.decode, KVCache.resize
+    owner, begin = LaidOut if layers == "laid out" else Decoder, KVCache.resize
+    decode = owner.decode
 
-    def watch(tokens: torch.Tensor, step: CacheStep) -> torch.Tensor:
+    def watch(self: Any, tokens: torch.Tensor, step: CacheStep) -> torch.Tensor:
         prompts = [span.stop - span.start for span in step.spans]
         assert len(tokens) == step.count + sum(prompts)
         seen.append((step.positions[: step.count].tolist(), prompts, caches[-1]))
-        return decode(tokens, step)
+        return decode(self, tokens, step)
 
     def resize(cache: KVCache, rows: int, slots: int) -> None:
         caches.append((rows, slots))
         begin(cache, rows, slots)
 
     caches: list[tuple[int, int]] = []
-    monkeypatch.setattr(model, "decode", watch)
+    monkeypatch.setattr(owner, "decode", watch)
     monkeypatch.setattr(KVCache, "resize", resize)
     return seen
 

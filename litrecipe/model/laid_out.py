@@ -1,0 +1,141 @@
+"""A decoder's layers for the time of one sampling: their weights as products of few tokens want them.
+
+A product of 32 tokens with a weight as it is stored spends a good part of its time on turning the weight round. So each
+is copied once, turned round, with those that read the same input side by side; what an adapter adds is in the copy,
+which nobody has to take out again. The copies are made anew for each sampling: a weight that was trained meanwhile is
+never missed, and nothing of the model is touched.
+
+Shapes: T tokens, P places, d hidden size, i inputs, o outputs of linear layers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litrecipe.model.architecture import Architecture
+from litrecipe.model.cache import CacheStep
+from litrecipe.model.decoder import Attention, Decoder, Layer, at, normalise, rotary_tables, rotate
+
+if TYPE_CHECKING:
+    from litrecipe.model.lora_linear import LoraLinear
+
+LARGEST = 2**31
+"""Bytes of copies that are worth their time."""
+
+
+class LaidOut:
+    """Computes what `Decoder.decode` does, without gradients."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self.layers = [_Layer(cast(Layer, layer)) for layer in model.model.layers]
+        self.head = _Product(model.lm_head)
+
+    def decode(self, tokens: Tensor, step: CacheStep) -> Tensor:
+        """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
+        backbone = self.model.model
+        cos, sin = rotary_tables(step.positions, self.model.inverse_frequencies)
+        x, last = backbone.embed_tokens(tokens), len(self.layers) - 1
+        for index, (layer, attention) in enumerate(zip(self.layers, step.layers, strict=True)):
+            x = layer(x, cos, sin, attention, step.places if index == last else None)
+        return self.head(normalise(x, backbone.norm.weight, backbone.norm.eps)[0])
+
+
+@torch.no_grad()
+def lay_out(model: Decoder) -> LaidOut | None:
+    """None where it would not help, or could not compute the same: elsewhere than on a CPU, in other dtypes than fp32,
+    with layers that are quantised, sharded or compiled, with dropout, and above `LARGEST`."""
+    layers = [cast(Layer, layer) for layer in model.model.layers]
+    helps = not torch.is_autocast_enabled("cpu") and size(model.architecture) <= LARGEST
+    return LaidOut(model) if helps and _is_dense(model.lm_head) and all(map(_is_plain, layers)) else None
+
+
+def size(architecture: Architecture) -> int:
+    """Bytes of the copies."""
+    a = architecture
+    attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim
+    return 4 * a.hidden_size * (a.num_layers * (attention + 3 * a.intermediate_size) + a.vocab_size)
+
+
+class _Product:
+    """x Wᵀ + b of layers that read the same x, as one."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        weights = [_weight(layer) for layer in layers]
+        widths = [len(weight) for weight in weights]
+        self.weight = weights[0].new_empty(weights[0].shape[1], sum(widths))
+        """(i, o)"""
+        for part, weight in zip(self.weight.split(widths, 1), weights, strict=True):
+            part.copy_(weight.T)
+        biases = [_base(layer).bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        """(o,)"""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (T, i) → (T, o)."""
+        return x @ self.weight if self.bias is None else torch.addmm(self.bias, x, self.weight)
+
+
+class _Layer:
+    """A `Layer`'s arithmetic; x is overwritten."""
+
+    def __init__(self, layer: Layer) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv = _Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = _Product(attention.o_proj)
+        self.gate_up = _Product(mlp.gate_proj, mlp.up_proj)
+        self.down = _Product(mlp.down_proj)
+        self.norms = [(norm.weight, norm.eps) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.head_dim = attention.head_dim
+        self.q_heads, self.kv_heads = (
+            _base(linear).out_features // self.head_dim for linear in (attention.q_proj, attention.k_proj)
+        )
+
+    def __call__(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, places: Tensor | None = None
+    ) -> Tensor:
+        """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
+        before, after = self.norms
+        heads = self.qkv(normalise(x, *before)[0]).view(len(x), -1, self.head_dim)
+        turned = rotate(heads[:, : -self.kv_heads], cos, sin)
+        q, k, v = turned[:, : self.q_heads], turned[:, self.q_heads :], heads[:, -self.kv_heads :]
+        attended = self.o(at(attention.attend(q, k, v).flatten(1), places))
+        x = at(x, places).add_(attended)
+        gate, up = self.gate_up(normalise(x, *after)[0]).chunk(2, 1)
+        return x.add_(self.down(F.silu(gate, inplace=True).mul_(up)))
+
+
+def _is_plain(layer: Layer) -> bool:
+    """Whether the layer is the products of dense weights that `_Layer` takes it for."""
+    linears = [module for name, module in layer.named_modules() if name.endswith("_proj")]
+    is_compiled = "forward" in vars(layer)
+    return not is_compiled and all(map(_is_dense, linears))
+
+
+def _is_dense(linear: nn.Module) -> bool:
+    drops = hasattr(linear, "lora_A") and linear.training and cast("LoraLinear", linear).drops
+    base, weight = _base(linear), _base(linear).weight
+    # A sharded weight is a Parameter of another type.
+    return (
+        not drops
+        and type(base) is nn.Linear
+        and type(weight) is nn.Parameter
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+    )
+
+
+def _base(linear: nn.Module) -> nn.Linear:
+    """The layer, or that below its adapter."""
+    return cast("LoraLinear", linear).base if hasattr(linear, "lora_A") else cast(nn.Linear, linear)
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """(o, i) with what the adapter adds, where it is on."""
+    if hasattr(linear, "lora_A") and not (adapted := cast("LoraLinear", linear)).disable_adapters:
+        return adapted.merged_weight()
+    return _base(linear).weight
