@@ -17,6 +17,7 @@ from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, write_config, writ
 from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
+from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, to_hf_config
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.hydra import Hydra
@@ -204,7 +205,7 @@ def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None)
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if chat_template is not None:
-        shutil.copyfile(Path(chat_template).expanduser(), target / "chat_template.jinja")
+        shutil.copyfile(path_of(chat_template), target / "chat_template.jinja")
 
 
 def _cut(parameters: dict[str, nn.Parameter], itemsize: int, limit: float) -> Iterator[list[str]]:

@@ -54,7 +54,7 @@ class Model:
     tokenizer: str | None = None
     """A folder with `tokenizer.json` when it is not beside the model; also `hub:…`."""
     chat_template: str | None = None
-    """A Jinja file that replaces the model's own chat template."""
+    """A Jinja file that replaces the model's own chat template; also `hub:…`."""
 
 
 @dataclass

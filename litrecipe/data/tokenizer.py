@@ -18,6 +18,7 @@ from tokenizers import normalizers
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json
+from litrecipe.config.merge import path_of
 from litrecipe.data.formats import Conversation, Message, RowError, is_unicode
 from litrecipe.data.template import WRITTEN, ChatTemplate, Rendered
 
@@ -245,7 +246,7 @@ def _with_mask(encoding: tokenizers.Encoding, rendered: Rendered) -> Encoded:
 def _find_template(folder: Path, config: dict[str, Any], replacement: str | None) -> tuple[str | None, str]:
     """The chat template and the name of its file: the user's, `chat_template.jinja`, or the one in the config."""
     if replacement is not None:
-        path = Path(replacement).expanduser()
+        path = path_of(replacement)
         if not path.is_file():
             raise InputError(f"model.chat_template: {replacement}: no such file: give a Jinja file")
         return _read_template(path), str(path)

@@ -15,12 +15,12 @@ from dataclasses import MISSING, dataclass, field, fields
 from decimal import Decimal
 from difflib import get_close_matches
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol, Self, get_type_hints
 from urllib.parse import unquote
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json
+from litrecipe.config.merge import path_of
 from litrecipe.data.formats import RowError
 from litrecipe.evaluation.tasks import same_answer
 
@@ -156,7 +156,7 @@ def final_number(text: str) -> Decimal | None:
 class Json(Checked):
     """The mean of what is asked for: the answer parses as JSON, fits a schema, has the right fields.
 
-    `schema` is a JSON Schema file. With `column` the share of the fields of that column's object that are
+    `schema` is a JSON Schema file, or `hub:…`. With `column` the share of the fields of that column's object that are
     right counts as a third part (of another value: 1 when it is equal). What does not parse gets 0.
     """
 
@@ -175,7 +175,7 @@ class Json(Checked):
             from jsonschema.validators import validator_for
         except ImportError as error:
             raise ValueError("schema: needs a package: pip install 'litrecipe[rewards]'") from error
-        rules = read_json(Path(self.schema))
+        rules = read_json(path_of(self.schema))
         kind = validator_for(rules)
         try:
             kind.check_schema(rules)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from litrecipe.checkpoint.hf import copy_tokenizer
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.data.formats import RESERVED, Conversation, RowError, parse_row, read_conversations
@@ -138,6 +139,17 @@ def test_tools_and_calls_equal_transformers(chatml_folder: Path, tmp_path: Path)
     wanted = oracle(chatml_folder).apply_chat_template(messages, tools=tools, chat_template=template.read_text())
     ids, _ = encode(Tokenizer.load(chatml_folder, str(template)), messages, tools)
     assert ids.tolist() == wanted["input_ids"]
+
+
+def test_a_chat_template_of_the_hub(chatml_folder: Path, tmp_path: Path) -> None:
+    """It ships with the program, replaces the model's own, which prints a system message, and goes along."""
+    name = "hub:experiments/json/chatml.jinja"
+    asked = [{"role": "user", "content": "Who?"}]
+    assert "system" in load(chatml_folder).render(asked)
+    wanted = "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert Tokenizer.load(chatml_folder, name).render(asked, add_generation_prompt=True) == wanted
+    copy_tokenizer(chatml_folder, tmp_path, name)
+    assert Tokenizer.load(tmp_path).render(asked, add_generation_prompt=True) == wanted
 
 
 def test_the_end_of_every_turn_is_learnt_and_no_opening_is(chatml_folder: Path) -> None:

@@ -141,6 +141,14 @@ def test_json_gives_credit_in_part(schema: Any) -> None:
     assert score("json?column=answer", '{"a": true}', answer={"a": 1}) == 0.5
 
 
+def test_a_schema_of_the_hub() -> None:
+    """It ships with the program, and is found from everywhere."""
+    spec = "json?schema=hub:experiments/json/person.schema.json&column=answer"
+    right = {"name": "Ida", "age": 40, "city": "Oslo"}
+    assert score(spec, json.dumps(right), answer=right) == 1
+    assert score(spec, json.dumps(right | {"age": "40"}), answer=right) == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+
 WILD = {
     "no number": "NaN",
     "digits": "9" * 5000,
