@@ -361,13 +361,13 @@ def look_at_rows(data: Any, rows: str) -> None:
 
 
 def look_at_stages(recipe: Any) -> None:
-    """The same for all stages of a pipeline that are to run; what stages have still to write is left out."""
+    """The same for all stages of a pipeline that are still to run; what they have to write themselves is left out."""
     mistakes: list[str] = []
     for name in recipe.wanted:
         stage = recipe.stages[name]
         verb = VERBS[stage.verb]
         assert isinstance(verb, RecipeVerb)
-        if not verb.rows:
+        if not verb.rows or recipe.remembered(name).get("done"):
             continue
         given = {key: getattr(stage.recipe.data, key) or "" for key in ("train", "val")}
         there = {key: "" if recipe.is_to_come(text) else recipe.located(text) for key, text in given.items()}

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from litrecipe.config.files import read_json
 from litrecipe.config.groups import EvaluateRecipe
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """What a stage may be called: it is a folder, and a part of a key."""
 FINAL = "final"
 """What a run makes, and so no name of a stage."""
+NOTE = "stage.json"
+"""In a stage's run directory: what the pipeline remembers of it."""
 REFERENCE = re.compile(rf"(?<![\w-])stage:({NAME.pattern})((?:/[^\s?,]*)?)")
 """`stage:NAME`, the model of a stage, or `stage:NAME/FILE`, a file in its run directory, anywhere in a text."""
 
@@ -101,6 +104,11 @@ class PipelineRecipe:
     def folder(self, name: str) -> Path:
         """A stage's run directory."""
         return Path(self.out_dir) / name
+
+    def remembered(self, name: str) -> dict[str, Any]:
+        """What was noted of a stage when it was last run here; empty before it begins. `done` where it ended well."""
+        path = self.folder(name) / NOTE
+        return read_json(path) if path.is_file() else {}
 
     def resolved(self, name: str) -> Any:
         """A stage's recipe as it is run: with paths for references, in its place, going on where it stands."""

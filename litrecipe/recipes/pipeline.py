@@ -106,22 +106,24 @@ def check_runs(runs: dict[str, StageRun], recipe: PipelineRecipe) -> None:
 
 
 def remember(runs: dict[str, StageRun], out: Path) -> None:
-    """Write `pipeline.json`: what is known of each stage."""
-    draft = out / "pipeline.json.tmp"
-    write_json(draft, {"stages": {name: run.told() for name, run in runs.items()}})
+    """Write `pipeline.json`: what is known of each stage, and where `final` leads."""
+    draft, link = out / "pipeline.json.tmp", out / FINAL
+    final = str(link.readlink()) if link.is_symlink() else None
+    write_json(draft, {"stages": {name: run.told() for name, run in runs.items()}, "final": final})
     draft.replace(out / "pipeline.json")
 
 
 def finish(runs: dict[str, StageRun], out: Path) -> None:
     """Tell what came of the stages, and let `final` lead to the last policy once all are finished."""
-    remember(runs, out)
-    show_results(runs)
     left = [name for name, run in runs.items() if not run.done]
     policies = [run for run in runs.values() if run.stage.makes_a_policy]
+    if policies and not left:
+        lead(out / FINAL, policies[-1].result)
+    remember(runs, out)
+    show_results(runs)
     if left:
         say(f"not run: {', '.join(left)}; without `only` {GO_ON}")
     elif policies:
-        lead(out / FINAL, policies[-1].result)
         say(f"done: {len(runs)} stages; the model is in {out / FINAL}, which leads to {policies[-1].result}")
     else:
         say(f"done: {len(runs)} stages")

@@ -19,7 +19,7 @@ from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, write_text
 from litrecipe.config import schema
 from litrecipe.config.files import read_json
 from litrecipe.config.groups import EvaluateRecipe
-from litrecipe.config.pipeline import PipelineRecipe, Stage, flat
+from litrecipe.config.pipeline import NOTE, PipelineRecipe, Stage, flat
 from litrecipe.engine.child import run_child
 from litrecipe.engine.rundir import read_records
 
@@ -49,8 +49,7 @@ class StageRun:
     def note(self) -> dict[str, Any]:
         """`verb`, `recipe` (key → value, references as written), `made_from` (stage → digest of what it had made),
         `seconds`, `done`; empty before it begins."""
-        path = self.folder / "stage.json"
-        return read_json(path) if path.is_file() else {}
+        return self.pipeline.remembered(self.name)
 
     @property
     def result(self) -> Path:
@@ -99,9 +98,9 @@ class StageRun:
 
     def _remember(self, note: dict[str, Any]) -> None:
         self.note = note
-        draft = self.folder / "stage.json.tmp"
+        draft = self.folder / f"{NOTE}.tmp"
         write_text(draft, json.dumps(note, indent=1, ensure_ascii=False))
-        draft.replace(self.folder / "stage.json")
+        draft.replace(self.folder / NOTE)
 
     def told(self) -> dict[str, Any]:
         """What `pipeline.json` says of it."""

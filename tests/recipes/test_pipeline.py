@@ -134,7 +134,9 @@ def test_a_whole_pipeline(
     assert heads[:2] == ["stage 1 of 6, sft: finetune", "stage 2 of 6, reward: align reward"]
     assert len(heads) == 6
     assert all(f"\n {name} " in f"\n{shown}" for name in STAGES)
-    told = json.loads((out / "pipeline.json").read_text())["stages"]
+    summary = json.loads((out / "pipeline.json").read_text())
+    told = summary["stages"]
+    assert summary["final"] == "again/final"
     assert [told[name]["steps"] for name in STAGES] == [4, 3, 4, 4, 4, None]
     assert told["ppo"]["result"] == "ppo/final" and told["tested"]["result"] == "tested/results.json"
     assert told["sft"]["metrics"]["eval_loss"] > 0 and told["tested"]["metrics"].keys() >= {
@@ -172,6 +174,21 @@ def test_what_is_finished_is_not_done_again(
     assert here[2][0] == "finetune", "what is torn is made again"
     assert pipeline.main(load(recipe, out, AUTO, ("only", "reward"))) == 0, "of the same bytes"
     assert len(here) == 3
+
+
+def test_data_of_a_finished_stage_may_be_gone(
+    recipe: Path, tmp_path: Path, here: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "run", tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    words = ["align", "pipeline", "--config", str(recipe), "--out_dir", str(out), "--only", "sft"]
+    words += ["--stages.sft.data.train", str(data), "--checkpoint.resume", "auto"]
+    assert cli.main(words) == 0
+    data.unlink()
+    assert cli.main(words) == 0
+    (out / "sft" / "stage.json").unlink()
+    assert cli.main(words) == 2
+    assert f"stages.sft.data.train: {data}: no such file" in capsys.readouterr().err
 
 
 def test_a_changed_recipe_is_refused_and_the_cure_works(recipe: Path, tmp_path: Path, here: list[list[str]]) -> None:
