@@ -39,7 +39,7 @@ from litrecipe.recipes.training import (
     save_trained,
 )
 from litrecipe.rollout.lessons import Lesson
-from litrecipe.rollout.practice import Practice
+from litrecipe.rollout.practice import Practice, check_rows
 from litrecipe.rollout.rewards import Moments, Scorer
 from litrecipe.rollout.sampler import make_sampler
 from litrecipe.rollout.source import Rollouts
@@ -67,6 +67,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     files, tokenizer = begin(recipe, dry_run=dry_run)
     name, config = method_of(recipe)
     prompts = asked(recipe, config.max_new_tokens, files, tokenizer)
+    check_rows(prompts.train, config.max_new_tokens, recipe.train.micro_batch_tokens)
     chosen = course(files)
     light_sources(recipe.rewards)  # tells mistakes before any model is loaded
     if dry_run:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
 from litrecipe.config.online import Online
 from litrecipe.data.prompts import Prompt
@@ -123,3 +124,12 @@ class Practice:
                 yield
         finally:
             self.module.train(before)
+
+
+def check_rows(prompts: Sequence[Prompt], max_new_tokens: int, budget: int) -> None:
+    """Raise InputError where a prompt with a completion may not fit a row of `budget` tokens."""
+    longest = max(prompts, key=lambda prompt: len(prompt.tokens))
+    if len(longest.tokens) + max_new_tokens > budget:
+        said = f"{longest.where} has {len(longest.tokens)} tokens, and up to {max_new_tokens} more with a completion"
+        cure = "raise it, or leave out long prompts by data.max_length"
+        raise InputError(f"train.micro_batch_tokens: {budget}: {said}: {cure}")

@@ -192,7 +192,7 @@ class FunctionJudge:
             "prompts": [prompt.said for prompt in prompts],
             "a": list(a.texts),
             "b": list(b.texts),
-            "rows": [prompt.row for prompt in prompts],
+            "rows": [dict(prompt.row) for prompt in prompts],
         }
         chances = []
         for value, prompt in zip(called(self.name, self.function, given, prompts), prompts, strict=True):

@@ -268,15 +268,18 @@ class Rollouts:
                 break
             if sum(one.prompts for one in kept) == self.groups:
                 break
-        self.metrics = {"frac_reward_zero_std": silent / sampled} if sampled else {}
+        grouped = self.config.completions_per_prompt > 1
+        self.metrics = {"frac_reward_zero_std": silent / sampled} if sampled and grouped else {}
         if self.config.filters:
             self.metrics["prompts/left_out"] = len(self.at.left_out) / len(self.prompts)
         if sampled and not kept:
+            if self.at.rollout and not self._next_places(1):  # a run ends, as others do, with prompts that say nothing
+                return None
             raise InputError(
                 f"rewards.sources: all completions of a prompt score alike, {sampled} of them over: the model is "
                 "always right or always wrong: give other prompts or rewards, or a higher temperature"
             )
-        if silent == sampled > 0 and self.config.completions_per_prompt > 1:
+        if silent == sampled > 0 and grouped:
             alike = "all completions of every prompt score alike"
             warn(f"rollout {self.at.rollout + 1}: {alike}: there is nothing to learn which is better")
         return joined(kept) if kept else None

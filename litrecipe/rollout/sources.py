@@ -114,7 +114,7 @@ class FunctionSource:
         given: dict[str, list[Any]] = {
             "prompts": [prompt.said for prompt in prompts],
             "completions": list(completions.texts),
-            "rows": [prompt.row for prompt in prompts],
+            "rows": [dict(prompt.row) for prompt in prompts],
         }
         values = called(f"{KEY}: {self.name}", self.function, given, prompts)
         return [

@@ -380,6 +380,11 @@ def test_a_reward_model_is_a_source(train: Train, tmp_path: Path, tiny_model: Pa
         ("ppo", {"ppo.layout": "joined", "ppo.critic_warmup": 2}, "ppo.critic_warmup: 2: a joined critic is a head on"),
         ("ppo", {"ppo.truncated": "mask"}, "all completions were cut at ppo.max_new_tokens 6, none is learnt"),
         ("rloo", {"fabric.strategy": "fsdp"}, "sampling from a sharded model is not there yet"),
+        (
+            "ppo",
+            {"train.micro_batch_tokens": 40},
+            "up to 6 more with a completion: raise it, or leave out long",
+        ),
         ("rloo", {"rloo.max_pass_rate": 0.9}, "rloo.max_pass_rate: 0.9: needs the score that is a pass: set eval.succ"),
         ("grpo", {"grpo.min_pass_rate": 0.9, "grpo.max_pass_rate": 0.1, "eval.success": 1}, "must be at most max_pass"),
         ("grpo", {"eval.sources": "{exact: 1}"}, "eval.sources: exact: judge held-out answers: give data.val"),

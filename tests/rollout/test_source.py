@@ -298,6 +298,16 @@ def test_nothing_to_learn_at_all_is_said(make: Callable[..., Rollouts], kind: st
         make(Dice(lambda _: 1.0), zero_variance=kind, count=100).next_step()
 
 
+@pytest.mark.parametrize("kind", ["drop", "resample"])
+def test_a_run_may_end_with_prompts_that_say_nothing(make: Callable[..., Rollouts], kind: str) -> None:
+    """Of three rollouts of four prompts the last has none that says anything, and no prompt is left behind it."""
+    source = make(Dice(lambda stream: 1.0 if stream >= 16 else float(stream)), zero_variance=kind)
+    steps = 0
+    while source.next_step():
+        steps += 1
+    assert (steps, source.at.prompts) == (8, 12)
+
+
 def test_a_rollout_lies_there_for_people_and_for_resuming(make: Callable[..., Rollouts], tmp_path: Path) -> None:
     source = make()
     for _ in range(9):

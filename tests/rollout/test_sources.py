@@ -217,6 +217,8 @@ def test_functions_are_given_prompts_completions_and_rows(function: Any, ask: An
     assert function("return [isinstance(p, list) and p[-1]['content'] == 'What is 7?' for p in prompts]")(
         completions
     ) == [1.0, 0.0]
+    assert function("return [r.setdefault('best', 1) and r.clear() for r in rows]")(completions) == [None, None]
+    assert completions.prompts[0].row["best"] == 6 and "best" not in completions.prompts[1].row
     for array in ("numpy.float32([1, 2])", "torch.tensor([1.0, 2.0])", "(x for x in (1, 2))"):
         assert function(f"import numpy, torch; return {array}")(completions) == [1.0, 2.0]
 
