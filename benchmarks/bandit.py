@@ -6,9 +6,9 @@ Eight prompts have eight answers each; the best is the one on the diagonal, and 
 and the reward model are small networks that read the prompt. Each prompt has a few comparisons of answers that the
 reference gave, so the answers that it seldom gives are in none. How much probability do policies give to wrong answers
 that no comparison of their prompt covers: at the start, after DPO of several lengths, after PPO on samples scored by
-the learned reward model, and at the exact optimum of what PPO maximises, π_ref exp(r / β)? Twice: as it comes, and with
-rewards held near 0 (0.01 times their mean square over all answers, covered or not) and a start, which is then the
-reference too, that was fine-tuned on the better answers of the comparisons.
+the learned reward model, and at the exact optimum of what PPO maximises, π_ref exp(r / β)? Three times: as it comes;
+with rewards held near 0 (0.01 times their mean square over all answers, covered or not); and with a start besides,
+which is then the reference too, that was fine-tuned on the better answers of the comparisons.
 
 All seeds are computed together: each has networks of its own, and no number of one enters another's. The deterministic
 part of the section, one prompt and a policy without a network, is tests/objectives/test_bandit.py.
@@ -211,7 +211,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(found), 4.4), layout="constrained")
     jitter = torch.Generator().manual_seed(0)
     for axes, (name, policies) in zip(figure.subplots(1, len(found), sharey=True), found.items(), strict=True):
         values = [one["uncovered"] for one in policies.values()]
@@ -229,7 +229,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Both settings, as a table, a result and a picture."""
+    """All settings, as a table, a result and a picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=20)
     seeds = parser.parse_args().seeds
@@ -238,6 +238,7 @@ def main() -> None:
     start = bandits.start
     found = {
         "as it comes": setting(bandits, start, 0.0),
+        "rewards held near 0": setting(bandits, start, L2),
         "rewards held near 0, start fine-tuned": setting(bandits, bandits.sft(start), L2),
     }
     told: dict[str, Any] = {}
