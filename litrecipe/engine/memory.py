@@ -59,6 +59,8 @@ class MemoryTable:
     """Reward models beside what is trained."""
     cache: int = 0
     """Keys and values while completions are sampled, which is over when something is learnt."""
+    laid_out: int = 0
+    """Copies of the weights for as long."""
 
     @property
     def peak(self) -> int:
@@ -68,7 +70,7 @@ class MemoryTable:
         """
         backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
         always = self.weights + self.reference + self.judges + self.optimizer + self.exchange
-        return always + max(backward, self.cache)
+        return always + max(backward, self.cache + self.laid_out)
 
 
 def estimate(

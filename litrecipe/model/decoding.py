@@ -22,7 +22,7 @@ from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.model.cache import CacheStep, KVCache
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.laid_out import lay_out
+from litrecipe.model.laid_out import lay_out, pays
 
 OnToken = Callable[[int, int], bool]
 """Told a completion's index and each of its tokens as it comes; says whether that token ends the completion."""
@@ -32,9 +32,6 @@ READ_AT_ONCE = 2048
 """Tokens of prompts in one forward pass, unless a prompt is longer."""
 GROWTH = 1.25
 """Times as many rows must fit before a cache is made anew."""
-LAID_OUT = 8, 1024
-"""Completions, and tokens of them, from which `laid_out`'s copies are worth making: about 16 forward passes pay for
-them, and those of a few rows gain nothing."""
 BLOCK = 256
 """Tokens of the vocabulary whose probabilities are added up before any is looked at alone."""
 
@@ -167,9 +164,7 @@ class _Batch:
         self.waiting, self.cache_tokens = waiting, cache_tokens
         self.device = embedding.device
         self.cache = KVCache(model.architecture, dtype, embedding.device)
-        few, short = LAID_OUT
-        is_long = len(waiting) >= few and sum(sequence.room for sequence in waiting) >= short
-        laid_out = lay_out(model) if is_long else None
+        laid_out = lay_out(model) if pays(len(waiting), sum(sequence.room for sequence in waiting)) else None
         self.decode = model.decode if laid_out is None else laid_out.decode
         self.sequences: list[_Sequence] = []
         """By row."""

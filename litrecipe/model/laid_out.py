@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 LARGEST = 2**31
 """Bytes of copies that are worth their time."""
+COMPLETIONS, TOKENS = 8, 1024
+"""From which on they are: what they save in about 16 forward passes pays for making them, and those of a few rows gain
+nothing."""
+
+
+def pays(completions: int, tokens: int) -> bool:
+    """Whether copies are worth their time where so many completions may have so many tokens in all."""
+    return completions >= COMPLETIONS and tokens >= TOKENS
 
 
 class LaidOut:

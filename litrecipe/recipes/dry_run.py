@@ -144,6 +144,8 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         out.add_row(name, f"{getattr(table, name) / 1e9:.3f}", note, style="bold" if name == "peak" else "")
     note = "while completions are sampled, before anything is learnt" if table.cache else "not used in training"
     out.add_row("KV cache", f"{table.cache / 1e9:.3f}", note)
+    if table.laid_out:
+        out.add_row("laid out", f"{table.laid_out / 1e9:.3f}", "copies of the weights, for as long")
     return out
 
 

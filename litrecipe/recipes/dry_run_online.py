@@ -14,8 +14,9 @@ from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import world_size
+from litrecipe.engine.fabric import accelerator_of, world_size
 from litrecipe.model.architecture import Architecture, count_parameters
+from litrecipe.model.laid_out import LARGEST, pays, size
 from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.recipes.dry_run import Load, memory_of, parameter_and_memory_table, show_recipe
 from litrecipe.recipes.training import precision_of
@@ -115,6 +116,7 @@ def _show(
         memory_of(recipe, files, load, frozen_copy),
         judges=sum(bytes_each * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
         cache=cache_bytes(recipe, shape, files.architecture, prompts, world),
+        laid_out=laid_out_bytes(recipe, shape, files.architecture, world),
     )
     console.print(parameter_and_memory_table(recipe, table, load, world))
     console.print(said)
@@ -150,3 +152,11 @@ def cache_bytes(
     tokens = min(max(sampling_of(recipe)[1].cache_tokens, longest), -(-shape.completions // world) * longest)
     bytes_each = 4 if recipe.fabric.precision == "32-true" else 2
     return 2 * tokens * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * bytes_each
+
+
+def laid_out_bytes(recipe: TrainingRecipe, shape: Shape, architecture: Architecture, world: int) -> int:
+    """Copies of the weights that are sampled with, see `model.laid_out`."""
+    fabric, completions = recipe.fabric, -(-shape.completions // world)
+    plain = fabric.precision == "32-true" and recipe.quantize.method == "none" and not fabric.compile
+    copied = plain and accelerator_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
+    return size(architecture) if copied and size(architecture) <= LARGEST else 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from litrecipe.config.errors import InputError
-from litrecipe.model import decoding
+from litrecipe.model import decoding, laid_out
 from litrecipe.model.architecture import read_architecture
 from litrecipe.model.cache import CacheStep, KVCache
 from litrecipe.model.decoder import Decoder
@@ -42,7 +42,8 @@ def model() -> Decoder:
 @pytest.fixture(autouse=True, params=["the model's layers", "laid out"])
 def layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """All that is said here holds for both ways of computing."""
-    monkeypatch.setattr(decoding, "LAID_OUT", (1, 1) if request.param == "laid out" else (10**9, 1))
+    monkeypatch.setattr(laid_out, "COMPLETIONS", 1)
+    monkeypatch.setattr(laid_out, "TOKENS", 1 if request.param == "laid out" else 10**9)
     return request.param
 
 

@@ -118,7 +118,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[LaidOut]:
         found.append(copied)
         return copied
 
-    monkeypatch.setattr(decoding, "LAID_OUT", (1, 1))
+    monkeypatch.setattr(laid_out, "COMPLETIONS", 1)
+    monkeypatch.setattr(laid_out, "TOKENS", 1)
     monkeypatch.setattr(decoding, "lay_out", watch)
     return found
 
@@ -134,7 +135,7 @@ def test_weights_that_were_trained_are_seen(method: str, made: list[LaidOut], mo
                 parameter.mul_(0.7)
     after = generate(model, PROMPTS, **SAMPLED)
     assert len(made) == 2
-    monkeypatch.setattr(decoding, "LAID_OUT", (1, 10**9))
+    monkeypatch.setattr(laid_out, "TOKENS", 10**9)
     assert after == generate(model, PROMPTS, **SAMPLED) != before
     assert len(made) == 2
 
@@ -166,7 +167,8 @@ def test_nothing_of_the_model_is_touched(how: str, method: str, made: list[LaidO
 
 def test_copies_are_made_where_they_pay(made: list[LaidOut], monkeypatch: pytest.MonkeyPatch) -> None:
     """For many completions, and many tokens of them."""
-    monkeypatch.setattr(decoding, "LAID_OUT", (4, 40))
+    monkeypatch.setattr(laid_out, "COMPLETIONS", 4)
+    monkeypatch.setattr(laid_out, "TOKENS", 40)
     for prompts, tokens, wanted in ((PROMPTS[:3], 20, 0), (PROMPTS, 9, 0), (PROMPTS, 10, 1)):
         made.clear()
         generate(decoder(), prompts, max_new_tokens=tokens)

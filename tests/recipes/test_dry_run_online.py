@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from litrecipe.checkpoint.hf import save_hydra
-from litrecipe.checkpoint.load import load_hydra
+from litrecipe.checkpoint.load import load_hydra, load_model
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config import schema
 from litrecipe.config.groups import Data
@@ -19,7 +20,7 @@ from litrecipe.config.rounds import IterativeDpoRecipe
 from litrecipe.data.prompts import PromptSet, load_prompts
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.recipes import grpo, iterative_dpo
-from litrecipe.recipes.dry_run_online import Shape, cache_bytes, longest_rows
+from litrecipe.recipes.dry_run_online import Shape, cache_bytes, laid_out_bytes, longest_rows
 
 DATA = "toy:units?n=16&seed=0"
 Shown = Callable[..., dict[str, float]]
@@ -92,6 +93,23 @@ def test_the_cache_holds_what_is_sampled_at_once(
         recipe = load(GrpoRecipe, given | {"grpo.cache_tokens": cache_tokens})
         assert cache_bytes(recipe, Shape(16, 8, 2, 8), architecture, prompts, 1) == tokens * a_token
     assert cache_bytes(recipe, Shape(16, 8, 2, 8), architecture, prompts, 2) == longest * a_token
+
+
+def test_copies_of_the_weights_are_counted_where_they_are_made(given: dict[str, object], tiny_model: Path) -> None:
+    """By the bytes of a model's own copies: for 8 completions and 1024 tokens a rank, of fp32 weights on a CPU."""
+    model = load_model(open_model(str(tiny_model)))
+    copied = sum(one.weight.nbytes for name, one in model.named_modules() if isinstance(one, torch.nn.Linear))
+    recipe = load(GrpoRecipe, given)
+    for shape, world, wanted in (
+        (Shape(16, 64, 2, 8), 1, copied),
+        (Shape(16, 63, 2, 8), 1, 0),
+        (Shape(4, 999, 1, 4), 1, 0),
+        (Shape(16, 64, 2, 8), 2, 0),
+        (Shape(32, 64, 4, 8), 2, copied),
+    ):
+        assert laid_out_bytes(recipe, shape, model.architecture, world) == wanted
+    for flag in ({"fabric.precision": "bf16-mixed"}, {"fabric.compile": True}, {"quantize.method": "int8"}):
+        assert laid_out_bytes(load(GrpoRecipe, given | flag), Shape(16, 64, 2, 8), model.architecture, 1) == 0
 
 
 def test_a_judge_is_as_precise_as_the_policy(
