@@ -45,7 +45,7 @@ def _scored(
     mine = range(len(prompts))[practice.ranks.rank :: practice.ranks.world]
     settings = Generate(practice.config.max_new_tokens, temperature, stop=practice.config.stop, seed=practice.seed)
     streams = [STREAMS + place * n + number for place in mine for number in range(n)]
-    with practice.at_rest():
+    with practice.at_rest(), practice.apart():
         found = practice.sampler([prompts[place] for place in mine], settings, n, streams, "answering held-out prompts")
         before = practice.scorer.state_dict()
         scores = [practice.scorer(found)]

@@ -6,13 +6,14 @@ Shapes: A completions of a rollout; P tokens of all of them, completion after co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
 from litrecipe.config.online import Online
@@ -124,6 +125,13 @@ class Practice:
                 yield
         finally:
             self.module.train(before)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, each of several ranks takes its own time over its own share, and stops only where all agree: asked in
+        lockstep whether to stop, as evaluations are, those with more to do would wait for ever."""
+        with stop.interruptible(lambda: None) if self.ranks.world > 1 else nullcontext():
+            yield
 
 
 def check_rows(prompts: Sequence[Prompt], max_new_tokens: int, budget: int) -> None:
