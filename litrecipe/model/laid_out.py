@@ -79,7 +79,7 @@ class _Product:
         """(i, o)"""
         for part, weight in zip(self.weight.split(widths, 1), weights, strict=True):
             part.copy_(weight.T)
-        biases = [_base(layer).bias for layer in layers]
+        biases: list[Tensor] = [_base(layer).bias for layer in layers]
         self.bias = None if biases[0] is None else torch.cat(biases)
         """(o,)"""
 
