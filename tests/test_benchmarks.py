@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -244,3 +245,133 @@ def test_an_interval_is_that_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["mean"] == pytest.approx(values.mean(), abs=1e-4)
     for side, bound in (("low", -1), ("high", 1)):
         assert found[side] - found["mean"] == pytest.approx(bound * 1.96 * values.std() / 20, rel=0.05)
+
+
+ADDITION = "experiments/addition"
+
+
+def test_each_rung_of_the_ladder_changes_one_thing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from litrecipe.config import schema
+    from litrecipe.config.online import PpoRecipe
+
+    ladder = load(BENCHMARKS / "ladder.py", monkeypatch)
+    rungs = [schema.load(PpoRecipe, [f"{ADDITION}/{arm}"]) for arm in ladder.ARMS]
+    assert [
+        {
+            name: value
+            for name, value in vars(above.ppo).items()
+            if value != getattr(below.ppo, name) and above.model == below.model and above.optim == below.optim
+        }
+        for below, above in itertools.pairwise(rungs)
+    ] == [{"normalise_advantages": True}, {"rollout_batch_size": 512}, {"ref_ema": 0.06}]
+    last = rungs[-1].ppo
+    assert last.ref_ema == pytest.approx(3 / (ladder.EPISODES / last.rollout_batch_size), rel=0.01)
+    for rung in rungs:
+        assert rung.ppo.completions_per_prompt == ladder.COMPLETIONS_PER_PROMPT
+        steps = ladder.EPISODES / rung.ppo.rollout_batch_size * rung.ppo.minibatches * rung.ppo.epochs
+        assert steps / (rung.eval.every or 0) == 10, "all are measured after equally many completions"
+
+
+def test_what_a_rung_told_is_gathered_and_paired_by_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ladder = load(BENCHMARKS / "ladder.py", monkeypatch)
+    small, large = "ppo-small-batch", "ppo-large-batch"
+
+    def ran(arm: str, seed: int, curve: list[float]) -> None:
+        out = tmp_path / f"{arm}-0.0003-{seed}"
+        (out / "final").mkdir(parents=True)
+        told = {"kl": 0.5, "kl_coef": 0.2, "policy/ratio_max": 1.5, "loss": 0.0}
+        steps = [{"step": step, "reward": step / 10, **told} for step in range(1, 21)]
+        measured = [
+            {"step": 10 * place, "eval_success": success, "eval_sampled/success": success / 2}
+            for place, success in enumerate(curve)
+        ]
+        (out / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*steps, *measured]))
+
+    for seed, ours, theirs in ((0, 0.5, 0.1), (1, 0.7, 0.2)):
+        ran(small, seed, [0.3, 0.05, theirs])
+        ran(large, seed, [0.3, 0.4, ours])
+    ran(large, 2, [0.3, 0.4, 0.9])  # its partner is missing
+    found = ladder.compare(ladder.Ladder(tmp_path, may_run=False), {small: 3e-4, large: 3e-4}, range(5))
+    run = found["arms"][small]["runs"]["1"]
+    assert run["curve"] == [[0, 0.3], [ladder.EPISODES / 2, 0.05], [ladder.EPISODES, 0.2]]
+    assert (run["start"], run["final"], run["worst"], run["best"]) == (0.3, 0.2, 0.05, 0.3)
+    assert (run["reward_gained"], run["beta_kl"], run["sampled"]) == (1.9, 0.1, [0.15, 0.025, 0.1])
+    assert found["arms"][large]["final"]["seeds"] == 3
+    apart = found["paired_by_seed"][f"{large} - {small}"]["final"]
+    assert apart["mean"] == pytest.approx((0.4 + 0.5) / 2)
+    assert apart["half"] == pytest.approx(12.706 * 0.1 / 2, abs=1e-4)  # |0.5 - 0.4| / √2 is the spread, / √2 again
+
+
+@pytest.mark.slow
+def test_the_ladder_runs_and_does_not_run_again(tmp_path: Path) -> None:
+    """Its process of its own: it forks."""
+    code = """
+import sys, pathlib
+import ladder
+ladder.EPISODES, ladder.ARMS = 1024, {"ppo-ref-ema": ""}
+work = ladder.Ladder(pathlib.Path(sys.argv[1]), may_run=True)
+ladder.cli()
+told = [ladder.compare(work, {"ppo-ref-ema": 3e-4}, [0]) for _ in range(2)]
+assert told[0] == told[1], told
+[run] = told[0]["arms"]["ppo-ref-ema"]["runs"].values()
+assert run["steps"] == 4 and 0.1 < run["start"] < 0.3, run
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], cwd=BENCHMARKS, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["sft", "ppo-ref-ema-0.0003-0"]
+
+
+def test_comparisons_of_the_bandit_are_right_and_leave_answers_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    bandit = load(BENCHMARKS / "bandit.py", monkeypatch)
+    bandits, n = bandit.Bandits(3), bandit.ANSWERS
+    for seed in range(3):
+        covered = set()
+        for better, worse, counts in zip(
+            bandits.better[seed].tolist(), bandits.worse[seed].tolist(), bandits.counts[seed].tolist(), strict=True
+        ):
+            (prompt, good), (same, bad) = divmod(better, n), divmod(worse, n)
+            assert prompt == same and bool(counts) == (abs(good - prompt) < abs(bad - prompt))
+            covered |= {better, worse} if counts else set()
+        left_out = {x * n + y for x in range(n) for y in range(n) if x != y} - covered
+        assert bandits.uncovered[seed].flatten().nonzero().flatten().tolist() == sorted(left_out)
+        assert left_out and covered
+
+
+def test_the_bandits_seeds_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of three by itself learns what it learns among the others, but for the order of sums."""
+    import copy
+
+    import torch
+
+    bandit = load(BENCHMARKS / "bandit.py", monkeypatch)
+    monkeypatch.setattr(bandit, "DPO_STEPS", (3,))
+    three = bandit.Bandits(3)
+    one = copy.copy(three)
+    one.seeds = 1
+    for name in ("better", "worse", "counts"):
+        setattr(one, name, getattr(three, name)[1:2])
+    alone = one.dpo([weights[1:2] for weights in three.start])[3]
+    torch.testing.assert_close(alone[0], three.dpo(three.start)[3][1], atol=1e-5, rtol=0)
+
+
+def test_nothing_the_bandit_learns_is_beyond_the_exact_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """π_ref exp(r / β) has the highest E r - β KL of all policies; PPO comes near it."""
+    import torch
+
+    bandit = load(BENCHMARKS / "bandit.py", monkeypatch)
+    monkeypatch.setattr(bandit, "REWARD_STEPS", 100)
+    monkeypatch.setattr(bandit, "ROLLOUTS", 60)
+    bandits = bandit.Bandits(2)
+    reference, rewards = bandits.logps(bandits.start).detach(), bandits.rewards(bandit.L2)
+
+    def value(logps: torch.Tensor) -> torch.Tensor:
+        return (logps.exp() * (rewards - bandit.BETA * (logps - reference))).sum(-1).mean(-1)
+
+    best, learnt = (
+        value((reference + rewards / bandit.BETA).log_softmax(-1)),
+        value(bandits.ppo(bandits.start, rewards)),
+    )
+    assert (best >= learnt).all() and (learnt > value(reference)).all()
+    assert ((best - learnt) < 0.1 * (best - value(reference))).all()
