@@ -86,7 +86,7 @@ DATA: dict[str, dict[str, Any]] = {
     "align": {"data.train": "toy:units-pairs?n=100&seed=0", "train.global_batch_size": 4},
     "online": {
         "data.train": "toy:units?n=300&seed=0",
-        "rewards.sources": '{"regex?pattern=[aeiou]": 1.0, "length?max=8": 0.1}',
+        "rewards.sources": '{"length?target=60&unit=characters": 1.0, "repetition": 0.1}',
         "optim.lr": "1e-3",
         "train.epochs": 9,
     },
