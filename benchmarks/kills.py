@@ -272,8 +272,9 @@ def killed_and_resumed(kind: str, method: list[str], kills: int, chance: random.
     """How often a run was killed at which moment, and what differs from one that was not."""
     with tempfile.TemporaryDirectory() as folder:
         job = shrunken_job(Path(folder), kind, method)
-        unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
-        job.finish(unbroken)
+        unbroken, broken = Path(folder) / "unbroken", Path(folder) / "run"
+        job.finish(broken)
+        broken.rename(unbroken)  # both are made at one place: names of sources and samples tell it
         moments = {moment: 0 for moment in SAID if moment in MOMENTS[kind]}
         for kill in range(kills):
             moment = MOMENTS[kind][kill % len(MOMENTS[kind])]
