@@ -106,6 +106,13 @@ def check_online(recipe: OnlineRecipe) -> Iterator[Mistake]:
     if online.filters and recipe.eval.success is None:
         key = "min_pass_rate" if online.min_pass_rate else "max_pass_rate"
         yield f"{name}.{key}", getattr(online, key), "needs the score that is a pass: set eval.success"
+    for key in ("combine", "scale"):
+        value = getattr(recipe.rewards, key)
+        if online.filters and value != getattr(Rewards, key):
+            cure = (
+                f"makes eval.success another score in each rollout: remove it, or {name}.min_pass_rate, max_pass_rate"
+            )
+            yield f"rewards.{key}", value, cure
     yield from check_sampling(recipe, recipe.rewards, hydra=isinstance(online, Ppo) and online.layout == "hydra")
     yield from check_portions(recipe.train, f"{name}.rollout_batch_size / {name}.minibatches completions")
     for key, value, cure in _of_method(online):
@@ -149,6 +156,8 @@ def _of_method(online: Online) -> Iterator[Mistake]:
     if online.kl_target is not None and online.kl_in == "loss":
         yield "kl_target", online.kl_target, "steers the KL in the reward: use kl_in reward, or remove it"
     yield from check_penalties(online)
+    if online.kl_in == "loss" and online.kl_coef and online.kl_estimator == "k1":
+        yield "kl_estimator", "k1", "on its own samples k1 teaches a policy nothing: as a loss use k2 or k3"
     if online.kl_in == "reward" and online.kl_estimator != "k1":
         yield "kl_estimator", online.kl_estimator, "in the reward only k1 is unbiased: remove it, or use kl_in loss"
 

@@ -47,9 +47,7 @@ def _scored(
     streams = [STREAMS + place * n + number for place in mine for number in range(n)]
     with practice.at_rest(), practice.apart():
         found = practice.sampler([prompts[place] for place in mine], settings, n, streams, "answering held-out prompts")
-        before = practice.scorer.state_dict()
-        scores = [practice.scorer(found)]
-        practice.scorer.load_state_dict(before)  # measuring changes nothing
+        scores = [practice.scorer.plain()(found)]
         scores += [judge(found)] if judge is not None else []
     groups = torch.tensor(mine, dtype=torch.int64).repeat_interleave(n)
     return [joined(practice.ranks.agree(Scored(found, one, groups))).in_order() for one in scores]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -116,6 +116,10 @@ class Scorer:
             total = total.clamp(-self.config.clip, self.config.clip)
         total, penalties = self._punished(total, completions)
         return Scores(total.float(), by_source | penalties, raw)
+
+    def plain(self) -> Scorer:
+        """The same sum of weighed scores without normalising and scaling, by which policies of all times compare."""
+        return replace(self, config=replace(self.config, combine="sum", scale="none"), moments=Moments())
 
     def state_dict(self) -> dict[str, Any]:
         """What scaling has seen so far, as JSON."""

@@ -19,8 +19,13 @@ FULL = {"adapter.method": "none", "optim.lr": 1e-3}
 CASES: dict[str, dict[str, Any]] = {
     "ppo-lora": {**LORA, "ppo.kl_target": 0.1, "rewards.scale": "running", "ppo.ref_ema": 0.3},
     "ppo-separate": {**FULL, "ppo.layout": "separate", "ppo.critic_warmup": 1, "rewards.combine": "normalise"},
+    "ppo-normalised": {**FULL, "ppo.layout": "separate", "ppo.normalise_values": True, "ppo.max_ratio": 1.001},
     "ppo-joined": {**LORA, "ppo.layout": "joined"},
     "grpo-full": {**FULL, "grpo.completions_per_prompt": 3, "grpo.zero_variance": "resample"},
+    # A rollout of one prompt: the second rank has nothing to sample, to score and to learn.
+    "grpo-one": FULL
+    | {"grpo.completions_per_prompt": 3, "grpo.rollout_batch_size": 3, "grpo.minibatches": 1, "eval.success": 0.5}
+    | {"data.val": "toy:units?n=1&seed=0&split=test", "grpo.max_pass_rate": 0.9},
     "rloo-odd": {**LORA, "rloo.completions_per_prompt": 2, "rloo.rollout_batch_size": 6, "train.epochs": 1},
 }
 SCRIPT = """

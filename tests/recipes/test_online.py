@@ -393,6 +393,12 @@ def test_a_reward_model_is_a_source(train: Train, tmp_path: Path, tiny_model: Pa
             {"eval.sources": '{"exact?column=no": 1}', "data.val": "toy:units?n=2&seed=0&split=test"},
             "eval.sources: exact?column=no: no: no row has this column",
         ),
+        ("ppo", {"ppo.kl_in": "loss"}, "ppo.kl_estimator: k1: on its own samples k1 teaches a policy nothing"),
+        (
+            "grpo",
+            {"grpo.max_pass_rate": 0.9, "eval.success": 1, "rewards.scale": "running"},
+            "rewards.scale: running: makes eval.success another score in each rollout",
+        ),
         ("grpo", {"grpo.importance_cap": 3}, "grpo.importance_cap: 3.0: does nothing without sampler"),
         ("ppo", {"optim.adam_style": "tf", "optim.name": "sgd"}, "optim.adam_style: tf: sgd has no epsilon"),
     ],

@@ -92,6 +92,15 @@ def test_running_scale_divides_by_the_spread_so_far_and_keeps_the_mean() -> None
     assert scorer((1.0, [7.0]), scale="running")(completions(1)).total.tolist() == [7.0]
 
 
+def test_policies_of_all_times_are_compared_by_plain_sums() -> None:
+    """Normalised and scaled, scores of 1 and 3 are -1 and 1 in every rollout; held-out answers are told 2 and 6, less
+    what a cut costs, and scaling has not seen them."""
+    found = scorer((2.0, [1, 3]), combine="normalise", scale="running", online=Online(missing_eos=0.5))
+    plain = found.plain()
+    assert plain(completions(2, "el")).total.tolist() == [2.0, 5.5]
+    assert found.moments.count == 0 and found.config.combine == "normalise"
+
+
 def test_running_scale_goes_on_where_it_stood() -> None:
     rollouts: list[Values] = [[0.1, 2.7], [4.3, -6.0], [1.1, 1.2]]
     whole = Scorer([Weighted(Said("s", rollouts.copy()), 1.0)], Rewards(scale="running"), Online())
