@@ -1,6 +1,6 @@
 """SFT and PPO's four layouts: memory, the largest row under a cap, time, and passes through transformers.
 
-    python benchmarks/hydra.py [--repeats 3] [--cap 3] [--folder FOLDER]
+    python benchmarks/hydra.py [--repeats 3] [--cap 3] [--no-verify] [--folder FOLDER]
 
 SmolLM2-135M in fp32, adapters of rank 16. A short joint stage makes one hydra, which all layouts start from and are
 judged by, so that all draw the same first completions and score them alike; SFT learns those. `separate` holds policy,
@@ -28,6 +28,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Bench:
     def prepare(self) -> None:
         """The joint stage; prompts; completions of them. What is there already stays."""
         if self.told.exists():
-            self.sample = self.announced("hydra", 1)["tokens"]
+            self.sample = self.kept("one sample", lambda: self.announced("hydra", 1))["tokens"]
             return
         write_prompts(self.prompts)
         model, joint = as_hf_folder(self.folder / "model"), self.folder / "joint"
@@ -86,7 +87,7 @@ class Bench:
             stage = ["align", "reward", "--model.source", str(model), *pairs, *LORA, *self.fixed(4096)]
             self.run("joint", stage).check()
             run_child([*LITRECIPE, "model", "merge", joint, self.hydra], threads=THREADS).check()
-        self.sample = self.announced("hydra", 1)["tokens"]
+        self.sample = self.kept("one sample", lambda: self.announced("hydra", 1))["tokens"]
         first = self.command("hydra", 2 * BATCH, BATCH)
         self.run("first", [*first, "--train.max_steps", "1"]).check()
         write_told(self.folder / "first" / "rollouts" / "000001.jsonl", self.told)
@@ -131,6 +132,21 @@ class Bench:
         program = [sys.executable, REPO / "benchmarks" / "passes.py", self.folder / "passes.json"]
         words = [*program, *command, "--out_dir", out]
         return run_child(words, threads=THREADS, extra={"MALLOC_ARENA_MAX": "1", "PYTHONPATH": str(REPO)})
+
+    def kept(self, name: str, find: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What was found under this name before in the same folder, or is found now."""
+        path = self.folder / "found.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if name not in found:
+            found[name] = find()
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(name, found[name], flush=True)
+        return dict(found[name])
+
+    def imports(self) -> dict[str, Any]:
+        """What a process holds that imports and does nothing."""
+        words = [sys.executable, "-c", IMPORTS]
+        return {"bytes": run_child(words, extra={"MALLOC_ARENA_MAX": "1"}).check().peak_rss}
 
     def announced(self, method: str, in_a_row: int) -> dict[str, Any]:
         """The dry run's table in bytes, with `tokens` of the largest row."""
@@ -178,27 +194,33 @@ def write_told(rollout: Path, out: Path) -> None:
     out.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in told))
 
 
-def largest_row(bench: Bench, method: str, of_batch: float, cap: float, baseline: int) -> dict[str, Any]:
-    """The most samples that go through one pass with the peak under `cap` bytes: announced, and measured.
-
-    The announced peak, which is `of_batch` for `BATCH` samples, is linear in their number.
-    """
-    of_one = bench.announced(method, 1)["peak"]
-    if of_one > cap:
-        return {"announced": 0}
-    announced = 1 + int((cap - of_one) / (of_batch - of_one) * (BATCH - 1))
-    if method in SFT:
+def largest_row(
+    bench: Bench, method: str, table: dict[str, Any], cap: float, baseline: int, *, verify: bool
+) -> dict[str, Any]:
+    """The most samples that go through one pass with the peak under `cap` bytes: announced, and measured."""
+    announced = 0
+    while announced_peak(table, announced + 1) <= cap:
+        announced += 1
+    if method in SFT or not announced or not verify:
         return {"announced": announced}
     peaks: dict[int, int] = {}
 
     def fits(count: int) -> bool:
-        peaks[count] = bench.measured(method, count, baseline)["peak_mib"]
+        name = f"{method}, {count} in a row"
+        peaks[count] = bench.kept(name, lambda: bench.measured(method, count, baseline))["peak_mib"]
         return peaks[count] * MIB <= cap
 
     return {"announced": announced, "measured": walk(fits, announced), "peaks_mib": dict(sorted(peaks.items()))}
 
 
-def walk(fits: Any, count: int) -> int:
+def announced_peak(table: dict[str, Any], samples: int) -> float:
+    """That of a row of so many samples, from the table of `BATCH` of them: see `engine.memory.MemoryTable.peak`."""
+    share = samples / BATCH
+    always = sum(table.get(name, 0) for name in ("weights", "reference", "judges", "optimizer"))
+    return always + share * (table["scratch"] + table["holes"]) + max(share * table["activations"], table["gradients"])
+
+
+def walk(fits: Callable[[int], bool], count: int) -> int:
     """The largest count that fits, from a guess on."""
     if fits(count):
         while fits(count + 1):
@@ -239,24 +261,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cap", type=float, default=3.0, help="GiB")
-    parser.add_argument("--folder", help="to work in, where what was prepared stays")
+    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="run the largest rows")
+    parser.add_argument("--folder", help="to work in; a benchmark that was stopped goes on there")
     args = parser.parse_args()
-    baseline = run_child([sys.executable, "-c", IMPORTS], extra={"MALLOC_ARENA_MAX": "1"}).check().peak_rss
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(args.folder or folder))
         bench.prepare()
-        tables = {method: bench.announced(method, BATCH) for method in METHODS}
+        baseline = bench.kept("imports", bench.imports)["bytes"]
+        tables = {
+            method: bench.kept(f"{method}, announced", lambda method=method: bench.announced(method, BATCH))
+            for method in METHODS
+        }
         runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
-        for _ in range(args.repeats):
+        for turn in range(args.repeats):
             for method in METHODS:
-                runs[method].append(bench.measured(method, BATCH, baseline))
-                print(method, runs[method][-1], flush=True)
+                name = f"{method}, turn {turn}"
+                run = bench.kept(name, lambda method=method: bench.measured(method, BATCH, baseline))
+                runs[method].append(run)
         methods: dict[str, Any] = {}
         cap = args.cap * 2**30
         for method in METHODS:
             methods[method] = summary(tables[method], runs[method])
-            methods[method]["largest_row"] = largest_row(bench, method, tables[method]["peak"], cap, baseline)
-            print(method, methods[method]["largest_row"], flush=True)
+            methods[method]["largest_row"] = largest_row(
+                bench, method, tables[method], cap, baseline, verify=args.verify
+            )
     columns = ("static_mib", "announced_mib", "measured_mib", "cpu_seconds_a_sample", "backbones", "passes")
     print_table(
         ["", *columns, "largest row"],
