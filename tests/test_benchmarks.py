@@ -375,3 +375,38 @@ def test_nothing_the_bandit_learns_is_beyond_the_exact_optimum(monkeypatch: pyte
     )
     assert (best >= learnt).all() and (learnt > value(reference)).all()
     assert ((best - learnt) < 0.1 * (best - value(reference))).all()
+
+
+def test_passes_of_a_layout_are_counted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policy, critic and reference each look at a rollout once, the first two learn it twice, all on one base."""
+    passes = load(BENCHMARKS / "passes.py", monkeypatch)
+    given = {
+        "model": tiny_model,
+        "data.train": "toy:units?n=8&seed=0",
+        "rewards.sources": "{exact: 1}",
+        "adapter.r": 2,
+        "ppo.rollout_batch_size": 4,
+        "ppo.max_new_tokens": 4,
+        "ppo.epochs": 2,
+        "train.max_steps": 2,
+        "fabric.accelerator": "cpu",
+        "log.loggers": "[]",
+        "out_dir": tmp_path / "run",
+    }
+    words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+    assert passes.count(tmp_path / "passes.json", ["align", "ppo", *words]) == 0
+    counted = json.loads((tmp_path / "passes.json").read_text())
+    rollout = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["tokens"] // 2
+    assert counted["backbones"] == 1
+    assert counted["tokens"]["look"] == 3 * rollout and counted["tokens"]["learn"] == 2 * 2 * rollout
+    assert len(counted["cpu"]) == 2 and counted["cpu"][0] < counted["cpu"][1]
+
+
+def test_the_largest_row_is_looked_for_from_a_guess_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and optimizer are 10, gradients 4, and for 8 samples scratch and holes 8, activations 16: n samples take
+    10 + n + max(2 n, 4)."""
+    hydra = load(BENCHMARKS / "hydra.py", monkeypatch)
+    table = {"weights": 6, "optimizer": 4, "gradients": 4, "activations": 16, "scratch": 5, "holes": 3}
+    assert [hydra.announced_peak(table, n) for n in (1, 2, 8)] == [15, 16, 34]
+    assert {hydra.walk(lambda n: n <= 7, guess) for guess in (1, 6, 7, 8, 12)} == {7}
+    assert hydra.walk(lambda _: False, 3) == 0
