@@ -111,7 +111,8 @@ def _show(
     show_recipe(recipe)
     load = longest_rows(recipe, shape, prompts, world)
     bytes_each = precision_of(recipe).itemsize
-    judges = [open_model(spec.removeprefix(MODEL)) for spec in recipe.rewards.sources if spec.startswith(MODEL)]
+    sources = [*recipe.rewards.sources, *(recipe.eval.sources if isinstance(recipe, OnlineRecipe) else [])]
+    judges = [open_model(spec.removeprefix(MODEL)) for spec in sources if spec.startswith(MODEL)]
     table = replace(
         memory_of(recipe, files, load, frozen_copy),
         judges=sum(bytes_each * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
