@@ -41,6 +41,9 @@ bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-py
 	$(BIN)/python benchmarks/dpo.py $(PEERS)
 	$(BIN)/python benchmarks/preferences.py
 	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/hydra.py
+	$(BIN)/python benchmarks/bandit.py
+	$(BIN)/python benchmarks/ladder.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/malformed.py
 
