@@ -197,13 +197,14 @@ def setting(bandits: Bandits, start: Weights, l2: float) -> dict[str, dict[str, 
     return {name: bandits.masses(logps) for name, logps in policies.items()}
 
 
-def summary(masses: Sequence[float]) -> dict[str, float]:
-    """How S X probabilities are distributed."""
+def summary(masses: Sequence[float]) -> dict[str, Any]:
+    """How S X probabilities are distributed; `tenths` counts those in each tenth of the way from 0 to 1."""
     values = torch.tensor(masses, dtype=torch.float64)
     low, middle, high, extreme = values.quantile(torch.tensor([0.25, 0.5, 0.75, 0.95], dtype=torch.float64)).tolist()
     told = {"mean": values.mean(), "sd": values.std(), "above_a_half": (values > 0.5).double().mean()}
     quantiles = {"q25": low, "median": middle, "q75": high, "q95": extreme}
-    return {name: round(float(value), 4) for name, value in {**told, **quantiles}.items()}
+    tenths = values.histc(10, 0, 1).int().tolist()
+    return {name: round(float(value), 4) for name, value in {**told, **quantiles}.items()} | {"tenths": tenths}
 
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -253,8 +254,9 @@ def main() -> None:
             for policy, one in told[name].items()
         ]
         print_table(["policy", *names, "best: mean"], rows)
+    spent = {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(time.process_time(), 1)}
     job = {"seeds": seeds, "prompts": PROMPTS, "answers": ANSWERS, "comparisons": COMPARISONS, "beta": BETA, "l2": L2}
-    result = {"job": job, "seconds": round(time.monotonic() - began, 1), "settings": told, "masses": found}
+    result = {"job": job, **spent, "settings": told}
     draw(found, write_result("bandit", result).with_suffix(".png"))
 
 

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,8 @@ def compare(ladder: Ladder, rates: dict[str, float], seeds: Iterable[int]) -> di
         for name in ("final", "worst"):
             one[name] = student([run[name] for run in one["runs"].values()])
     arms = list(rates)
-    pairs = [*zip(arms[1:], arms, strict=False), (arms[-1], arms[0])]
     apart: dict[str, Any] = {}
-    for better, worse in pairs:
+    for worse, better in [*pairwise(arms), (arms[0], arms[-1])] if arms else []:
         ours, theirs = (found[arm]["runs"] for arm in (better, worse))
         shared = [seed for seed in ours if seed in theirs]
         apart[f"{better} - {worse}"] = {
@@ -202,7 +202,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             bands[name] = [(x, min(y), max(y)) for x, y in zip(episodes, at, strict=True)]
         if lines:
             panels.append(Panel(f"{regime}: success on held-out sums", lines, bands=bands))
-    draw_panels(panels, path, "PPO on three-digit sums: mean, and range over the seeds", xlabel="completions")
+    draw_panels(panels, path, "Sums: mean and range of the seeds", xlabel="completions")
 
 
 def main() -> None:
