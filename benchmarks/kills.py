@@ -1,6 +1,6 @@
 """Kill -9 at random moments, resume, and compare with the unbroken run to the last bit.
 
-    python benchmarks/kills.py [--kills 10] [--seed 0] [--methods align …]
+    python benchmarks/kills.py [--kills 10] [--seed 0] [--methods align …] [--only grpo …] [--forked]
 
 For full fine-tuning, LoRA and DoRA, a reward model, and DPO with every kind of reference: a shrunken model trains 40
 steps over packed samples, across epoch ends. A second run is killed again and again: while it starts, between two
@@ -8,7 +8,9 @@ steps, and inside a save. Final weights, the last checkpoint's weights, optimize
 aside) and flight record must be equal. Preference learning is killed three times unless --kills says otherwise. Methods
 that sample are killed in the midst of sampling too, and what they sampled, paired and kept of rounds must be equal as
 well. A pipeline of five stages is killed in each of them and between them; no stage may outlive it. Each of `finetune`,
-`align`, `online` and `pipeline` has a result of its own; `--methods` names those that are wanted.
+`align`, `online` and `pipeline` has a result of its own; `--methods` names those that are wanted, `--only` some methods
+of them, where the others keep their numbers. `--forked` starts runs from a process that has imported everything, which
+saves seconds each time; they are processes like any other, but nobody is killed while he imports.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import LITRECIPE, REPO, as_hf_folder, environment, print_table, read_lines, write_result
+from common import LITRECIPE, REPO, RESULTS, as_hf_folder, environment, print_table, read_lines, write_result
 
 FULL = ["--optim.lr", "1e-3"]
 LORA = ["--adapter.method", "lora", "--adapter.r", "8"]
@@ -131,12 +133,21 @@ class Job:
     """A training command, less its run directory."""
 
     flags: list[str]
+    forked: bool = False
+    """Whether it starts from a process that has imported everything."""
 
-    def start(self, out: Path) -> subprocess.Popen[bytes]:
-        command = [*LITRECIPE, *self.flags, "--out_dir", str(out), "--checkpoint.resume", "auto"]
+    def start(self, out: Path) -> Any:
+        """The process: a `subprocess.Popen`, or what is like one."""
+        words = [*self.flags, "--out_dir", str(out), "--checkpoint.resume", "auto"]
         log = out.with_suffix(".log").open("ab")
+        if self.forked:
+            sys.path.append(str(REPO / "tests"))
+            from preloaded import Run
+
+            os.environ.update(environment(threads=1))
+            return Run(words, log, log, REPO)
         return subprocess.Popen(
-            command, cwd=REPO, env=environment(threads=1), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [*LITRECIPE, *words], cwd=REPO, env=environment(threads=1), stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
 
     def finish(self, out: Path) -> None:
@@ -268,10 +279,12 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
-def killed_and_resumed(kind: str, method: list[str], kills: int, chance: random.Random) -> dict[str, Any]:
+def killed_and_resumed(
+    kind: str, method: list[str], kills: int, chance: random.Random, forked: bool = False
+) -> dict[str, Any]:
     """How often a run was killed at which moment, and what differs from one that was not."""
     with tempfile.TemporaryDirectory() as folder:
-        job = shrunken_job(Path(folder), kind, method)
+        job = replace(shrunken_job(Path(folder), kind, method), forked=forked)
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "run"
         job.finish(broken)
         broken.rename(unbroken)  # both are made at one place: names of sources and samples tell it
@@ -293,22 +306,30 @@ def main() -> None:
     parser.add_argument("--kills", type=int, help="kills of each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--only", nargs="+", default=[], help="names of methods: the others keep their numbers")
+    parser.add_argument("--forked", action="store_true", help="start runs from a process that has imported everything")
     args = parser.parse_args()
     differ = False
     for kind in args.methods:
         chance = random.Random(args.seed)
         kills = args.kills or KILLS[kind]
-        results: dict[str, Any] = {}
+        settings: dict[str, Any] = {"seed": args.seed, "steps": STEPS[kind], "checkpoint_every": EVERY}
+        if args.forked:
+            settings["started"] = "forked from a process that had imported everything"
+        if kind == "pipeline":
+            settings["killed_in_or_after"] = STAGES[:kills]
+        kept = RESULTS / f"{NAMES[kind]}.json"
+        known = json.loads(kept.read_text())["methods"] if args.only and kept.exists() else {}
         for name, method in METHODS[kind].items():
-            results[name] = killed_and_resumed(kind, method, kills, chance)
-            print(name, json.dumps(results[name]), flush=True)
+            if args.only and name not in args.only:
+                continue
+            known[name] = killed_and_resumed(kind, method, kills, chance, args.forked)
+            print(name, json.dumps(known[name]), flush=True)
+            results = {other: known[other] for other in METHODS[kind] if other in known}
+            write_result(NAMES[kind], {**settings, "methods": results})
         rows = [[name, *found["killed"].values(), found["different"] or "nothing"] for name, found in results.items()]
         moments = [said for moment, said in SAID.items() if moment in MOMENTS[kind]]
         print_table(["method", *moments, "different from the unbroken run"], rows)
-        settings: dict[str, Any] = {"seed": args.seed, "steps": STEPS[kind], "checkpoint_every": EVERY}
-        if kind == "pipeline":
-            settings["killed_in_or_after"] = STAGES[:kills]
-        write_result(NAMES[kind], {**settings, "methods": results})
         differ = differ or any(found["different"] for found in results.values())
     if differ:
         sys.exit(1)
