@@ -48,7 +48,8 @@ class Model:
 
     source: str = ""
     """A Hugging Face folder, a hub id (`org/name`), a GGUF file, a PEFT adapter folder (whose adapter is trained on), a
-    run directory (its final model), or a `config.json` with `init: random`. `hub:…` lies among the program's recipes."""
+    run directory (its final model), or a `config.json` with `init: random`. `hub:…` lies among the recipes of the
+    hub."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads weights; `random` builds the `config.json` of `source` from scratch."""
     tokenizer: str | None = None
