@@ -45,7 +45,7 @@ COMPLETIONS = 2 * PAIRS
 HELD_OUT = 512
 SEEDS = range(5)
 METHODS = ("dpo", "iterative-dpo", "ppo")
-LEVELS = (1.0, 2.0, 4.0, 8.0, 16.0)
+LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Nats of KL at which methods are compared, where they reach that far."""
 RESAMPLED = 2000
 SHOWN = 3

@@ -227,7 +227,7 @@ def test_methods_are_compared_where_they_went_equally_far(monkeypatch: pytest.Mo
         "apart": {"ppo - dpo": {"mean": 3.0, "low": 3.0, "high": 3.0}},
     }
     assert found["at_equal_kl"]["1"]["apart"]["iterative-dpo - dpo"]["mean"] == 0.5
-    assert found["at_equal_kl"]["16"] == {"gold": {}, "apart": {}}
+    assert found["at_equal_kl"]["8"] == {"gold": {"dpo": 2.8284}, "apart": {}}  # √8: the line is reward = √KL
     assert found["last"]["wins"]["ppo over dpo"]["mean"] == 1.0
     assert found["curves"]["dpo"][1]["gold"] == 1.0 and found["curves"]["dpo"][1]["different"] == 0.125
     again = budget.over_seeds({"0": found, "1": found})
