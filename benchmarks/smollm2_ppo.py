@@ -54,7 +54,7 @@ A_ROW, ROWS = 8, 200
 """Sentences of one row of the judge's, half of them glad, and how many rows there are."""
 JUDGED = 16
 """Completions of each rollout that are judged afterwards."""
-SHOWN = 12
+SHOWN = 10
 """Pairs of completions that are written down."""
 BATCH_TOKENS, CACHE_TOKENS = 4096, 8192
 """Of a forward pass, and places of the cache in sampling."""
