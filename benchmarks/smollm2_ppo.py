@@ -1,11 +1,11 @@
 """PPO on the real model: SmolLM2-135M learns to sound glad, and to write fields as JSON.
 
-    python benchmarks/smollm2_ppo.py [--only sentiment|json] [--work FOLDER] [--threads 1]
+    python benchmarks/smollm2_ppo.py [--only sentiment|fields] [--work FOLDER] [--threads 1]
 
 Sentiment: the model learns to write film reviews, and PPO makes it continue their openings gladly, scored by the
 lexicon VADER. A lexicon alone is won by saying "great" over and over, so three others judge: a reward model of labelled
 sentences that PPO never saw, the share of different pairs of words, and the perplexity of the model PPO started from.
-JSON: fine-tuning is stopped where a third to a half of the answers are right, and PPO goes on from there.
+Fields: fine-tuning is stopped where a third to a half of the answers are right, and PPO goes on from there.
 
 Both answer 512 held-out prompts before and after; differences are paired by prompt, and come with the half-width of
 their 95 % interval. What is finished in `--work` is not run again, and a run that was interrupted goes on. Parts that
@@ -330,7 +330,7 @@ def judged_on_the_way(run: Path, judge: Path, threshold: float) -> list[list[flo
     ]
 
 
-def json_extraction(bench: Bench) -> dict[str, Any]:
+def fields(bench: Bench) -> dict[str, Any]:
     """Fields as JSON, by a schema and the right values."""
     start = bench.merged(bench.train("json/sft", "finetune", *on(bench.model)))
     run = bench.train("json/ppo", "align ppo", *on(start))
@@ -385,13 +385,13 @@ def draw(name: str, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the parts and writes the result."""
-    parts: dict[str, Callable[[Bench], dict[str, Any]]] = {"sentiment": sentiment, "json": json_extraction}
+    parts: dict[str, Callable[[Bench], dict[str, Any]]] = {"sentiment": sentiment, "fields": fields}
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--work", type=Path, help="a folder for runs and data that is kept (default: one that is not)")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    if not SENTENCES.exists() and arguments.only != "json":
+    if not SENTENCES.exists() and arguments.only != "fields":
         sys.exit("benchmark: the labelled sentences are not here")
     os.environ.update(environment(arguments.threads))  # torch, which is imported later, counts its threads by it
     path = RESULTS / "smollm2_ppo.json"
