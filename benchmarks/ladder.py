@@ -46,6 +46,8 @@ LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 TUNING_SEED = 100
 SEEDS = range(5)
 EPISODES = 25_600
+MEASURES = ("final", "worst", "final_sampled")
+"""Success on held-out sums: of the likeliest answers, at the end and where it was lowest; of samples at the end."""
 COMPLETIONS_PER_PROMPT = 4
 
 
@@ -54,6 +56,8 @@ class Ladder:
 
     def __init__(self, work: Path, *, may_run: bool) -> None:
         self.work, self.may_run = work, may_run
+        self.missing: list[str] = []
+        """Names of runs that are not finished and may not run."""
 
     @cached_property
     def start(self) -> Path:
@@ -65,7 +69,10 @@ class Ladder:
         sums = f"toy:addition?n={EPISODES // COMPLETIONS_PER_PROMPT}&seed={seed + 1}"
         words = ["--model", self.start, "--data.train", sums, "--optim.lr", lr, "--train.seed", seed]
         out = self.run(f"{arm}-{lr:g}-{seed}", "align", "ppo", "--config", f"{HUB}/{arm}", *words)
-        return out if (out / "final").exists() else None
+        if (out / "final").exists():
+            return out
+        self.missing.append(out.name)
+        return None
 
     def run(self, name: str, *words: object) -> Path:
         """The run directory of a run, which is done if it has to be."""
@@ -111,6 +118,7 @@ def told(out: Path) -> dict[str, Any]:
     steps = [one for one in records if "loss" in one]
     last = steps[-1]["step"]
     curve = [(one["step"] / last * EPISODES, one["eval_success"]) for one in records if "eval_success" in one]
+    sampled = [one["eval_sampled/success"] for one in records if "eval_success" in one]
     end = steps[-max(1, len(steps) // 20) :]
     begin = steps[0]["reward"]
     return {
@@ -118,7 +126,8 @@ def told(out: Path) -> dict[str, Any]:
         "final": curve[-1][1],
         "worst": min(success for _, success in curve[1:]),
         "best": max(success for _, success in curve),
-        "sampled": [one["eval_sampled/success"] for one in records if "eval_success" in one],
+        "sampled": sampled,
+        "final_sampled": sampled[-1],
         "steps": last,
         "reward_gained": round(statistics.mean(one["reward"] for one in end) - begin, 3),
         "kl": round(statistics.mean(one["kl"] for one in end), 3),
@@ -137,7 +146,7 @@ def compare(ladder: Ladder, rates: dict[str, float], seeds: Iterable[int]) -> di
             if out is not None:
                 found[arm]["runs"][str(seed)] = told(out)
     for one in found.values():
-        for name in ("final", "worst"):
+        for name in MEASURES:
             one[name] = student([run[name] for run in one["runs"].values()])
     arms = list(rates)
     apart: dict[str, Any] = {}
@@ -145,7 +154,7 @@ def compare(ladder: Ladder, rates: dict[str, float], seeds: Iterable[int]) -> di
         ours, theirs = (found[arm]["runs"] for arm in (better, worse))
         shared = [seed for seed in ours if seed in theirs]
         apart[f"{better} - {worse}"] = {
-            name: student([ours[seed][name] - theirs[seed][name] for seed in shared]) for name in ("final", "worst")
+            name: student([ours[seed][name] - theirs[seed][name] for seed in shared]) for name in MEASURES
         }
     return {"arms": found, "paired_by_seed": apart}
 
@@ -178,12 +187,12 @@ def show(regime: str, found: dict[str, Any]) -> None:
 
     print(f"\n{regime}: success on held-out sums, mean over seeds and half of its 95 % interval")
     rows = [
-        [arm, f"{one['lr']:g}", len(one["runs"]), said(one["final"]), said(one["worst"])]
+        [arm, f"{one['lr']:g}", len(one["runs"]), *(said(one[name]) for name in MEASURES)]
         for arm, one in found["arms"].items()
     ]
-    print_table(["rung", "lr", "seeds", "final", "worst"], rows)
-    rows = [[pair, said(one["final"]), said(one["worst"])] for pair, one in found["paired_by_seed"].items()]
-    print_table(["paired by seed", "final", "worst"], rows)
+    print_table(["rung", "lr", "seeds", *MEASURES], rows)
+    rows = [[pair, *(said(one[name]) for name in MEASURES)] for pair, one in found["paired_by_seed"].items()]
+    print_table(["paired by seed", *MEASURES], rows)
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -195,6 +204,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
         lines, bands = {}, {}
         for arm, one in result.get(regime, {"arms": {}})["arms"].items():
             curves = [run["curve"] for run in one["runs"].values()]
+            if not curves:
+                continue
             name = f"{ARMS[arm]} (lr {one['lr']:g})"
             at = [[point[1] for point in points] for points in zip(*curves, strict=True)]
             episodes = [point[0] for point in curves[0]]
@@ -220,11 +231,13 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         if not arguments.tables:
             cli()
-        ladder = Ladder(work, may_run=not arguments.tables)
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
         for name, part in parts.items():
             if arguments.only in (None, name):
-                made = part(ladder, seeds)
+                ladder = Ladder(work, may_run=not arguments.tables)
+                made = part(ladder, seeds) | {"missing": ladder.missing}
+                if not any(one["runs"] for one in [*made["arms"].values(), {"runs": made.get("tried")}]):
+                    continue
                 show(name, made)
                 kept = json.loads(path.read_text()) if path.exists() else {}
                 result = {"episodes": EPISODES, **{one: kept[one] for one in parts if one in kept}, name: made}
