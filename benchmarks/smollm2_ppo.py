@@ -331,21 +331,19 @@ def judged_on_the_way(run: Path, judge: Path, threshold: float) -> list[list[flo
 
 
 def fields(bench: Bench) -> dict[str, Any]:
-    """Fields as JSON, by a schema and the right values."""
+    """Fields as JSON, by a schema and the right values; the likeliest answers, and sampled ones, which PPO learns."""
     start = bench.merged(bench.train("json/sft", "finetune", *on(bench.model)))
     run = bench.train("json/ppo", "align ppo", *on(start))
-    rewards = {"reward": FIELDS, "exact": "exact"}
-    answered = {name: answers(model, QUESTIONS, 40, 0.0) for name, model in (("before", start), ("after", run))}
-    measured = {
-        name: {metric: scores(spec, said) for metric, spec in rewards.items()} for name, said in answered.items()
-    }
-    found: dict[str, Any] = {name: {m: mean(values) for m, values in one.items()} for name, one in measured.items()}
-    found["after_minus_before"] = {m: apart(measured["before"][m], measured["after"][m]) for m in rewards}
-    sampled = answers(run, QUESTIONS, 40, 1.0)
-    found["after"]["sampled_exact"] = mean(scores("exact", sampled))
-    found["after"] |= divergence(run, start, sampled)
+    found: dict[str, Any] = {"before": {}, "after": {}, "after_minus_before": {}}
+    for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        before, after = (answers(model, QUESTIONS, 40, temperature) for model in (start, run))
+        for metric, spec in (("reward", FIELDS), ("exact", "exact")):
+            pair = scores(spec, before), scores(spec, after)
+            found["before"][f"{way}_{metric}"], found["after"][f"{way}_{metric}"] = map(mean, pair)
+            found["after_minus_before"][f"{way}_{metric}"] = apart(*pair)
+    found["after"] |= divergence(run, start, after)
     found["ppo"] = told(run)
-    found["completions"] = beside(answered)
+    found["completions"] = beside({"before": before, "after": after})
     return found
 
 
