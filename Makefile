@@ -44,6 +44,8 @@ bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-py
 	$(BIN)/python benchmarks/hydra.py
 	$(BIN)/python benchmarks/bandit.py
 	$(BIN)/python benchmarks/ladder.py
+	$(BIN)/python benchmarks/budget.py
+	$(BIN)/python benchmarks/smollm2_ppo.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/malformed.py
 
