@@ -163,6 +163,25 @@ def as_hf_folder(folder: Path) -> Path:
     return folder
 
 
+class Workplace:
+    """A folder in which litrecipe runs; what is finished there is not run again."""
+
+    def __init__(self, work: Path, threads: int) -> None:
+        self.work, self.threads = work, threads
+        self.model = as_hf_folder(work / "model")
+
+    def run(self, *words: object) -> None:
+        """A command, which must end well."""
+        run_child([str(word) for word in (*LITRECIPE, *words)], threads=self.threads).check()
+
+    def finished(self, name: str, verb: str, *words: object) -> Path:
+        """The run directory of a finished run."""
+        out = self.work / name
+        if not (out / "final").exists():
+            self.run(*verb.split(), *words, "--out_dir", out)
+        return out
+
+
 @dataclass(frozen=True)
 class Goals:
     """What we aim at against a peer."""

@@ -22,7 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from common import LITRECIPE, RESULTS, SHARED, as_hf_folder, print_table, read_lines, run_child, write_result
+from common import RESULTS, SHARED, Workplace, print_table, read_lines, write_result
 
 PREFERENCES = SHARED / "data" / "pref"
 HELD_OUT = 5
@@ -79,27 +79,18 @@ def write(path: Path, rows: Rows, count: int | None = None) -> Path:
     return path
 
 
-class Bench:
-    """Runs litrecipe in a folder; what is there already is not run again."""
-
-    def __init__(self, work: Path, threads: int) -> None:
-        self.work, self.threads = work, threads
-        self.model = as_hf_folder(work / "model")
+class Bench(Workplace):
+    """Trains reward models and policies, and evaluates them."""
 
     def train(self, name: str, verb: str, *words: object) -> Path:
         """The run directory of a finished run."""
-        out = self.work / name
-        if not (out / "final").exists():
-            command = [*LITRECIPE, *verb.split(), *ADAPTER, *COMMON, *words, "--out_dir", out]
-            run_child([str(word) for word in command], threads=self.threads).check()
-        return out
+        return self.finished(name, verb, *ADAPTER, *COMMON, *words)
 
     def evaluate(self, name: str, *words: object) -> list[dict[str, Any]]:
         """The samples of an evaluation."""
         out = self.work / f"{name}.json"
         if not out.exists():
-            command = [*LITRECIPE, "evaluate", *words, "--out", out, "--log_samples"]
-            run_child([str(word) for word in command], threads=self.threads).check()
+            self.run("evaluate", *words, "--out", out, "--log_samples")
         [samples] = self.work.glob(f"{name}.samples.*.jsonl")
         return read_lines(samples)
 

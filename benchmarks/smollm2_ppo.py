@@ -29,13 +29,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import (
-    LITRECIPE,
     RESULTS,
     SHARED,
-    as_hf_folder,
+    Workplace,
     environment,
     read_lines,
-    run_child,
     step_seconds,
     write_result,
 )
@@ -103,33 +101,19 @@ def write(path: Path, rows: Rows) -> Path:
     return path
 
 
-class Bench:
-    """Runs recipes of `config_hub/experiments` in a folder; what is finished there is not run again."""
-
-    def __init__(self, work: Path, threads: int) -> None:
-        self.work, self.threads = work, threads
-        self.model = as_hf_folder(work / "model")
+class Bench(Workplace):
+    """Runs recipes of `config_hub/experiments`."""
 
     def train(self, recipe: str, verb: str, *words: object) -> Path:
         """The run directory of `experiments/<recipe>`, finished."""
-        out = self.work / recipe
-        if not (out / "final").exists():
-            flags = [
-                "--config",
-                f"experiments/{recipe}",
-                "--data.cache_dir",
-                self.work / "cache",
-                "--log.loggers",
-                "[]",
-            ]
-            self._run(*verb.split(), *flags, *words, "--checkpoint.resume", "auto", "--out_dir", out)
-        return out
+        flags = ["--config", f"experiments/{recipe}", "--data.cache_dir", self.work / "cache", "--log.loggers", "[]"]
+        return self.finished(recipe, verb, *flags, *words, "--checkpoint.resume", "auto")
 
     def merged(self, run: Path) -> Path:
         """A run's model with its adapter folded into the base."""
         out = run.with_name("start")
         if not (out / "config.json").exists():
-            self._run("model", "merge", run, out)
+            self.run("model", "merge", run, out)
         return out
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -139,9 +123,6 @@ class Bench:
             made = json.dumps(make())
             path.write_text(made)
         return json.loads(path.read_text())
-
-    def _run(self, *words: object) -> None:
-        run_child([str(word) for word in (*LITRECIPE, *words)], threads=self.threads).check()
 
 
 def answers(model: Path, data: str | Path, new_tokens: int, temperature: float) -> Completions:
