@@ -14,6 +14,7 @@ from typing import Any
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
+from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import Architecture, to_classifier_config
 
 BESIDE_ADAPTER = "reward_config.json"
@@ -113,7 +114,7 @@ def _rank(token: str) -> int:
 
 def _template(folder: Path, config: dict[str, Any], replacement: str | None) -> str:
     """Source of the chat template, or of all there are."""
-    path = Path(replacement).expanduser() if replacement else folder / "chat_template.jinja"
+    path = path_of(replacement) if replacement else folder / "chat_template.jinja"
     if replacement or path.is_file():
         return path.read_text(encoding="utf-8")
     return json.dumps(config.get("chat_template"), ensure_ascii=False)
