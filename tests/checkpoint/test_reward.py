@@ -449,3 +449,14 @@ def test_the_real_model_equals_transformers(real_model: Path, tmp_path: Path) ->
     with torch.no_grad():
         expected = theirs(**batch).logits[:, 0]
         torch.testing.assert_close(model(make_row([tree])), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_template_of_the_hub_says_what_ends_a_turn(tmp_path: Path, base: Path) -> None:
+    """`<|im_end|>` is no end token of this tokenizer, but of experiments/json/chatml.jinja."""
+    specials = ["<|im_end|>", "<|spare|>"]
+    added = [{"id": id, "content": token, "special": True} for id, token in enumerate(specials, start=20)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 60}}, "added_tokens": added}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None, "pad_token": "<|im_end|>"}))
+    architecture = open_model(str(base)).architecture
+    assert pad_for_rewards(tmp_path, architecture) == "<|im_end|>"
+    assert pad_for_rewards(tmp_path, architecture, chat_template="hub:experiments/json/chatml.jinja") == "<|spare|>"
