@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,13 @@ def student(values: Sequence[float]) -> dict[str, Any]:
         return {"seeds": 0, "mean": None, "half": None}
     half = T_975[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) in T_975 else None
     return {"seeds": len(values), "mean": round(statistics.mean(values), 4), "half": half and round(half, 4)}
+
+
+def write_part(name: str, part: str, made: Any, parts: Collection[str]) -> Path:
+    """Writes one of the parts of a result; the others keep what they have."""
+    path = RESULTS / f"{name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    return write_result(name, {other: kept[other] for other in parts if other in kept} | {part: made})
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -22,7 +22,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, SHARED, Workplace, print_table, read_lines, write_result
+from common import SHARED, Workplace, print_table, read_lines, write_part
 
 PREFERENCES = SHARED / "data" / "pref"
 HELD_OUT = 5
@@ -225,16 +225,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not PREFERENCES.exists():
         sys.exit("benchmark: the public comparisons are not here")
-    path = RESULTS / "preferences.json"
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work, arguments.threads)
         for name, part in parts.items():
             if arguments.only in (None, name):
-                made = part(bench)
-                kept = json.loads(path.read_text()) if path.exists() else {}
-                write_result("preferences", {other: kept[other] for other in parts if other in kept} | {name: made})
+                write_part("preferences", name, part(bench), parts)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from common import (
     environment,
     read_lines,
     step_seconds,
-    write_result,
+    write_part,
 )
 
 if TYPE_CHECKING:
@@ -373,7 +373,6 @@ def main() -> None:
     if not SENTENCES.exists() and arguments.only != "fields":
         sys.exit("benchmark: the labelled sentences are not here")
     os.environ.update(environment(arguments.threads))  # torch, which is imported later, counts its threads by it
-    path = RESULTS / "smollm2_ppo.json"
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -381,8 +380,7 @@ def main() -> None:
         for name, part in parts.items():
             if arguments.only in (None, name):
                 made = part(bench)
-                kept = json.loads(path.read_text()) if path.exists() else {}
-                write_result("smollm2_ppo", {other: kept[other] for other in parts if other in kept} | {name: made})
+                write_part("smollm2_ppo", name, made, parts)
                 draw(name, made)
 
 

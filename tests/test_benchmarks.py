@@ -38,6 +38,19 @@ def test_a_result_is_written_without_git_and_without_an_extra(tmp_path: Path, mo
     assert common.write_result("none", {}).is_file()
 
 
+def test_a_part_that_is_run_again_leaves_the_others_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = load(BENCHMARKS / "common.py", monkeypatch)
+    monkeypatch.setattr(common, "REPO", tmp_path)
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    for part, made in (("second", 2), ("gone", 0), ("first", 1), ("second", 3)):
+        path = common.write_part("some", part, made, ["first", "second"])
+    found = json.loads(path.read_text())
+    assert [(name, found[name]) for name in found if name in ("first", "second", "gone")] == [
+        ("first", 1),
+        ("second", 3),
+    ]
+
+
 def test_a_checkout_is_named_by_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (BENCHMARKS.parent / ".git").exists():
         pytest.skip("no history here")
