@@ -118,7 +118,7 @@ class StageRun:
             "verb": self.stage.verb,
             "done": self.done,
             "steps": steps[-1] if steps else None,
-            "seconds": round(self.note.get("seconds", 0.0), 1),
+            "seconds": round(self.note.get("seconds", 0.0), 3),
             "metrics": last,
             "result": str(self.result.relative_to(self.pipeline.out_dir))
             if self.result.is_relative_to(self.pipeline.out_dir)
