@@ -1,6 +1,6 @@
 """PPO, iterative DPO and DPO at equal budget, judged by a gold classifier that none of them sees as it learns.
 
-    python benchmarks/budget.py [--seeds 0,1,2,3,4] [--work runs/budget] [--tables]
+    python benchmarks/budget.py [--model small|smollm2] [--seeds 0,1,2,3,4] [--work runs/budget] [--tables]
 
 A language model of 3.1M weights learns Yelp sentences from nothing; a gold classifier learns half of their labels. The
 gold labels pairs of the model's own completions, with the noise of a Bradley-Terry model. DPO and a proxy reward model
@@ -9,8 +9,10 @@ by the proxy. Every policy that a run saved on its way answers held-out prompts,
 random numbers: the gold's and the proxy's rewards against the exact KL to the fine-tuned model. Methods are compared at
 equal KL, prompt by prompt. Rewards count spreads of the fine-tuned model's own, from its mean.
 
-A seed takes everything but the fine-tuned model and the gold anew. Seeds in benchmarks/results/budget.json are not run
-again; runs that are finished, or were interrupted, in --work neither. --tables runs nothing.
+`smollm2` is the same with SmolLM2-135M as the language model, an eighth of pairs and completions, and LoRA; gold and
+proxy stay small. A seed takes everything but the fine-tuned model and the gold anew. Seeds in
+benchmarks/results/budget.json are not run again; runs that are finished, or were interrupted, in --work neither.
+--tables runs nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +26,26 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from math import exp, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import LITRECIPE, MACHINE, REPO, RESULTS, SHARED, print_table, read_lines, run_child, student, write_result
+from common import (
+    LITRECIPE,
+    MACHINE,
+    REPO,
+    RESULTS,
+    SHARED,
+    as_hf_folder,
+    print_table,
+    read_lines,
+    run_child,
+    student,
+    write_part,
+)
 
 HUB = REPO / "config_hub" / "experiments" / "budget"
 SENTENCES = SHARED / "data" / "sentiment" / "yelp_train.jsonl.gz"
@@ -39,10 +54,38 @@ TESTED = 20
 VOCABULARY = 2048
 PROMPT_TOKENS, NEW_TOKENS = 4, 16
 GOLD_PAIRS, GOLD_TESTED = 16_000, 2_000
-PAIRS, PAIRS_TESTED, SPARE_PAIRS = 8192, 512, 512
-"""To learn from, to test the proxy on, and besides: two equal completions are no pair."""
-COMPLETIONS = 2 * PAIRS
 HELD_OUT = 512
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A language model, and how much it is given."""
+
+    name: str
+    recipes: str
+    """What the names of its own recipes begin with."""
+    pairs: int
+    """To learn from; the methods that sample draw twice as many completions."""
+    pairs_tested: int
+    """To test the proxy on."""
+    spare_pairs: int
+    """Besides: two equal completions are no pair."""
+
+    @property
+    def sampled_pairs(self) -> int:
+        """All of them."""
+        return self.pairs + self.pairs_tested + self.spare_pairs
+
+    def folder(self, work: Path) -> Path:
+        """Where its seeds are."""
+        return work if self is SMALL else work / self.name
+
+
+SMALL = Scale("small", "", 8192, 512, 512)
+SMOLLM2 = Scale("smollm2", "smollm2-", 1024, 512, 128)
+SCALES = {scale.name: scale for scale in (SMALL, SMOLLM2)}
+SMOLLM2_SENTENCES, SMOLLM2_TESTED = 2048, 512
+"""That SmolLM2 is fine-tuned on, and its loss measured on."""
 SEEDS = range(5)
 METHODS = ("dpo", "iterative-dpo", "ppo")
 LEVELS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -118,8 +161,9 @@ def label(candidates: Rows, spread: float, seed: int) -> tuple[Rows, dict[str, f
 class Bench:
     """Runs litrecipe in a folder; what is finished there is not run again, what was interrupted goes on."""
 
-    def __init__(self, work: Path, threads: int) -> None:
-        self.work, self.threads = work, threads
+    def __init__(self, work: Path, threads: int, scale: Scale) -> None:
+        self.work, self.threads, self.scale = work, threads, scale
+        self.folder = scale.folder(work)
         self.seconds: dict[str, float] = {}
         """Run → wall-clock seconds here, processes and all; a run that was found finished is not in it."""
 
@@ -141,10 +185,12 @@ class Bench:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return path
 
+    def litrecipe(self, *words: object) -> None:
+        """A command, which must end well."""
+        run_child([str(word) for word in (*LITRECIPE, *words)], threads=self.threads).check()
+
     def common(self) -> dict[str, Any]:
         """What all seeds share: data, tokenizer, language model and gold classifier; how good the latter two are."""
-        import tokenizers
-
         with gzip.open(SENTENCES, "rt") as file:
             rows = [json.loads(line) for line in file]
         learnt = [row for row in rows if not is_tested(row["text"])]
@@ -155,56 +201,92 @@ class Bench:
         )
         folder = self.work / "tokenizer"
         if not folder.exists():
-            words = ["data", "train-tokenizer", sentences, folder, "--vocab_size", VOCABULARY]
-            run_child([str(word) for word in (*LITRECIPE, *words)], threads=self.threads).check()
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        # Shuffled once for all seeds, which draw other completions, not other prompts.
-        prompts = prompts_of((row["text"] for row in learnt), tokenizer)
-        random.Random(0).shuffle(prompts)
-        known = set(prompts)
-        held_out = [one for one in prompts_of((row["text"] for row in tested), tokenizer) if one not in known]
-        of_pairs = PAIRS + PAIRS_TESTED + SPARE_PAIRS
-        for name, some in (
-            ("prompts-of-pairs", prompts[:of_pairs]),
-            ("prompts", prompts[of_pairs : of_pairs + COMPLETIONS]),
-            ("held-out", held_out[:HELD_OUT]),
-        ):
-            self.write(f"{name}.jsonl", [{"prompt": prompt} for prompt in some])
+            self.litrecipe("data", "train-tokenizer", sentences, folder, "--vocab_size", VOCABULARY)
         words = ["--model", HUB / "config.json", "--model.tokenizer", folder]
-        sft = self.run("sft", "finetune", "sft", *words, "--data.train", sentences, "--data.val", test)
+        fine_tuned = self.run("sft", "finetune", "sft", *words, "--data.train", sentences, "--data.val", test)
         half = [row for row in learnt if _hash(row["text"]) // TESTED % 2]
         train, val = (
             self.write(f"gold-{name}.jsonl", gold_pairs(some, count))
             for name, some, count in (("train", half, GOLD_PAIRS), ("val", tested, GOLD_TESTED))
         )
-        words = ["--model", sft, "--data.train", train, "--data.val", val]
+        words = ["--model", fine_tuned, "--data.train", train, "--data.val", val]
         gold = self.run("gold", "align reward", "gold", *words)
-        losses = [record["eval_loss"] for record in read_lines(sft / "metrics.jsonl") if "eval_loss" in record]
+        if self.scale is not SMALL:
+            random.Random(0).shuffle(learnt)
+            learnt = learnt[:SMOLLM2_SENTENCES]
+            fine_tuned, folder = self.fine_tune_smollm2(learnt, tested[:SMOLLM2_TESTED])
+        self.write_prompts(folder, rows)
+        losses = [record["eval_loss"] for record in read_lines(fine_tuned / "metrics.jsonl") if "eval_loss" in record]
         return {
             "fine_tuned": {"sentences": len(learnt), "eval_loss": losses[-1]},
             "gold": {"labels": len(half), "pairs": GOLD_PAIRS, **json.loads((gold / "held_out.json").read_text())},
         }
 
+    def fine_tune_smollm2(self, learnt: Rows, tested: Rows) -> tuple[Path, Path]:
+        """The run, whose adapter is folded into `start`, and the model before it; it never sees a chat template."""
+        model = as_hf_folder(self.folder / "model")
+        (model / "chat_template.jinja").unlink(missing_ok=True)
+        config = json.loads((model / "tokenizer_config.json").read_text())
+        config.pop("chat_template", None)
+        (model / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        train, val = (
+            self.write(f"{self.scale.name}/{name}.jsonl", [{"text": row["text"]} for row in some])
+            for name, some in (("sentences", learnt), ("test", tested))
+        )
+        recipe = f"{self.scale.recipes}sft"
+        words = ["--model", model, "--data.train", train, "--data.val", val]
+        run = self.run(f"{self.scale.name}/sft", "finetune", recipe, *words)
+        if not (self.folder / "start" / "config.json").exists():
+            self.litrecipe("model", "merge", run, self.folder / "start")
+        return run, model
+
+    @property
+    def start(self) -> Path:
+        """The model that alignment begins with."""
+        return self.folder / ("sft" if self.scale is SMALL else "start")
+
+    def write_prompts(self, tokenizer_folder: Path, rows: Rows) -> None:
+        """Shuffled once for all seeds, which draw other completions, not other prompts."""
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+        prompts = prompts_of((row["text"] for row in rows if not is_tested(row["text"])), tokenizer)
+        random.Random(0).shuffle(prompts)
+        known = set(prompts)
+        held_out = prompts_of((row["text"] for row in rows if is_tested(row["text"])), tokenizer)
+        of_pairs = self.scale.sampled_pairs
+        for name, some in (
+            ("prompts-of-pairs", prompts[:of_pairs]),
+            ("prompts", prompts[of_pairs : of_pairs + 2 * self.scale.pairs]),
+            ("held-out", [one for one in held_out if one not in known][:HELD_OUT]),
+        ):
+            self.write(str(self.folder / f"{name}.jsonl"), [{"prompt": prompt} for prompt in some])
+
     def seed(self, seed: int) -> dict[str, Any]:
         """Pairs, proxy, the three methods, and the judgement."""
         self.seconds = {}
-        sft, gold, here = self.work / "sft", self.work / "gold", self.work / str(seed)
-        common = ["--model", sft, "--train.seed", seed]
-        words = ["--data.train", self.work / "prompts-of-pairs.jsonl", "--rewards.sources", f"{{model:{gold}: 1.0}}"]
-        sampled = self.run(f"{seed}/sample", "align rejection-sampling", "sample", *common, *words, made="best_of.json")
+        here, gold, own = self.folder / str(seed), self.work / "gold", self.scale.recipes
+        name = str(here.relative_to(self.work))
+        common = ["--model", self.start, "--train.seed", seed]
+        words = ["--data.train", self.folder / "prompts-of-pairs.jsonl", "--rewards.sources", f"{{model:{gold}: 1.0}}"]
+        sampled = self.run(
+            f"{name}/sample", "align rejection-sampling", f"{own}sample", *common, *words, made="best_of.json"
+        )
         config = json.loads((gold / "final" / "config.json").read_text())
         pairs, labels = label(read_lines(sampled / "candidates.jsonl"), config["reward_std"], seed)
-        tested, learnt = pairs[:PAIRS_TESTED], pairs[PAIRS_TESTED : PAIRS_TESTED + PAIRS]
-        assert len(learnt) == PAIRS, f"{len(learnt)} pairs: raise SPARE_PAIRS"
-        train = self.write(f"{seed}/pairs.jsonl", learnt)
-        val = self.write(f"{seed}/pairs-held-out.jsonl", tested)
-        of_pairs = [*common, "--data.train", train]
-        proxy = self.run(f"{seed}/proxy", "align reward", "proxy", *of_pairs, "--data.val", val)
-        self.run(f"{seed}/dpo", "align dpo", "dpo", *of_pairs)
-        sampling = [*common, "--data.train", self.work / "prompts.jsonl"]
+        tested, learnt = pairs[: self.scale.pairs_tested], pairs[self.scale.pairs_tested :][: self.scale.pairs]
+        assert len(learnt) == self.scale.pairs, f"{len(learnt)} pairs: raise spare_pairs"
+        train = self.write(f"{name}/pairs.jsonl", learnt)
+        val = self.write(f"{name}/pairs-held-out.jsonl", tested)
+        of_pairs = ["--train.seed", seed, "--data.train", train]
+        proxy = self.run(
+            f"{name}/proxy", "align reward", "proxy", "--model", self.work / "sft", *of_pairs, "--data.val", val
+        )
+        self.run(f"{name}/dpo", "align dpo", f"{own}dpo", "--model", self.start, *of_pairs)
+        sampling = [*common, "--data.train", self.folder / "prompts.jsonl"]
         sampling += ["--rewards.sources", f"{{model:{proxy}: 1.0}}"]
-        self.run(f"{seed}/iterative-dpo", "align iterative-dpo", "iterative-dpo", *sampling)
-        self.run(f"{seed}/ppo", "align ppo", "ppo", *sampling)
+        self.run(f"{name}/iterative-dpo", "align iterative-dpo", f"{own}iterative-dpo", *sampling)
+        self.run(f"{name}/ppo", "align ppo", f"{own}ppo", *sampling)
         judged = self.judge(here, seed)
         start = judged.pop("sft/0")
         curves: dict[str, Curve] = {}
@@ -225,13 +307,13 @@ class Bench:
         """What gold and proxy say of the answers of all policies, `method/step`, to the held-out prompts."""
         out = here / "judged.json"
         if not out.exists():
-            policies = {"sft/0": str(self.work / "sft" / "final")}
+            policies = {"sft/0": str(self.start)}
             for method in METHODS:
                 for saved in sorted((here / method / "checkpoints").glob("step-*")):
                     policies[f"{method}/{int(saved.name.removeprefix('step-'))}"] = str(saved)
-            sources = {"reference": self.work / "sft", "gold": self.work / "gold", "proxy": here / "proxy"}
+            sources = {"reference": self.start, "gold": self.work / "gold", "proxy": here / "proxy"}
             plan: dict[str, Any] = {name: str(path) for name, path in sources.items()} | {"policies": policies}
-            plan |= {"prompts": str(self.work / "held-out.jsonl"), "max_new_tokens": NEW_TOKENS, "seed": seed}
+            plan |= {"prompts": str(self.folder / "held-out.jsonl"), "max_new_tokens": NEW_TOKENS, "seed": seed}
             planned = here / "plan.json"
             planned.write_text(json.dumps(plan))
             print(f"{time.strftime('%H:%M:%S')} {seed}/judging", flush=True)
@@ -379,28 +461,34 @@ def draw(seeds: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def main() -> None:
     """Runs the seeds that are not in the result, and writes it after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="which, with commas between")
+    parser.add_argument("--model", choices=SCALES, default=SMALL.name, help="the language model")
+    parser.add_argument("--seeds", help="which, with commas between (default: five, or one of smollm2)")
     parser.add_argument("--work", type=Path, default=REPO / "runs" / "budget", help="a folder for runs and data")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only show and draw what the result has")
     arguments = parser.parse_args()
+    scale = SCALES[arguments.model]
+    seeds = arguments.seeds or ",".join(map(str, SEEDS if scale is SMALL else SEEDS[:1]))
+    part, picture = ("seeds", "budget") if scale is SMALL else (scale.name, f"budget.{scale.name}")
     path = RESULTS / "budget.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"seeds": {}}
-    result = {name: value for name, value in result.items() if name not in ("benchmark", "machine")}
-    missing = [seed for seed in arguments.seeds.split(",") if seed not in result["seeds"]]
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    done: dict[str, Any] = result.get(part, {})
+    missing = [seed for seed in seeds.split(",") if seed not in done]
     if missing and not arguments.tables:
         if not SENTENCES.exists():
             sys.exit("benchmark: the Yelp sentences are not here")
-        bench = Bench(arguments.work.resolve(), arguments.threads)
+        bench = Bench(arguments.work.resolve(), arguments.threads, scale)
         common = bench.common()
         for seed in missing:
-            result["seeds"][seed] = bench.seed(int(seed)) | {"common": common}
-            result["seeds"] = dict(sorted(result["seeds"].items()))
-            write_result("budget", result | {"all": over_seeds(result["seeds"])})
-            draw(result["seeds"], path.with_suffix(".png"))
-    show(result["seeds"])
+            done[seed] = bench.seed(int(seed)) | {"common": common}
+            done = dict(sorted(done.items()))
+            write_part("budget", part, done, ("seeds", "all", SMOLLM2.name))
+            if scale is SMALL:
+                write_part("budget", "all", over_seeds(done), ("seeds", "all", SMOLLM2.name))
+            draw(done, RESULTS / f"{picture}.png")
+    show(done)
     if arguments.tables:
-        draw(result["seeds"], path.with_suffix(".png"))
+        draw(done, RESULTS / f"{picture}.png")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ import torch
 
 from litrecipe.checkpoint import state
 from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.source import open_model
+from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config.groups import Data, Fabric, Generate
+from litrecipe.config.schema import load_run
 from litrecipe.data.prompts import Prompt, load_prompts
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import Ranks, make_fabric
+from litrecipe.model.adapters import add_adapter
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference
 from litrecipe.rollout.experience import Scored, by_completion, measure, samples_of
@@ -34,15 +36,20 @@ BUDGET = 8192
 
 
 @torch.no_grad()
-def restore(policy: Decoder, source: Path) -> None:
-    """Give the policy the weights of a checkpoint, or of a model folder."""
+def policy_of(files: ModelFiles, source: Path) -> Decoder:
+    """The model with the weights, or the adapter, of a run's checkpoint; a model folder as it is."""
     if state.step_of(source) < 0:
-        policy.load_state_dict(load_model(open_model(str(source))).state_dict())
-        return
+        return load_model(open_model(str(source))).eval().requires_grad_(False)
+    policy = load_model(files)
+    recipe = load_run(source.parents[1])
+    if recipe is not None and recipe.adapter.method != "none":
+        add_adapter(policy, recipe.adapter)
     saved = state.Saved(source).tensors("weights")
     names = {name.removeprefix("policy."): name for name in saved.names() if not name.startswith("critic.")}
     for name, parameter in policy.named_parameters():
-        parameter.copy_(saved.read(names[name]))
+        if parameter.requires_grad:
+            parameter.copy_(saved.read(names[name]))
+    return policy.eval().requires_grad_(False)
 
 
 def judge(
@@ -77,8 +84,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     fabric = Fabric(accelerator="cpu")
     files = open_model(plan["reference"])
     tokenizer = Tokenizer.load(files.tokenizer_dir)
-    policy, reference = (load_model(files).eval().requires_grad_(False) for _ in range(2))
-    module = PolicyAndReference(policy, reference)
+    reference = load_model(files).eval().requires_grad_(False)
     judges = {name: load_source(f"model:{plan[name]}", tokenizer, fabric, "cpu") for name in ("gold", "proxy")}
     settings = Generate(plan["max_new_tokens"], temperature=1.0, seed=plan["seed"])
     prompts = load_prompts(
@@ -91,7 +97,7 @@ def main(plan: dict[str, Any]) -> dict[str, Any]:
     ranks = Ranks(make_fabric(fabric))
     found = {}
     for name, source in plan["policies"].items():
-        restore(policy, Path(source))
+        module = PolicyAndReference(policy_of(files, Path(source)), reference)
         found[name] = judge(module, tokenizer, prompts, judges, settings, ranks)
     return found
 

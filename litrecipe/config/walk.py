@@ -141,7 +141,8 @@ def _convert(hint: Any, node: Node) -> Any:
     if kind is tuple and isinstance(value, list) and len(value) == len(arguments):
         return tuple(_item(hint, argument, item) for argument, item in zip(arguments, value, strict=True))
     if kind is dict and isinstance(value, dict):
-        return {key: _item(hint, arguments[1], item) for key, item in value.items()}
+        # `key: null` takes away what a recipe below gives; `key:` with nothing after it is a slip.
+        return {key: _item(hint, arguments[1], item) for key, item in value.items() if not _is_null(item)}
     if kind in (types.UnionType, Union):
         for member in arguments:
             try:
@@ -149,6 +150,10 @@ def _convert(hint: Any, node: Node) -> Any:
             except _Misfit:
                 continue
     raise _Misfit(describe(hint))
+
+
+def _is_null(node: Node) -> bool:
+    return node.value is None and node.text == "null"
 
 
 def _item(whole: Any, hint: Any, node: Node) -> Any:

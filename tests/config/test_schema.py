@@ -294,3 +294,17 @@ def test_groups_are_dataclasses_and_every_key_is_documented() -> None:
 @pytest.mark.parametrize("hint", sorted({str(hint): hint for hint in schema.keys(FinetuneRecipe).values()}.items()))
 def test_every_type_has_words(hint: tuple[str, Any]) -> None:
     assert schema.describe(hint[1])
+
+
+# -- free names -------------------------------------------------------------------------------------------------------
+
+
+def test_null_takes_a_name_away_that_is_inherited(tmp_path: Path) -> None:
+    """Quoted it is a word as others, and where a value was forgotten this is told."""
+    (tmp_path / "base.yaml").write_text("model: {source: m}\ndata: {train: d, columns: {prompt: a, chosen: b}}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: base.yaml\ndata: {columns: {prompt: null, rejected: 'null'}}\n")
+    assert schema.load(FinetuneRecipe, [top]).data.columns == {"chosen": "b", "rejected": "null"}
+    top.write_text("extends: base.yaml\ndata:\n  columns:\n    prompt:\n")
+    with pytest.raises(InputError, match=r"data\.columns: .*prompt: .*give a mapping"):
+        schema.load(FinetuneRecipe, [top])
