@@ -225,7 +225,8 @@ class Bench:
     def fine_tune_smollm2(self, learnt: Rows, tested: Rows) -> tuple[Path, Path]:
         """The run, whose adapter is folded into `start`, and the model before it; it never sees a chat template."""
         model = as_hf_folder(self.folder / "model")
-        (model / "chat_template.jinja").unlink(missing_ok=True)
+        for name in ("chat_template.jinja", "manifest.json"):  # a manifest would tell that something is missing
+            (model / name).unlink(missing_ok=True)
         config = json.loads((model / "tokenizer_config.json").read_text())
         config.pop("chat_template", None)
         (model / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
