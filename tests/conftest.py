@@ -94,8 +94,8 @@ def write_random_model(folder: Path, config: dict, seed: int) -> None:
     """Config and weights of a random Llama."""
     from safetensors.torch import save_file
 
-    from litrecipe.model.architecture import read_architecture
     from litrecipe.model.decoder import Decoder
+    from litrecipe.model.families import read_architecture
 
     (folder / "config.json").write_text(json.dumps(config))
     model = Decoder(read_architecture(config))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from litrecipe.config.groups import Quantize
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -245,7 +245,7 @@ def test_cp_overwrites_nothing(tmp_path: Path) -> None:
 def test_the_llama_configs_are_those_of_the_models() -> None:
     import json
 
-    from litrecipe.model.architecture import read_architecture
+    from litrecipe.model.families import read_architecture
 
     facts = {
         "llama-3.1-8b": SimpleNamespace(
@@ -256,4 +256,4 @@ def test_the_llama_configs_are_those_of_the_models() -> None:
     for name, fact in facts.items():
         architecture = read_architecture(json.loads((hub_folder() / "finetune" / name / "config.json").read_text()))
         for key, value in vars(fact).items():
-            assert (architecture.rope_scaling or {}).get(key, getattr(architecture, key, None)) == value
+            assert (architecture.ropes[0].scaling or {}).get(key, getattr(architecture, key, None)) == value

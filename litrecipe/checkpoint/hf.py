@@ -18,8 +18,9 @@ from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
 from litrecipe.config.merge import path_of
-from litrecipe.model.architecture import SCORE, Architecture, to_hf_config
+from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.families import to_hf_config
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 

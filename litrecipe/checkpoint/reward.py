@@ -15,7 +15,8 @@ from typing import Any
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
 from litrecipe.config.merge import path_of
-from litrecipe.model.architecture import Architecture, to_classifier_config
+from litrecipe.model.architecture import Architecture
+from litrecipe.model.families import to_classifier_config
 
 BESIDE_ADAPTER = "reward_config.json"
 """A reward model's config in an adapter folder: next to a `config.json`, transformers would look for whole weights.

@@ -21,7 +21,8 @@ from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
 from litrecipe.config.merge import path_of
-from litrecipe.model.architecture import SCORE, Architecture, count_parameters, read_architecture
+from litrecipe.model.architecture import SCORE, Architecture, count_parameters
+from litrecipe.model.families import read_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor

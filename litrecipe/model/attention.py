@@ -1,4 +1,5 @@
-"""Attention of a packed row: every token sees its own segment causally, its segment's ancestors wholly, nothing else.
+"""Attention of a packed row: every token sees its own segment causally, its segment's ancestors wholly, nothing else;
+through a window, of all these only the last ones.
 
 Shapes: T tokens of a row, H query heads, G key/value heads, D head dimension, n tokens of a segment,
 m tokens of its ancestors, B segments that are alike.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from litrecipe.model.architecture import Architecture
 from litrecipe.model.row import Span
 
 SHORT = 64
@@ -34,13 +36,22 @@ class Alike:
     keys: Tensor
     """(B (m + n),) places of their ancestors' tokens and their own."""
     mask: Tensor | None
-    """(n, m + n) what they see; None where they have no ancestors: causally."""
+    """(n, m + n) what they see; None: causally all."""
 
 
 class Forest:
-    """How the segments of a row hang together, prepared once for all layers."""
+    """How the segments of a row hang together, prepared once for all layers that look alike."""
 
-    def __init__(self, spans: Sequence[Span], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        device: torch.device | str = "cpu",
+        *,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """A query sees `window` tokens of its path, itself among them (None: all); `softcap` is that of the scores."""
+        self.window, self.softcap = window, softcap
         self.starts = [span.start for span in spans]
         self.lengths = [span.stop - span.start for span in spans]
         self.paths: list[list[int]] = []
@@ -92,12 +103,15 @@ class Forest:
         return (starts[:, None] + torch.arange(self.lengths[paths[0][depth]])).flatten().to(self.device)
 
     def _mask(self, path: list[int]) -> Tensor | None:
-        """(n, m + n) boolean: a branch's tokens see all m ancestors, and their own segment causally. None: causally."""
-        if len(path) == 1:
-            return None
+        """(n, m + n) boolean: a branch's tokens see all m ancestors, and their own segment causally, as far back as the
+        window reaches: positions go on along a path. None: causally all."""
         n = self.lengths[path[-1]]
         m = sum(self.lengths[ancestor] for ancestor in path[:-1])
-        return torch.ones(n, m + n, dtype=torch.bool, device=self.device).tril(m)
+        is_cut = self.window is not None and self.window < m + n
+        if not m and not is_cut:
+            return None
+        mask = torch.ones(n, m + n, dtype=torch.bool, device=self.device).tril(m)
+        return mask.triu(m + 1 - cast(int, self.window)) if is_cut else mask
 
 
 class Varlen:
@@ -124,8 +138,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
 
     q is (T, H, D), k and v are (T, G, D); returns (T, H, D).
     """
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        return _attend_varlen(q, k, v, forest.varlen)
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and forest.softcap is None:
+        return _attend_varlen(q, k, v, forest.varlen, forest.window)
     return _attend_segments(q, k, v, forest)
 
 
@@ -136,30 +150,68 @@ def _attend_segments(q: Tensor, k: Tensor, v: Tensor, forest: Forest) -> Tensor:
         # `split` rather than slices: its backward pass is a single concatenation
         queries, keys, values = (x.split(forest.lengths) for x in (q, k, v))
         for path, mask in forest.alone:
-            key = keys[path[0]] if mask is None else torch.cat([keys[i] for i in path])
-            value = values[path[0]] if mask is None else torch.cat([values[i] for i in path])
-            outputs.append(_fused(queries[path[-1]][None], key[None], value[None], mask)[0])
+            key = keys[path[0]] if len(path) == 1 else torch.cat([keys[i] for i in path])
+            value = values[path[0]] if len(path) == 1 else torch.cat([values[i] for i in path])
+            outputs.append(_fused(queries[path[-1]][None], key[None], value[None], mask, forest.softcap)[0])
     for one in forest.alike:
         query, key, value = (
             x.index_select(0, places).unflatten(0, (one.count, -1))
             for x, places in ((q, one.queries), (k, one.keys), (v, one.keys))
         )
-        outputs.append(_fused(query, key, value, one.mask).flatten(0, 1))
+        outputs.append(_fused(query, key, value, one.mask, forest.softcap).flatten(0, 1))
     return torch.cat(outputs) if forest.order is None else torch.cat(outputs).index_select(0, forest.order)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None) -> Tensor:
     """q (B, n, H, D), k and v (B, m + n, G, D) → (B, n, H, D); causal without a mask."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if softcap is not None:
+        seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril() if mask is None else mask
+        return capped_attention(q.unflatten(1, (k.shape[1], -1)), k, v, seen, softcap).flatten(1, 2).transpose(1, 2)
     output = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
     return output.transpose(1, 2)
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen) -> Tensor:
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, softcap: float) -> Tensor:
+    """softmax(c tanh(q kᵀ / (c √D))) v (Gemma 2, 2408.00118), which no fused kernel computes.
+
+    q (B, G, R, n, D) with R queries a key/value head, k and v (B, G, m, D), `seen` boolean, (n, m) or with what stands
+    before it; → (B, G, R, n, D). Softmax in fp32.
+    """
+    scores = q @ k[:, :, None].transpose(-1, -2) * (q.shape[-1] ** -0.5 / softcap)
+    scores = scores.tanh() * softcap
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1, torch.promote_types(q.dtype, torch.float32))
+    return weights.to(v.dtype) @ v[:, :, None]
+
+
+def forests(architecture: Architecture, spans: Sequence[Span], device: torch.device | str = "cpu") -> list[Forest]:
+    """What each layer of a model sees; layers that look alike share it, and a window that nothing in the row is longer
+    than is none."""
+    longest = _longest(spans)
+    made: dict[int | None, Forest] = {}
+    found = []
+    for layer in range(architecture.num_layers):
+        window = architecture.kind(layer).window
+        window = window if window is not None and window < longest else None
+        if window not in made:
+            made[window] = Forest(spans, device, window=window, softcap=architecture.attention_softcap)
+        found.append(made[window])
+    return found
+
+
+def _longest(spans: Sequence[Span]) -> int:
+    """Tokens of the longest path."""
+    lengths: list[int] = []
+    for span in spans:
+        lengths.append(span.stop - span.start + (lengths[span.parent] if span.parent >= 0 else 0))
+    return max(lengths, default=0)
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, varlen: Varlen, window: int | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if varlen.key_places is not None:
         k, v = k[varlen.key_places], v[varlen.key_places]
     bounds = varlen.query_bounds, varlen.key_bounds, *varlen.longest
-    causal = (-1, 0)
-    return cast(Tensor, varlen_attn(q, k, v, *bounds, window_size=causal, enable_gqa=q.shape[1] != k.shape[1]))
+    behind = -1 if window is None else window - 1
+    return cast(Tensor, varlen_attn(q, k, v, *bounds, window_size=(behind, 0), enable_gqa=q.shape[1] != k.shape[1]))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litrecipe.model.architecture import Architecture
-from litrecipe.model.attention import Forest
+from litrecipe.model.attention import Forest, capped_attention, forests
 from litrecipe.model.row import Span
 
 
@@ -27,6 +27,7 @@ class KVCache:
     def __init__(
         self, architecture: Architecture, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
+        self.architecture = architecture
         empty = torch.empty(2, 0, architecture.num_kv_heads, 0, architecture.head_dim, dtype=dtype, device=device)
         self.layers = [empty] * architecture.num_layers
         """L tensors (2, rows, G, slots, D): keys, and values."""
@@ -73,14 +74,22 @@ class CacheStep:
         self.places = torch.tensor([*range(B), *(B + stop - 1 for stop in bounds[1:])]).to(device)
         """(B + P,) where the next token is predicted."""
         self.count = B
-        self.window = max(positions, default=-1) + 1
+        self.slots_seen = max(positions, default=-1) + 1
         """S"""
         self.sources, self.rows, self.slots = self._stores(prompts, copies or [1] * len(prompts))
         """Which token is kept where: (T,), or more where a prompt fills several rows. None: each once, in order."""
-        self.mask = self._mask(cache.layers[0].dtype) if len(set(positions)) > 1 else None
-        self.spans = [Span(start, stop, -1) for start, stop in pairwise(bounds)]
-        self.forest = Forest(self.spans, device) if self.spans else None
-        self.layers = [CachedAttention(self, layer) for layer in cache.layers]
+        architecture, dtype = cache.architecture, cache.layers[0].dtype
+        self.softcap = architecture.attention_softcap
+        kinds = [architecture.kind(layer) for layer in range(len(cache.layers))]
+        windows = [kind.window if kind.window and kind.window < self.slots_seen else None for kind in kinds]
+        needed = {window for window in windows if window or self.softcap or len(set(positions)) > 1}
+        masks = {window: self._mask(window, dtype) for window in needed}
+        spans = [Span(start, stop, -1) for start, stop in pairwise(bounds)]
+        read = forests(architecture, spans, device) if spans else [None] * len(kinds)
+        self.layers = [
+            CachedAttention(self, layer, masks.get(window), forest)
+            for layer, window, forest in zip(cache.layers, windows, read, strict=True)
+        ]
 
     def _stores(self, prompts: Sequence[int], copies: Sequence[int]) -> tuple[Tensor | None, Tensor, Tensor]:
         """sources, rows and slots."""
@@ -92,18 +101,24 @@ class CacheStep:
         sources, rows = sources.to(device), rows.to(device)
         return sources if len(sources) > len(self.positions) else None, rows, self.positions[sources]
 
-    def _mask(self, dtype: torch.dtype) -> Tensor:
-        """(B, 1, 1, S), added to the scores. One mask for all layers: made of booleans, each layer would convert it."""
-        slots = self.positions[: self.count]
-        unseen = torch.arange(self.window, device=slots.device) > slots[:, None, None, None]
+    def _mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """(B, 1, 1, S), added to the scores. One mask for all layers that look alike: made of booleans, each layer
+        would convert it; with capped scores it is one of booleans, true where a slot is seen."""
+        own = self.positions[: self.count, None, None, None]
+        slots = torch.arange(self.slots_seen, device=own.device)
+        unseen = slots > own
+        if window is not None:
+            unseen |= slots <= own - window
+        if self.softcap is not None:
+            return ~unseen
         return torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
 
 
 class CachedAttention:
     """One layer's attention in a step: stores the new keys and values, and looks at all so far."""
 
-    def __init__(self, step: CacheStep, layer: Tensor) -> None:
-        self.step = step
+    def __init__(self, step: CacheStep, layer: Tensor, mask: Tensor | None, forest: Forest | None) -> None:
+        self.step, self.mask, self.forest = step, mask, forest
         self.keys, self.values = layer
 
     @torch.compiler.disable  # the number of filled slots changes with every step
@@ -113,15 +128,18 @@ class CachedAttention:
         for stored, new in ((self.keys, k), (self.values, v)):
             new = new.to(stored.dtype)
             stored[step.rows, :, step.slots] = new if step.sources is None else new[step.sources]
-        if step.forest is None:
+        if self.forest is None:
             return self._continue(q)
-        read = step.forest.attend(q[B:], k[B:], v[B:])
+        read = self.forest.attend(q[B:], k[B:], v[B:])
         return torch.cat((self._continue(q[:B]), read)) if B else read
 
     def _continue(self, q: Tensor) -> Tensor:
         """A token of each sequence: q (B, H, D) → (B, H, D)."""
         step = self.step
-        keys, values = (x[: step.count, :, : step.window] for x in (self.keys, self.values))
+        keys, values = (x[: step.count, :, : step.slots_seen] for x in (self.keys, self.values))
         # The R query heads of a key/value head are laid out as R queries of it, so no key is repeated.
         query = q.view(step.count, keys.shape[1], -1, q.shape[2])
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=step.mask).reshape(q.shape)
+        if step.softcap is not None and self.mask is not None:
+            found = capped_attention(query[:, :, :, None], keys, values, self.mask[:, None], step.softcap)
+            return found.reshape(q.shape)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask).reshape(q.shape)

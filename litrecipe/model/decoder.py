@@ -1,4 +1,4 @@
-"""The decoder: one config-driven transformer whose module names are those of Hugging Face's Llama.
+"""The decoder: one config-driven transformer whose module names are those of Hugging Face's Llama and its cousins.
 
 Shapes: T tokens of a row, P predictions, d hidden size, H query heads, G key/value heads, D head dimension,
 B sequences of a decoding batch, V vocabulary.
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from litrecipe.model.architecture import Architecture
-from litrecipe.model.attention import Forest
+from litrecipe.model.architecture import Activation, Architecture, LayerKind, Norm, Norms, Rope
+from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
-from litrecipe.model.head import Entropy, Predictions, predict, widen
+from litrecipe.model.head import Entropy, Predictions, predict, soft_cap, widen
 from litrecipe.model.row import Row, Span
 
 
@@ -39,8 +39,8 @@ class Trunk(nn.Module):
         self.activation_checkpointing = False
         """Compute each layer again in the backward pass instead of keeping its insides."""
         self.model = Backbone(architecture)
-        # Neither a parameter nor a buffer: it must stay in fp32 whatever the weights are cast to.
-        self.inverse_frequencies = inverse_frequencies(architecture)
+        # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
+        self.frequencies = [inverse_frequencies(rope, architecture.head_dim) for rope in architecture.ropes]
 
     def init_weights(self, seed: int) -> None:
         """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
@@ -51,7 +51,7 @@ class Trunk(nn.Module):
                     parameter.normal_(0, self.architecture.initializer_range, generator=generator)
             for module in self.modules():
                 if isinstance(module, RMSNorm):
-                    module.weight.fill_(1)
+                    module.weight.fill_(0 if module.kind == "rms_plus_one" else 1)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     module.bias.zero_()
 
@@ -62,26 +62,39 @@ class Trunk(nn.Module):
 
     def hidden(self, row: Row, places: Tensor) -> Tensor:
         """What heads read: the normalised output (P, d) of the last layer at some places (P,) of a row."""
-        forest = Forest(row.spans, row.tokens.device)
-        return self.model.norm(self._hidden(row.tokens, row.positions, [forest], places))
+        attention = forests(self.architecture, row.spans, row.tokens.device)
+        return self.model.norm(self._hidden(row.tokens, row.positions, attention, places))
 
     def _hidden(
         self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
     ) -> Tensor:
         """Output of the last layer, not normalised, at some places (P,), or at all (T, d).
 
-        `attention` is one for all layers, or one a layer.
+        `attention` is one a layer.
         """
-        cos, sin = rotary_tables(positions, self.inverse_frequencies)
-        x = self.model.embed_tokens(tokens)
+        turns = self.turns(positions)
+        x = self.embedded(tokens)
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            inputs = x, cos, sin, attention[index % len(attention)], places if index == last else None
+            inputs = x, turns[index], attention[index], places if index == last else None
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
             else:
                 x = layer(*inputs)
         return x
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """(T, d)"""
+        x = self.model.embed_tokens(tokens)
+        scale = self.architecture.embedding_scale
+        # The scale is rounded as the weights are (√3584 in bf16 is 59.75): that is what Gemma was made with.
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+
+    def turns(self, positions: Tensor) -> list[Turn | None]:
+        """How each layer turns queries and keys at these positions (T,); None where it does not."""
+        tables = [rotary_tables(positions, *frequencies) for frequencies in self.frequencies]
+        kinds = (self.architecture.kind(layer) for layer in range(self.architecture.num_layers))
+        return [None if kind.rope is None else tables[kind.rope] for kind in kinds]
 
 
 class Decoder(Trunk):
@@ -113,18 +126,24 @@ class Decoder(Trunk):
     def said(self, hidden: Tensor, row: Row, temperature: float = 1.0) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
         wanted = self.with_collisions, self.with_entropy
-        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted)
+        cap = self.architecture.final_softcap
+        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, softcap=cap)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
-        forest = Forest([Span(0, len(tokens), -1)], tokens.device)
+        attention = forests(self.architecture, [Span(0, len(tokens), -1)], tokens.device)
         positions = torch.arange(len(tokens), device=tokens.device)
-        return self.lm_head(self.model.norm(self._hidden(tokens, positions, [forest])))
+        return self.head(self.model.norm(self._hidden(tokens, positions, attention)))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits (…, V) of normalised hidden states (…, d)."""
+        logits, cap = self.lm_head(hidden), self.architecture.final_softcap
+        return logits if cap is None else soft_cap(logits, cap)
 
     def decode(self, tokens: Tensor, step: CacheStep) -> Tensor:
         """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
         hidden = self._hidden(tokens, step.positions, step.layers, step.places)
-        return self.lm_head(self.model.norm(hidden))
+        return self.head(self.model.norm(hidden))
 
 
 class Backbone(nn.Module):
@@ -133,30 +152,48 @@ class Backbone(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.layers = nn.ModuleList(Layer(architecture) for _ in range(architecture.num_layers))
-        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        kinds = (architecture.kind(layer) for layer in range(architecture.num_layers))
+        self.layers = nn.ModuleList(Layer(architecture, kind) for kind in kinds)
+        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, architecture.norm)
+
+
+NORM_NAMES: dict[Norms, tuple[str | None, str | None, str | None, str | None]] = {
+    "before": ("input_layernorm", None, "post_attention_layernorm", None),
+    "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "around": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+"""Hugging Face's names of a layer's norms: before and behind attention, before and behind the MLP."""
 
 
 class Layer(nn.Module):
-    """x + attention(norm x), then x + mlp(norm x).
+    """x + attention x, then x + mlp x, with norms before them, behind them, or both.
 
     The last layer's output is needed at some places only: there it leaves out all that no place depends on.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, kind: LayerKind) -> None:
         super().__init__()
         self.self_attn = SelfAttention(architecture)
         self.mlp = MLP(architecture)
-        self.input_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps)
+        self.kind = kind
+        self.norm_names = NORM_NAMES[architecture.norms]
+        for name in filter(None, self.norm_names):
+            setattr(self, name, RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, architecture.norm))
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, places: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn | None, attention: Attention, places: Tensor | None = None) -> Tensor:
         """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
-        attended = self.self_attn(self.input_layernorm(x), cos, sin, attention, places)
-        x = at(x, places) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        before, behind, before_mlp, behind_mlp = self.norm_names
+        attended = self.self_attn(self._normed(before, x), turn, attention, places)
+        x = at(x, places) + self._normed(behind, attended)
+        return x + self._normed(behind_mlp, self.mlp(self._normed(before_mlp, x)))
+
+    def _normed(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else getattr(self, name)(x)
 
 
 class SelfAttention(nn.Module):
@@ -166,19 +203,31 @@ class SelfAttention(nn.Module):
         super().__init__()
         a = architecture
         self.head_dim = a.head_dim
-        self.q_proj = nn.Linear(a.hidden_size, a.num_heads * a.head_dim, bias=a.attention_bias)
-        self.k_proj = nn.Linear(a.hidden_size, a.num_kv_heads * a.head_dim, bias=a.attention_bias)
-        self.v_proj = nn.Linear(a.hidden_size, a.num_kv_heads * a.head_dim, bias=a.attention_bias)
-        self.o_proj = nn.Linear(a.num_heads * a.head_dim, a.hidden_size, bias=a.attention_bias)
+        queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        self.q_proj = nn.Linear(a.hidden_size, queries, bias=a.qkv_bias)
+        self.k_proj = nn.Linear(a.hidden_size, keys, bias=a.qkv_bias)
+        self.v_proj = nn.Linear(a.hidden_size, keys, bias=a.qkv_bias)
+        self.o_proj = nn.Linear(queries, a.hidden_size, bias=a.o_bias)
+        self.qk_norm = a.qk_norm
+        if a.qk_norm != "none":
+            sizes = (queries, keys) if a.qk_norm == "whole" else (a.head_dim, a.head_dim)
+            self.q_norm, self.k_norm = (RMSNorm(size, a.rms_norm_eps, a.norm) for size in sizes)
+        self.query_scale = 1.0 if a.query_scalar is None else math.sqrt(a.head_dim / a.query_scalar)
+        """Attention divides scores by √D; what they are to be divided by instead is in the queries."""
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, places: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, turn: Turn | None, attention: Attention, places: Tensor | None = None) -> Tensor:
         """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
         heads = (len(x), -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads), cos, sin)
-        k = rotate(self.k_proj(x).view(heads), cos, sin)
-        v = self.v_proj(x).view(heads)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x).view(heads)
+        if self.qk_norm == "whole":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.view(heads), k.view(heads)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = rotate(q, *turn), rotate(k, *turn)
+        if self.query_scale != 1:
+            q = q * self.query_scale
         return self.o_proj(at(attention.attend(q, k, v).flatten(1), places))
 
 
@@ -188,7 +237,7 @@ def at(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 class MLP(nn.Module):
-    """SwiGLU (2002.05202): down(silu(gate x) · up x)."""
+    """A gated linear unit (2002.05202): down(act(gate x) · up x)."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -196,40 +245,56 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(d, inner, bias=bias)
         self.up_proj = nn.Linear(d, inner, bias=bias)
         self.down_proj = nn.Linear(inner, d, bias=bias)
+        self.activation = architecture.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, d) → (T, d)."""
-        return self.down_proj(_GatedSiLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.activation))
 
 
-class _GatedSiLU(torch.autograd.Function):
-    """silu(gate) · up that keeps its two inputs only: a third less memory than autograd's silu and product, in the
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """SiLU, or GELU by its approximation with tanh (1606.08415)."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate) · up that keeps its two inputs only: a third less memory than autograd's activation and product, in the
     same time (4.5 MB less a layer for 744 tokens of an inner size of 1536)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.activation = activation
+        return activate(gate, activation).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
-        grad_up = F.silu(gate).mul_(grad)
-        return torch.ops.aten.silu_backward(grad * up, gate), grad_up
+        grad_up = activate(gate, ctx.activation).mul_(grad)
+        aten = torch.ops.aten
+        if ctx.activation == "silu":
+            return aten.silu_backward(grad * up, gate), grad_up, None
+        return aten.gelu_backward(grad * up, gate, approximate="tanh"), grad_up, None
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean x² + eps) · weight (1910.07467), in fp32 inside."""
+    """x / √(mean x² + eps) · weight (1910.07467), in fp32 inside; see `Norm`."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, kind: Norm = "rms") -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(size) if kind == "rms_plus_one" else torch.ones(size))
+        self.eps, self.kind = eps, kind
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, d) → (…, d)."""
-        return _RMSNorm.apply(x, self.weight, self.eps)
+        return _RMSNorm.apply(x, self.factor(), self.eps)
+
+    def factor(self) -> Tensor:
+        """By what (d,) the normalised x is multiplied; fp32 where that comes before it is cast back."""
+        if self.kind == "rms":
+            return self.weight
+        return widen(self.weight) + (self.kind == "rms_plus_one")
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -261,33 +326,78 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = widen(x)
     # Not vecdot: autocast would take it for a matrix product and compute it in bf16.
     scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    if weight.dtype == wide.dtype:
+        return (wide * scale).mul_(weight).to(x.dtype), scale
     return (wide * scale).to(x.dtype).mul_(weight), scale
 
 
-def inverse_frequencies(architecture: Architecture) -> Tensor:
-    """Angle a position of each of the D / 2 rotated pairs, fp32 on the CPU (RoPE, 2104.09864).
+Turn = tuple[Tensor, Tensor]
+"""What `rotary_tables` gives."""
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
+    """Angle a position of each of the D / 2 rotated pairs, fp32 on the CPU (RoPE, 2104.09864), and by what what is
+    turned is multiplied.
 
     `linear` stretches all wavelengths by `factor` (2306.15595). `llama3` (Llama 3.1) stretches those longer than
-    original / low_freq_factor, keeps those shorter than original / high_freq_factor, and goes over in between.
+    original / low_freq_factor, keeps those shorter than original / high_freq_factor, and goes over in between; `yarn`
+    (2309.00071) goes over from pair to pair, between those that turn `beta_fast` and `beta_slow` times, and lengthens
+    queries and keys.
     """
-    exponents = torch.arange(0, architecture.head_dim, 2, device="cpu").float() / architecture.head_dim
-    frequencies = 1.0 / architecture.rope_theta**exponents
-    scaling = architecture.rope_scaling
+    exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    scaling = rope.scaling
     if scaling is None:
-        return frequencies
+        return frequencies, 1.0
     stretched = frequencies / scaling["factor"]
     if scaling["rope_type"] == "linear":
-        return stretched
+        return stretched, 1.0
+    if scaling["rope_type"] == "yarn":
+        kept = yarn_ramp(rope, head_dim)
+        return stretched * (1 - kept) + frequencies * kept, yarn_magnitude(scaling)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * stretched + kept * frequencies
+    return (1 - kept) * stretched + kept * frequencies, 1.0
 
 
-def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and ± sin of every position's angles, (T, 1, D) fp32; the sine is negative in the first half."""
+def yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
+    """How much (D / 2,) of each pair's frequency YaRN keeps: from 1 for the fastest down to 0."""
+    scaling = rope.scaling or {}
+    original = scaling["original_max_position_embeddings"]
+
+    def pair(turns: float) -> float:
+        """The pair that turns so often in the original context."""
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, device="cpu").float() - low) / max(high - low, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def yarn_magnitude(scaling: dict[str, Any]) -> float:
+    """0.1 ln s + 1, or as the config says."""
+
+    def of(scale: float) -> float:
+        return 0.1 * scale * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return of(scaling["mscale"]) / of(scaling["mscale_all_dim"])
+    return of(1)
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> Turn:
+    """cos and ± sin of every position's angles, times the magnitude, (T, 1, D) fp32; the sine is negative in the first
+    half."""
     angles = positions.float()[:, None, None] * frequencies.to(positions.device)
     cos, sin = angles.cos(), angles.sin()
+    if magnitude != 1:
+        cos, sin = cos * magnitude, sin * magnitude
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 

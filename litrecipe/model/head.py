@@ -50,9 +50,10 @@ def predict(
     temperature: float = 1.0,
     collisions: bool = False,
     entropy: Entropy = "none",
+    softcap: float | None = None,
 ) -> Predictions:
     """Log-probabilities of `target` (P,) under p = softmax(hidden weightᵀ / temperature); and, if wanted,
-    `log_collisions` and `entropy` of p.
+    `log_collisions` and `entropy` of p. With a `softcap` c logits z are c tanh(z / c) before they are divided.
 
     hidden is (P, d) and weight (V, d). A weight that is trained costs a second product of all logits in the backward
     pass; a frozen one (LoRA) none, but for an entropy that is learnt another one in the forward pass. P may be 0; the
@@ -62,12 +63,21 @@ def predict(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     head = _TrainedHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
-    logps, correct, log_collisions, found = head.apply(hidden, weight, target, temperature, collisions, entropy)
+    logps, correct, log_collisions, found = head.apply(
+        hidden, weight, target, temperature, collisions, entropy, softcap
+    )
     return Predictions(logps, correct, log_collisions=log_collisions, entropy=found)
 
 
 @torch.no_grad()
-def divergence(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tensor, temperature: float = 1.0) -> Tensor:
+def divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    other: Tensor,
+    other_weight: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """KL(p ‖ q) (P,) in nats, over the whole vocabulary: p = softmax(hidden weightᵀ / temperature), q the same of
     `other` (P, d) and `other_weight` (V, d).
 
@@ -79,7 +89,7 @@ def divergence(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tens
     size = block_size(len(hidden), hidden.device)
     for start in range(0, len(weight), size):
         z, other_z = (
-            widen(F.linear(read, rows[start : start + size])) / temperature
+            _capped(widen(F.linear(read, rows[start : start + size])), softcap) / temperature
             for read, rows in ((hidden, weight), (other, other_weight))
         )
         of_block = z.logsumexp(1)
@@ -88,6 +98,15 @@ def divergence(hidden: Tensor, weight: Tensor, other: Tensor, other_weight: Tens
         apart = apart * (total - higher).exp() + mean * (of_block - higher).exp()
         total, other_total = higher, torch.logaddexp(other_total, other_z.logsumexp(1))
     return apart - total + other_total
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """c tanh(z / c) (Gemma 2, 2408.00118): about z where that is small, never beyond c."""
+    return (logits / cap).tanh() * cap
+
+
+def _capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else soft_cap(logits, cap)
 
 
 def block_size(predictions: int, device: torch.device | str) -> int:
@@ -117,17 +136,30 @@ class _Block(NamedTuple):
     """(P, 1) where in the block each target is; anywhere if it is in another."""
     inside: Tensor
     """(P,) bool: whether the target is in this block."""
+    slope: Tensor | None
+    """(P, v) by what a gradient towards a logit is multiplied on its way through the soft cap, 1 - (c tanh / c)²."""
 
 
-def _blocks(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Iterator[_Block]:
+def _blocks(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, softcap: float | None
+) -> Iterator[_Block]:
     size = block_size(len(hidden), hidden.device)
     for start in range(0, len(weight), size):
         part = weight[start : start + size]
-        logits = widen(F.linear(hidden, part))
+        logits = _capped(widen(F.linear(hidden, part)), softcap)
+        slope = None if softcap is None else _slope(logits, softcap)
         place = (target - start).clamp(0, len(part) - 1)
         inside = place + start == target
         scaled = logits if temperature == 1.0 else logits.div_(temperature)
-        yield _Block(slice(start, start + len(part)), part, scaled, place[:, None], inside)
+        yield _Block(slice(start, start + len(part)), part, scaled, place[:, None], inside, slope)
+
+
+def _slope(capped: Tensor, cap: float) -> Tensor:
+    return 1 - (capped / cap).square()
+
+
+def _sloped(terms: Tensor, slope: Tensor | None) -> Tensor:
+    return terms if slope is None else terms * slope
 
 
 _Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -148,7 +180,7 @@ class _Sums:
         self.chosen = torch.zeros_like(self.highest)
         """(P,) the target's logit."""
         self.rows = torch.zeros_like(hidden, dtype=dtype) if with_mean else None
-        """(P, d) Σ exp(z - m) W."""
+        """(P, d) Σ exp(z - m) W, and with a soft cap times the slope there."""
         self.squares = torch.zeros_like(self.highest) if with_squares else None
         """(P,) Σ exp(z - m)²."""
         self.learns_entropy = entropy == "learnt"
@@ -170,21 +202,23 @@ class _Sums:
         # The entropy needs z - m once more; otherwise there is no second tensor of the block's size.
         unnormalised = below.exp_() if self.moment is None else below.exp()
         if self.moment is not None:
-            self._add_moment(below.mul_(unnormalised), block.weight, drop, shrink)
+            self._add_moment(below.mul_(unnormalised), block, drop, shrink)
         self.total.mul_(shrink).add_(unnormalised.sum(1))
         if self.squares is not None:
             # The norm makes no second tensor of the block's size.
             self.squares.mul_(shrink.square()).add_(torch.linalg.vector_norm(unnormalised, dim=1).square_())
         if self.rows is not None:
-            self.rows.mul_(shrink[:, None]).add_(unnormalised.to(block.weight.dtype) @ block.weight)
+            self.rows.mul_(shrink[:, None]).add_(
+                _sloped(unnormalised, block.slope).to(block.weight.dtype) @ block.weight
+            )
 
-    def _add_moment(self, terms: Tensor, weight: Tensor, drop: Tensor, shrink: Tensor) -> None:
+    def _add_moment(self, terms: Tensor, block: _Block, drop: Tensor, shrink: Tensor) -> None:
         """Adds the block's exp(z - m) (z - m) (P, v); what is there already moves by `drop` (P,), old m less new."""
         assert self.moment is not None
         drop = drop.clamp(min=torch.finfo(drop.dtype).min)  # of nothing yet, where m is -inf and the sums are 0
         if self.moment_rows is not None and self.rows is not None:
             self.moment_rows.addcmul_(drop[:, None], self.rows).mul_(shrink[:, None])
-            self.moment_rows.add_(terms.to(weight.dtype) @ weight)
+            self.moment_rows.add_(_sloped(terms, block.slope).to(block.weight.dtype) @ block.weight)
         self.moment.addcmul_(drop, self.total).mul_(shrink).add_(terms.sum(1))
 
     @property
@@ -229,13 +263,17 @@ class _FrozenHead(torch.autograd.Function):
         temperature: float,
         collisions: bool,
         entropy: Entropy,
+        softcap: float | None,
     ) -> _Results:
         sums = _Sums(hidden, with_mean=ctx.needs_input_grad[0], with_squares=collisions, entropy=entropy)
-        for block in _blocks(hidden, weight, target, temperature):
+        for block in _blocks(hidden, weight, target, temperature, softcap):
             sums.add(block)
         if sums.rows is not None:
             mean = sums.rows.div_(sums.total[:, None])
-            ctx.save_for_backward((weight[target] - mean).div_(temperature), sums.entropy_jacobian(mean, temperature))
+            chosen = weight[target]
+            if softcap is not None:
+                chosen = chosen * _slope(sums.chosen * temperature, softcap)[:, None]
+            ctx.save_for_backward((chosen - mean).div_(temperature), sums.entropy_jacobian(mean, temperature))
             ctx.dtype = hidden.dtype
         return sums.results(ctx, target)
 
@@ -246,7 +284,7 @@ class _FrozenHead(torch.autograd.Function):
         grad = grad_logps[:, None] * jacobian
         if of_entropy is not None:
             grad.addcmul_(others[-1][:, None], of_entropy)
-        return grad.to(ctx.dtype), None, None, None, None, None
+        return grad.to(ctx.dtype), None, None, None, None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
@@ -261,12 +299,13 @@ class _TrainedHead(torch.autograd.Function):
         temperature: float,
         collisions: bool,
         entropy: Entropy,
+        softcap: float | None,
     ) -> _Results:
         sums = _Sums(hidden, with_mean=False, with_squares=collisions, entropy=entropy)
-        for block in _blocks(hidden, weight, target, temperature):
+        for block in _blocks(hidden, weight, target, temperature, softcap):
             sums.add(block)
         ctx.save_for_backward(hidden, weight, target, sums.logsumexp, sums.entropy if entropy == "learnt" else None)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.softcap = temperature, softcap
         return sums.results(ctx, target)
 
     @staticmethod
@@ -276,7 +315,7 @@ class _TrainedHead(torch.autograd.Function):
         scale = (grad_logps / ctx.temperature)[:, None]
         grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
         grad_weight = torch.empty_like(weight)
-        for block in _blocks(hidden, weight, target, ctx.temperature):
+        for block in _blocks(hidden, weight, target, ctx.temperature, ctx.softcap):
             logps = block.logits.sub_(logsumexp[:, None])
             if entropy is None:
                 grad_logits = logps.exp_().mul_(-scale)
@@ -285,7 +324,7 @@ class _TrainedHead(torch.autograd.Function):
                 of_entropy = (others[-1] / ctx.temperature)[:, None]
                 grad_logits = logps.add_(entropy[:, None]).mul_(of_entropy).add_(scale).mul_(probabilities).neg_()
             grad_logits.scatter_add_(1, block.place, scale * block.inside[:, None])
-            grad_logits = grad_logits.to(weight.dtype)
+            grad_logits = _sloped(grad_logits, block.slope).to(weight.dtype)
             grad_hidden += grad_logits @ block.weight
             torch.mm(grad_logits.T, hidden, out=grad_weight[block.tokens])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None

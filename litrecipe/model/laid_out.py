@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.cache import CacheStep
-from litrecipe.model.decoder import Attention, Decoder, Layer, at, normalise, rotary_tables, rotate
+from litrecipe.model.decoder import Attention, Decoder, Layer, RMSNorm, Turn, at, normalise, rotate
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
@@ -46,20 +46,30 @@ class LaidOut:
     def decode(self, tokens: Tensor, step: CacheStep) -> Tensor:
         """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
         backbone = self.model.model
-        cos, sin = rotary_tables(step.positions, self.model.inverse_frequencies)
+        turns = self.model.turns(step.positions)
         x, last = backbone.embed_tokens(tokens), len(self.layers) - 1
-        for index, (layer, attention) in enumerate(zip(self.layers, step.layers, strict=True)):
-            x = layer(x, cos, sin, attention, step.places if index == last else None)
+        for index, (layer, turn, attention) in enumerate(zip(self.layers, turns, step.layers, strict=True)):
+            x = layer(x, turn, attention, step.places if index == last else None)
         return self.head(normalise(x, backbone.norm.weight, backbone.norm.eps)[0])
 
 
 @torch.no_grad()
 def lay_out(model: Decoder) -> LaidOut | None:
     """None where it would not help, or could not compute the same: elsewhere than on a CPU, in other dtypes than fp32,
-    with layers that are quantised, sharded or compiled, with dropout, and above `LARGEST`."""
+    with layers that are quantised, sharded or compiled, or not made as Llama's, with dropout, and above `LARGEST`."""
     layers = [cast(Layer, layer) for layer in model.model.layers]
-    helps = not torch.is_autocast_enabled("cpu") and size(model.architecture) <= LARGEST
+    helps = (
+        is_like_llama(model.architecture)
+        and not torch.is_autocast_enabled("cpu")
+        and size(model.architecture) <= LARGEST
+    )
     return LaidOut(model) if helps and _is_dense(model.lm_head) and all(map(_is_plain, layers)) else None
+
+
+def is_like_llama(a: Architecture) -> bool:
+    """Whether layers are made of the parts that `_Layer` knows; windows and missing positions are the attention's."""
+    parts = a.norm, a.norms, a.qk_norm, a.activation, a.query_scalar, a.final_softcap, a.embedding_scale
+    return parts == ("rms", "before", "none", "silu", None, None, 1.0)
 
 
 def size(architecture: Architecture) -> int:
@@ -97,19 +107,19 @@ class _Layer:
         self.o = _Product(attention.o_proj)
         self.gate_up = _Product(mlp.gate_proj, mlp.up_proj)
         self.down = _Product(mlp.down_proj)
-        self.norms = [(norm.weight, norm.eps) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        norms = (cast(RMSNorm, norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+        self.norms = [(norm.weight, norm.eps) for norm in norms]
         self.head_dim = attention.head_dim
         self.q_heads, self.kv_heads = (
             _base(linear).out_features // self.head_dim for linear in (attention.q_proj, attention.k_proj)
         )
 
-    def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: Attention, places: Tensor | None = None
-    ) -> Tensor:
+    def __call__(self, x: Tensor, turn: Turn | None, attention: Attention, places: Tensor | None = None) -> Tensor:
         """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
         before, after = self.norms
         heads = self.qkv(normalise(x, *before)[0]).view(len(x), -1, self.head_dim)
-        turned = rotate(heads[:, : -self.kv_heads], cos, sin)
+        turned = heads[:, : -self.kv_heads]
+        turned = turned if turn is None else rotate(turned, *turn)
         q, k, v = turned[:, : self.q_heads], turned[:, self.q_heads :], heads[:, -self.kv_heads :]
         attended = self.o(at(attention.attend(q, k, v).flatten(1), places))
         x = at(x, places).add_(attended)

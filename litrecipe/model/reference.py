@@ -57,7 +57,8 @@ class PolicyAndReference(nn.Module):
             with adapter_off(policy):
                 other = policy.hidden(row, row.predict_from)
         weights = policy.lm_head.weight, (reference or policy).lm_head.weight
-        return divergence(hidden, weights[0], other, weights[1], self.temperature)
+        cap = policy.architecture.final_softcap
+        return divergence(hidden, weights[0], other, weights[1], self.temperature, softcap=cap)
 
     def moving(self) -> dict[str, nn.Parameter]:
         """The reference's copies of what the policy learns, by their names in this module."""

@@ -11,14 +11,13 @@ from rich.table import Table
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.engine.memory import NF4_BYTES
 from litrecipe.model.adapters import describe_parameters
-from litrecipe.model.architecture import Architecture
+from litrecipe.model.architecture import Architecture, Rope
 from litrecipe.model.decoder import Decoder
 
 
 def architecture_table(a: Architecture) -> Table:
     """Shapes and constants."""
     table = Table("architecture", "", box=None, title_justify="left")
-    scaling = f", {a.rope_scaling['rope_type']} scaling by {a.rope_scaling['factor']:g}" if a.rope_scaling else ""
     rows = {
         "family": a.family,
         "layers": a.num_layers,
@@ -27,11 +26,16 @@ def architecture_table(a: Architecture) -> Table:
         "heads": f"{a.num_heads} of {a.head_dim}, {a.num_kv_heads} for keys and values",
         "vocabulary": f"{a.vocab_size:,}, head {'tied to the embedding' if a.tie_embeddings else 'of its own'}",
         "context": f"{a.max_positions:,} tokens",
-        "RoPE": f"base {a.rope_theta:g}{scaling}",
+        "RoPE": "; ".join(map(_rope, a.ropes)),
     }
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
+
+
+def _rope(rope: Rope) -> str:
+    scaling = rope.scaling
+    return f"base {rope.theta:g}" + (f", {scaling['rope_type']} scaling by {scaling['factor']:g}" if scaling else "")
 
 
 def parameter_table(files: ModelFiles) -> Table:

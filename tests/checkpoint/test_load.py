@@ -49,7 +49,7 @@ def test_dtype_and_ties(tmp_path: Path, make_llama) -> None:
     model = load_model(open_model(str(tmp_path)), dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.inverse_frequencies.dtype == torch.float32
+    assert model.frequencies[0][0].dtype == torch.float32
 
 
 def test_leftovers_of_older_checkpoints_load_quietly(tmp_path: Path, make_llama, their_logits, our_logits) -> None:

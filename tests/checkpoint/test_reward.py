@@ -20,7 +20,7 @@ from litrecipe.checkpoint.source import open_model
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.model.adapters import merge_adapter
-from litrecipe.model.architecture import FAMILIES
+from litrecipe.model.families import FAMILIES
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row
 

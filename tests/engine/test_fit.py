@@ -16,8 +16,8 @@ from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, Run, fit
 from litrecipe.engine.rundir import RunDir, read_records
 from litrecipe.model.adapters import add_adapter
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 from litrecipe.model.row import Sample, Segment
 from litrecipe.objectives.causal_lm import CausalLM
 

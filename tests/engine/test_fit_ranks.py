@@ -47,7 +47,7 @@ from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.data.source import RecordedSource
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
-from litrecipe.model.architecture import read_architecture
+from litrecipe.model.families import read_architecture
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.row import Sample, Segment
 from litrecipe.objectives.causal_lm import CausalLM

@@ -14,7 +14,7 @@ from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe, Reward, RewardRecipe
 from litrecipe.config.online import Ppo, PpoRecipe
 from litrecipe.engine.memory import NF4_BYTES, estimate
-from litrecipe.model.architecture import read_architecture
+from litrecipe.model.families import read_architecture
 from litrecipe.model.row import Sample, Segment, make_row
 
 

@@ -32,8 +32,8 @@ def model(tiny_model: Path, folder: Path) -> Path:
 
     from safetensors.torch import save_file
 
-    from litrecipe.model.architecture import read_architecture
     from litrecipe.model.decoder import Decoder
+    from litrecipe.model.families import read_architecture
 
     copy = folder / "model"
     shutil.copytree(tiny_model, copy)

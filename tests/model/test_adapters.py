@@ -23,8 +23,8 @@ from litrecipe.model.adapters import (
     load_adapter_state,
     merge_adapter,
 )
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 from litrecipe.model.reward import RewardModel
 
 METHODS = ["lora", "dora"]

@@ -8,15 +8,9 @@ import pytest
 import torch
 
 from litrecipe.config.errors import InputError
-from litrecipe.model.architecture import (
-    FAMILIES,
-    Family,
-    count_parameters,
-    read_architecture,
-    to_classifier_config,
-    to_hf_config,
-)
+from litrecipe.model.architecture import Rope, count_parameters
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import FAMILIES, Family, read_architecture, to_classifier_config, to_hf_config
 from litrecipe.model.reward import RewardModel
 
 SMOL: dict[str, Any] = {
@@ -49,11 +43,10 @@ def test_reads_the_hubs_dialect() -> None:
     a = read_architecture(SMOL | {"rope_scaling": {"rope_type": "llama3", **LLAMA3}})
     assert (a.vocab_size, a.hidden_size, a.num_layers, a.num_heads, a.num_kv_heads) == (49152, 576, 30, 9, 3)
     assert a.head_dim == 64
-    assert a.rope_theta == 100000
-    assert a.rope_scaling == {"rope_type": "llama3", **LLAMA3}
+    assert a.ropes == (Rope(100000.0, {"rope_type": "llama3", **LLAMA3}),)
     assert (a.bos_id, a.eos_ids, a.pad_id) == (1, (2,), 2)
     assert a.tie_embeddings
-    assert not a.attention_bias
+    assert not a.qkv_bias and not a.o_bias
     assert a.family == "llama"
 
 
@@ -67,7 +60,7 @@ def test_reads_the_old_name_of_a_rope_type_and_several_stop_tokens() -> None:
     a = read_architecture(
         SMOL | {"rope_scaling": {"type": "linear", "factor": 2.0}, "eos_token_id": [2, 7], "head_dim": 48}
     )
-    assert a.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert a.ropes[0].scaling == {"rope_type": "linear", "factor": 2.0}
     assert a.eos_ids == (2, 7)
     assert a.head_dim == 48
 
@@ -75,11 +68,11 @@ def test_reads_the_old_name_of_a_rope_type_and_several_stop_tokens() -> None:
 def test_what_configs_may_leave_out() -> None:
     optional = ("num_key_value_heads", "rope_theta", "rope_scaling", "tie_word_embeddings", "eos_token_id")
     a = read_architecture({key: value for key, value in SMOL.items() if key not in optional})
-    assert (a.num_kv_heads, a.rope_theta, a.rope_scaling, a.tie_embeddings, a.eos_ids) == (9, 10000.0, None, False, ())
+    assert (a.num_kv_heads, a.ropes, a.tie_embeddings, a.eos_ids) == (9, (Rope(10000.0),), False, ())
 
 
 def test_all_mistakes_at_once() -> None:
-    config = SMOL | {"hidden_act": "gelu", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    config = SMOL | {"hidden_act": "gelu", "rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
     del config["vocab_size"], config["rms_norm_eps"]
     with pytest.raises(InputError) as error:
         read_architecture(config)
@@ -91,7 +84,11 @@ def test_all_mistakes_at_once() -> None:
     ("change", "named"),
     [
         ({"model_type": "gpt_oss"}, "config.json: model_type: gpt_oss"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "config.json: sliding_window: 4096"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "config.json: rope_scaling.original_max_position"),
+        (
+            {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "config.json: rope_scaling.partial_rotary_factor: 0.5",
+        ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "config.json: rope_parameters.low_freq_factor"),
         ({"num_key_value_heads": 2}, "config.json: num_key_value_heads: 2"),
     ],

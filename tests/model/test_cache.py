@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.cache import CacheStep, KVCache
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 
 CONFIG = {
     "model_type": "llama",

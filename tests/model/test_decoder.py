@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from litrecipe.model.architecture import read_architecture, to_hf_config
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.decoding import generate
+from litrecipe.model.families import read_architecture, to_hf_config
 from litrecipe.model.row import Row, Sample, Segment, make_row
 
 CONFIG: dict[str, Any] = {

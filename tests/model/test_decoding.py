@@ -10,10 +10,10 @@ import torch
 
 from litrecipe.config.errors import InputError
 from litrecipe.model import decoding, laid_out
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.cache import CacheStep, KVCache
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.decoding import Sampled, choose, generate, sample
+from litrecipe.model.families import read_architecture
 from litrecipe.model.laid_out import LaidOut
 
 CONTEXT = 48

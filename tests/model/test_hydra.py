@@ -8,8 +8,8 @@ from small import CONFIG, decoder
 
 from litrecipe.config.groups import Adapter
 from litrecipe.model.adapters import add_adapter
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 from litrecipe.model.hydra import BaseJudge, Hydra, of_best
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row

@@ -11,7 +11,7 @@ from small import CONFIG, decoder
 
 from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.model.adapters import add_adapter
-from litrecipe.model.architecture import read_architecture
+from litrecipe.model.families import read_architecture
 from litrecipe.model.quantize import quantize_linears
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 from litrecipe.model.row import make_row
 from litrecipe.objectives.answers import pairs_of, sum_by_segment, tokens_by_segment
 from litrecipe.objectives.dpo import REF_LOGPS

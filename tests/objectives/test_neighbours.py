@@ -12,7 +12,7 @@ from made import ranked, rows_of, step
 from small import CONFIG, decoder
 
 from litrecipe.config.groups import Dpo, Reward
-from litrecipe.model.architecture import read_architecture
+from litrecipe.model.families import read_architecture
 from litrecipe.model.reference import PolicyAndReference
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import make_row

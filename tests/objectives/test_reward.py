@@ -15,8 +15,8 @@ from small import CONFIG
 from torch import nn
 
 from litrecipe.config.groups import Reward
-from litrecipe.model.architecture import read_architecture
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import make_row
