@@ -107,7 +107,7 @@ class Tokenizer:
         self, messages: list[Message], add_generation_prompt: bool = False, tools: list[Message] | None = None
     ) -> str:
         """The text the chat template makes of messages (control tokens in it can no longer be told from text)."""
-        self._need_template()
+        self.need_template()
         text = self.template.render(messages, tools, add_generation_prompt=add_generation_prompt)
         return text.replace(WRITTEN, "")
 
@@ -116,7 +116,7 @@ class Tokenizer:
 
         Raises RowError when the template refuses it, and for what is not Unicode.
         """
-        self._need_template()
+        self.need_template()
         text = self.template.render(messages, tools, add_generation_prompt=True)
         return self._ids(text)
 
@@ -139,7 +139,7 @@ class Tokenizer:
                     *prompt, completion = (message["content"] for message in conversation.messages)
                     results[index] = self._encode_plain("\n".join(prompt), completion, learn)
                 else:
-                    self._need_template()
+                    self.need_template()
                     messages, tools = conversation.messages, conversation.tools
                     if learn == "all":
                         text = self.template.render(messages, tools)
@@ -172,11 +172,10 @@ class Tokenizer:
         all_ids = np.array([*bos, *ids, *self.eos_ids[:1]], dtype=np.int32)
         return all_ids, np.arange(len(all_ids)) >= (0 if learn == "all" else len(bos) + len(before))
 
-    def _need_template(self) -> None:
+    def need_template(self, cure: str = "use rows with prompt and completion") -> None:
+        """Raise InputError where there is none; `cure` says how to do without."""
         if not self.has_template:
-            raise InputError(
-                "model.chat_template: this model has none: give a Jinja file, or use rows with prompt and completion"
-            )
+            raise InputError(f"model.chat_template: this model has none: give a Jinja file, or {cure}")
 
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -32,10 +32,7 @@ def main(recipe: GenerateRecipe) -> int:
     if recipe.raw:
         raise InputError("raw: true: a chat needs the chat template: use `litrecipe generate` for raw text")
     session = open_session(recipe.model, recipe.quantize, recipe.fabric)
-    if not session.tokenizer.has_template:
-        raise InputError(
-            f"model.source: {session.source}: has no chat template: give a Jinja file as model.chat_template"
-        )
+    session.tokenizer.need_template("use `litrecipe generate --raw`")
     chat = Chat(session, recipe.generate, recipe.system)
     with suppress(ImportError):
         import readline  # noqa: F401  # line editing and history for input()

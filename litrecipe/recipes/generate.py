@@ -50,6 +50,7 @@ def _encode(tokenizer: Tokenizer, prompt: str, recipe: GenerateRecipe) -> list[i
     """Raises RowError for what the chat template or the tokenizer cannot take."""
     if recipe.raw:
         return plain_prompt(tokenizer, prompt)
+    tokenizer.need_template("continue the prompt as plain text with `--raw`")
     messages: list[Message] = [{"role": "user", "content": prompt}]
     if recipe.system is not None:
         messages.insert(0, {"role": "system", "content": recipe.system})

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import sys
 
 import pytest
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate, GenerateRecipe, Model
+from litrecipe.recipes import chat
 from litrecipe.recipes.generate import main
 
 QUESTION = "what does the fox say?"
@@ -54,6 +57,22 @@ def test_raw_text_from_standard_input(varied_model, transformers_says, capsys, m
     monkeypatch.setattr(sys, "stdin", io.StringIO("the quick brown"))
     main(recipe(varied_model, prompt="-", raw=True))
     assert capsys.readouterr().out == transformers_says("the quick brown") + "\n"
+
+
+def test_without_a_chat_template_raw_text_is_the_cure(varied_model, tmp_path, capsys) -> None:
+    folder = shutil.copytree(varied_model, tmp_path / "bare")
+    for name in ("chat_template.jinja", "manifest.json"):  # a manifest would tell that something is missing
+        (folder / name).unlink(missing_ok=True)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"^model\.chat_template: this model has none: .* with `--raw`$"):
+        main(recipe(folder, prompt=QUESTION))
+    with pytest.raises(
+        InputError, match=r"^model\.chat_template: this model has none: .* use `litrecipe generate --raw`$"
+    ):
+        chat.main(recipe(folder, prompt=QUESTION))
+    assert main(recipe(folder, prompt=QUESTION, raw=True)) == 0
 
 
 @pytest.mark.parametrize("raw", [True, False])
