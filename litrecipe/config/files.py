@@ -20,11 +20,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file: fetch it again") from error
+        raise InputError(f"{path}: no such file: give one that is there") from error
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise InputError(f"{path}: {error}: not valid JSON; fetch it again") from error
+        raise InputError(f"{path}: {error}: not valid JSON: mend it, or fetch it again") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a {type(value).__name__}: not a JSON object; fetch it again")
+        raise InputError(f"{path}: holds a {type(value).__name__}: not a JSON object: mend it, or fetch it again")
     return value
 
 

@@ -196,7 +196,8 @@ def describe(hint: Any) -> str:
     if kind is tuple:
         return f"a list of {len(arguments)} {describe(arguments[0]).removeprefix('a ')}s"
     if kind is dict:
-        return "a mapping of words to words: {a: b}"
+        words, example = ("numbers", "1.0") if arguments[1] is float else ("words", "b")
+        return f"a mapping of words to {words}: {{a: {example}}}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[kind]
 
 

@@ -17,6 +17,7 @@ from litrecipe.config import schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import EvaluateRecipe, FinetuneRecipe, GenerateRecipe
 from litrecipe.config.merge import Mistakes, merge
+from litrecipe.config.online import PpoRecipe
 from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.recipes import RECIPES
 
@@ -267,6 +268,13 @@ def test_wrong_values_are_told_with_what_is_right(key: str, text: str, cure: str
     mistake = mistake_of(key, text)
     assert mistake.startswith(f"{key}: ")
     assert cure in mistake
+
+
+def test_a_mapping_says_what_it_leads_to() -> None:
+    with pytest.raises(InputError) as caught:
+        schema.load(PpoRecipe, [], [("rewards.sources", '{"length?max=12": fast}')], whole=False)
+    assert "give a mapping of words to numbers: {a: 1.0} (fast is not one)" in str(caught.value)
+    assert "give a mapping of words to words: {a: b}" in mistake_of("data.columns", "[a]")
 
 
 def test_a_mistake_is_one_short_line() -> None:

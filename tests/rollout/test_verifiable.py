@@ -219,7 +219,7 @@ def test_rules_that_need_a_package_say_so(monkeypatch: pytest.MonkeyPatch, modul
         ("regex", "pattern: give pattern=… or column=…"),
         ("regex?pattern=a&column=b", "pattern: give pattern=… or column=…"),
         ("regex?pattern=(", "pattern: '(': not a pattern"),
-        ("json?schema=nowhere.json", "nowhere.json: no such file"),
+        ("json?schema=nowhere.json", "nowhere.json: no such file: give one that is there"),
         ("length", "target: give target=… or max=…"),
         ("length?target=0", "target: give at least 1"),
         ("length?target=1.5", "target=1.5: give a whole number"),
