@@ -20,8 +20,10 @@ from litrecipe.engine.rundir import read_records
 from litrecipe.model.row import Sample
 
 REASONS = {
-    "samples": "other samples, or another order: look at data, train.seed and train.global_batch_size",
-    "batch": "the same samples, other tokens or weights: look at tokenizer, chat template, data.max_length, data.mask",
+    "samples": "other samples, or another order: look at data, train.seed and train.global_batch_size (of runs that "
+    "sample: rollout_batch_size or prompts_per_round, completions_per_prompt and minibatches)",
+    "batch": "the same samples, other tokens or weights: look at tokenizer, chat template, data.max_length, data.mask "
+    "(of runs that sample: temperature, max_new_tokens, rewards)",
     "rng": "another state of the random numbers: look at train.seed, dropout, and what was resumed",
     "loss": "the same input, another loss: look at the model's weights, precision, devices and versions",
     "grad_norm": "the same loss, another gradient: look at adapter, fabric.strategy, packing and versions",

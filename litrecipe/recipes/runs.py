@@ -10,6 +10,7 @@ from rich.table import Table
 from litrecipe.checkpoint import state
 from litrecipe.config import progress
 from litrecipe.config.errors import InputError
+from litrecipe.config.pipeline import NOTE
 from litrecipe.engine.recorder import diff as diff_runs
 from litrecipe.engine.rundir import read_records
 
@@ -41,6 +42,17 @@ def diff(a: str, b: str, tolerance: float = 0.0) -> int:
     """Say at which step two runs part and why; exit 0 when they agree, 1 when they do not."""
     if not 0 <= tolerance < math.inf:
         raise InputError(f"--tolerance: {tolerance}: give a number of 0 or more")
+    if mistakes := [line for folder in dict.fromkeys((a, b)) for line in _of_pipeline(Path(folder))]:
+        raise InputError(*mistakes)
     lines = diff_runs(Path(a), Path(b), tolerance)
     print("\n".join(lines) if lines else "the two runs agree in every step")
     return 1 if lines else 0
+
+
+def _of_pipeline(folder: Path) -> list[str]:
+    """What is wrong with a folder that holds the runs of a pipeline and is none itself; nothing otherwise."""
+    noted = [path.parent for path in folder.glob(f"*/{NOTE}")]
+    if not noted or (folder / "flight.jsonl").exists():
+        return []
+    stages = sorted(str(path) for path in noted if (path / "flight.jsonl").exists())
+    return [f"{folder}: a pipeline, not a run: compare its stages: {', '.join(stages) or 'none has trained yet'}"]

@@ -1,12 +1,15 @@
 """The flight recorder names the first step at which two runs part, and the cause that comes first."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from litrecipe.config.errors import InputError
-from litrecipe.engine.recorder import diff, flight_record, hash_samples
+from litrecipe.config.recipes import RECIPES
+from litrecipe.config.schema import keys
+from litrecipe.engine.recorder import REASONS, diff, flight_record, hash_samples
 from litrecipe.model.row import Sample, Segment
 
 
@@ -40,6 +43,12 @@ def test_names_the_first_cause(tmp_path, change, field):
     other[1] = records(**change)[1]
     lines = diff(write(tmp_path / "a", ours), write(tmp_path / "b", other))
     assert lines[0].startswith(f"step 2: {field} differs")
+
+
+def test_the_advice_names_keys_of_runs_that_sample_too():
+    known = {name for kind in RECIPES.values() for key in keys(kind) for name in (key, key.rpartition(".")[2])}
+    named = re.findall(r"[a-z]+(?:[._][a-z]+)+", " ".join(REASONS.values()))
+    assert {"train.global_batch_size", "rollout_batch_size", "prompts_per_round"} <= set(named) <= known
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,25 @@ def test_a_folder_without_runs_is_wrong_input(tmp_path: Path) -> None:
         runs.ls(str(tmp_path))
 
 
+def test_the_stages_of_a_pipeline_are_named(trained: Path, tmp_path: Path) -> None:
+    """Of one that has trained two of three, beside one that has only begun."""
+    for name in ("sft", "dpo", "tested"):
+        (tmp_path / "pipe" / name).mkdir(parents=True)
+        (tmp_path / "pipe" / name / "stage.json").write_text("{}")
+        if name != "tested":
+            shutil.copy(trained / "a" / "flight.jsonl", tmp_path / "pipe" / name)
+    (tmp_path / "begun" / "sft").mkdir(parents=True)
+    (tmp_path / "begun" / "sft" / "stage.json").write_text("{}")
+    with pytest.raises(InputError) as caught:
+        runs.diff(str(tmp_path / "pipe"), str(tmp_path / "begun"))
+    said = "a pipeline, not a run: compare its stages: "
+    assert caught.value.mistakes == [
+        f"{tmp_path}/pipe: {said}{tmp_path}/pipe/dpo, {tmp_path}/pipe/sft",
+        f"{tmp_path}/begun: {said}none has trained yet",
+    ]
+    assert runs.diff(str(tmp_path / "pipe" / "sft"), str(trained / "a")) == 0
+
+
 @pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])
 def test_a_tolerance_that_is_none(tmp_path: Path, tolerance: float) -> None:
     with pytest.raises(InputError, match=r"--tolerance: .*: give a number of 0 or more"):
