@@ -21,6 +21,12 @@ FEW = 15
 def draw_comparison(pairs: Sequence[Pair], path: Path, title: str) -> None:
     """Three panels as a PNG: rewards of better and worse answers, margins, and calibration."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(comparison(pairs, title)).print_png(str(path))
+
+
+def comparison(pairs: Sequence[Pair], title: str) -> Any:
+    """The same as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.8), layout="constrained")
@@ -29,14 +35,15 @@ def draw_comparison(pairs: Sequence[Pair], path: Path, title: str) -> None:
     _margins(margins, pairs)
     _calibration(calibrated, pairs)
     figure.suptitle(title)
-    FigureCanvasAgg(figure).print_png(str(path))
+    return figure
 
 
 def _rewards(axes: Any, pairs: Sequence[Pair]) -> None:
     chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
     edges = np.histogram_bin_edges([*chosen, *rejected], BINS)
-    axes.hist(chosen, edges, alpha=0.6, color=RIGHT, label="chosen")
-    axes.hist(rejected, edges, alpha=0.6, color=WRONG, label="rejected")
+    axes.hist(chosen, edges, alpha=0.5, color=RIGHT, label="chosen")
+    # An outline: two transparent fillings make a third colour where they lie over each other.
+    axes.hist(rejected, edges, histtype="step", linewidth=1.5, color=WRONG, label="rejected")
     axes.set(xlabel="reward", ylabel="pairs", title="rewards")
     axes.legend(frameon=False)
 
@@ -69,20 +76,27 @@ def _calibration(axes: Any, pairs: Sequence[Pair]) -> None:
 def draw_best_of(curve: Sequence[dict[str, float]], path: Path, title: str) -> None:
     """Mean reward of the best of n as a PNG: against n, and against what the KL is at most."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(best_of(curve, title)).print_png(str(path))
+
+
+def best_of(curve: Sequence[dict[str, float]], title: str) -> Any:
+    """The same as a matplotlib figure."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_count, by_kl = figure.subplots(1, 2, sharey=True)
     rewards, errors = [one["reward"] for one in curve], [1.96 * one["stderr"] for one in curve]
     counts = [one["n"] for one in curve]
-    by_count.errorbar(counts, rewards, errors, color=RIGHT, marker="o", capsize=2)
+    by_count.errorbar(counts, rewards, errors, color=RIGHT, marker="o", capsize=2, label="mean, 95 % interval")
     by_count.set_xscale("log", base=2)
     by_count.set_xticks(counts, [f"{n:g}" for n in counts])
     by_count.set(xlabel="n", ylabel="mean reward of the best of n")
+    by_count.legend(frameon=False)
     by_kl.errorbar([one["kl_bound"] for one in curve], rewards, errors, color=RIGHT, marker="o", capsize=2)
     by_kl.set(xlabel="log n - (n - 1) / n: the KL in nats is at most this")
     figure.suptitle(title)
-    FigureCanvasAgg(figure).print_png(str(path))
+    return figure
 
 
 @dataclass(frozen=True)
