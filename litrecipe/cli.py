@@ -17,10 +17,7 @@ from io import TextIOWrapper
 from typing import Any
 
 from litrecipe import __version__
-from litrecipe.config.errors import InputError
-
-WRONG_INPUT = 2
-
+from litrecipe.config.errors import WRONG_INPUT, InputError
 
 Option = tuple[type, Any, str]
 """Type (bool or int), default, meaning."""

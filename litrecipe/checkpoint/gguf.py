@@ -12,8 +12,8 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -44,12 +44,59 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
     "ffn_norm": "post_attention_layernorm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }
 """llama.cpp's names of modules → Hugging Face's; those of a block stand behind `blk.N.`."""
+AROUND = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+"""Names of Gemma's norms from the second generation on."""
 ROPE_FACTORS = "rope_freqs.weight"
 INSTEAD = "use another model, or this one's Hugging Face folder"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What all published Llama 3.x models share; only `factor` differs between them."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How llama.cpp stores the models of a family."""
+
+    family: str
+    """`model_type` in Hugging Face's `config.json`."""
+    class_name: str
+    names: dict[str, str] = field(default_factory=dict)
+    """What modules are called where they are called otherwise."""
+    turns_neighbours: bool = False
+    """Whether rows of q and k are in the order of neighbouring pairs."""
+    norms_count_from_one: bool = False
+    """Whether norms are stored with the 1 that is added to them."""
+    own_keys: Callable[[Mapping[str, Any], dict[str, Any]], dict[str, Any]] = lambda meta, config: {}
+    """From metadata without the family's name before its keys, and the common config: what the config has besides."""
+
+
+def _gemma3(meta: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What the file does not hold is alike in all published models (Gemma 3 report, 2503.19786) but for the scalar of
+    27B, whose queries are scaled by hidden size over heads."""
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": meta.get("attention.sliding_window", 1024),
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": per_head if config["num_hidden_layers"] == 62 else config["head_dim"],
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+
+
+DIALECTS = {
+    "llama": Dialect("llama", "LlamaForCausalLM", turns_neighbours=True),
+    "gemma3": Dialect("gemma3_text", "Gemma3ForCausalLM", AROUND, norms_count_from_one=True, own_keys=_gemma3),
+}
+"""`general.architecture` → dialect."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +112,7 @@ class GgufTensor:
 
 
 class GgufWeights:
-    """A GGUF file of a Llama. Raises InputError naming the file when it is damaged or another architecture's."""
+    """A GGUF file of one of `DIALECTS`. Raises InputError naming it when it is damaged or of another architecture."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -107,6 +154,8 @@ class GgufWeights:
                 raise InputError(f"{self.path}: {own}: type {kind.name} cannot be read: use Q8_0 or F16") from error
             if not np.isfinite(values).all():
                 raise InputError(f"{self.path}: {own}: holds values that are not finite: fetch the file again")
+            if self.dialect.norms_count_from_one and name.endswith("norm.weight"):
+                values = values - 1
             yield name, torch.from_numpy(np.array(values, dtype=np.float32)).view(entry.shape)
 
     def stored(self, name: str) -> bytes:
@@ -117,18 +166,20 @@ class GgufWeights:
     @cached_property
     def _own_names(self) -> dict[str, str]:
         """Hugging Face name → name in the file."""
-        return {_hf_name(name): name for name in self._table if name != ROPE_FACTORS}
+        names = NAMES | self.dialect.names
+        return {_hf_name(name, names): name for name in self._table if name != ROPE_FACTORS}
 
     def _rows(self, name: str) -> np.ndarray:
         """A tensor's bytes, a row of numbers a row, in Hugging Face's order.
 
-        llama.cpp turns neighbouring pairs (2i, 2i + 1) of a head where Hugging Face turns (i, i + D/2), so its files
-        have the rows of q and k interleaved.
+        llama.cpp turns neighbouring pairs (2i, 2i + 1) of a Llama's head where Hugging Face turns (i, i + D/2), so its
+        files have the rows of q and k interleaved.
         """
         entry = self._table[self._own_names[name]]
-        count = entry.shape[0] if len(entry.shape) > 1 or _is_rotated(name) else 1
+        is_rotated = self.dialect.turns_neighbours and _is_projection(name)
+        count = entry.shape[0] if len(entry.shape) > 1 or is_rotated else 1
         rows = np.frombuffer(self._data, np.uint8, entry.stop - entry.start, entry.start).reshape(count, -1)
-        if not _is_rotated(name):
+        if not is_rotated:
             return rows
         heads = self.config["num_attention_heads" if ".q_proj." in name else "num_key_value_heads"]
         return rows.reshape(heads, -1, 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
@@ -136,45 +187,46 @@ class GgufWeights:
     def _read_config(self) -> dict[str, Any]:
         """The `config.json` this file would have had."""
         meta = self.metadata
-        family = meta.get("general.architecture")
-        if family != "llama":
-            raise InputError(f"{self.path}: general.architecture: {family}: only llama is read: {INSTEAD}")
-        if meta.get("llama.expert_count"):
-            raise InputError(f"{self.path}: llama.expert_count: no mixtures of experts are read: {INSTEAD}")
+        own = meta.get("general.architecture")
+        if own not in DIALECTS:
+            known = " and ".join(DIALECTS)
+            raise InputError(f"{self.path}: general.architecture: {own}: only {known} are read: {INSTEAD}")
+        self.dialect = DIALECTS[own]
+        if meta.get(f"{own}.expert_count"):
+            raise InputError(f"{self.path}: {own}.expert_count: no mixtures of experts are read: {INSTEAD}")
         keys = {
-            "hidden_size": "llama.embedding_length",
-            "intermediate_size": "llama.feed_forward_length",
-            "num_hidden_layers": "llama.block_count",
-            "num_attention_heads": "llama.attention.head_count",
-            "max_position_embeddings": "llama.context_length",
-            "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+            "hidden_size": f"{own}.embedding_length",
+            "intermediate_size": f"{own}.feed_forward_length",
+            "num_hidden_layers": f"{own}.block_count",
+            "num_attention_heads": f"{own}.attention.head_count",
+            "max_position_embeddings": f"{own}.context_length",
+            "rms_norm_eps": f"{own}.attention.layer_norm_rms_epsilon",
         }
         wrong = [key for key in keys.values() if not isinstance(meta.get(key), int | float) or meta[key] <= 0]
         last = f"blk.{meta.get(keys['num_hidden_layers'], 1) - 1}.attn_norm.weight"
         wrong += [key for key in ("token_embd.weight", last) if not wrong and key not in self._table]
         if wrong:
             raise InputError(*(f"{self.path}: {key}: missing, or not one positive number: {INSTEAD}" for key in wrong))
-        config: dict[str, Any] = {key: meta[own] for key, own in keys.items()}
+        config: dict[str, Any] = {key: meta[name] for key, name in keys.items()}
         heads = config["num_attention_heads"]
-        kv_heads = meta.get("llama.attention.head_count_kv", heads)
+        kv_heads = meta.get(f"{own}.attention.head_count_kv", heads)
         if not isinstance(kv_heads, int):
-            raise InputError(f"{self.path}: llama.attention.head_count_kv: layers differ: {INSTEAD}")
-        head_dim = meta.get("llama.attention.key_length", config["hidden_size"] // heads)
-        if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
-            raise InputError(f"{self.path}: llama.rope.dimension_count: only a part of each head turns: {INSTEAD}")
+            raise InputError(f"{self.path}: {own}.attention.head_count_kv: layers differ: {INSTEAD}")
+        head_dim = meta.get(f"{own}.attention.key_length", config["hidden_size"] // heads)
+        if meta.get(f"{own}.rope.dimension_count", head_dim) != head_dim:
+            raise InputError(f"{self.path}: {own}.rope.dimension_count: only a part of each head turns: {INSTEAD}")
         # The file keeps fp32 numbers: 1e-5 has become 9.999999747378752e-06.
         config["rms_norm_eps"] = float(f"{config['rms_norm_eps']:.6g}")
-        theta = float(f"{meta.get('llama.rope.freq_base', 10000.0):.9g}")
+        theta = float(f"{meta.get(f'{own}.rope.freq_base', 10000.0):.9g}")
+        config |= {"num_key_value_heads": kv_heads, "head_dim": head_dim}
+        own_meta = {key.removeprefix(f"{own}."): value for key, value in meta.items()}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.dialect.class_name],
+            "model_type": self.dialect.family,
             "vocab_size": self._table["token_embd.weight"].shape[0],
             **config,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
-            "hidden_act": "silu",
             "rope_theta": theta,
-            "rope_scaling": self._read_rope_scaling(theta, head_dim),
+            "rope_scaling": self._read_rope_scaling(own, theta, head_dim),
             "tie_word_embeddings": "output.weight" not in self._table,
             "attention_bias": "blk.0.attn_q.bias" in self._table,
             "mlp_bias": "blk.0.ffn_gate.bias" in self._table,
@@ -182,6 +234,7 @@ class GgufWeights:
             "eos_token_id": self._eos_ids(),
             "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
             "torch_dtype": "float32",
+            **self.dialect.own_keys(own_meta, config),
         }
 
     def _eos_ids(self) -> int | list[int] | None:
@@ -191,9 +244,9 @@ class GgufWeights:
         ids = list(dict.fromkeys(id for id in found if id is not None))
         return ids[0] if len(ids) == 1 else ids or None
 
-    def _read_rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
+    def _read_rope_scaling(self, own: str, theta: float, head_dim: int) -> dict[str, Any] | None:
         """The scaling of the metadata, or Llama 3's, which llama.cpp stores as one divisor a frequency."""
-        kind = self.metadata.get("llama.rope.scaling.type", "none")
+        kind = self.metadata.get(f"{own}.rope.scaling.type", "none")
         if ROPE_FACTORS in self._table:
             entry = self._table[ROPE_FACTORS]
             divisors = np.frombuffer(self._data[entry.start : entry.stop], np.float32)
@@ -204,10 +257,10 @@ class GgufWeights:
                 raise InputError(f"{self.path}: {ROPE_FACTORS}: not the scaling of Llama 3: {INSTEAD}")
             return scaling
         if kind == "linear":
-            return {"rope_type": "linear", "factor": self.metadata["llama.rope.scaling.factor"]}
+            return {"rope_type": "linear", "factor": self.metadata[f"{own}.rope.scaling.factor"]}
         if kind != "none":
             raise InputError(
-                f"{self.path}: llama.rope.scaling.type: {kind}: only none, linear and Llama 3's are read: {INSTEAD}"
+                f"{self.path}: {own}.rope.scaling.type: {kind}: only none, linear and Llama 3's are read: {INSTEAD}"
             )
         return None
 
@@ -221,17 +274,18 @@ def _llama3_divisors(theta: float, scaling: dict[str, Any], head_dim: int) -> np
     return 1 / ((1 - kept) / scaling["factor"] + kept)
 
 
-def _is_rotated(name: str) -> bool:
+def _is_projection(name: str) -> bool:
+    """Of queries or keys."""
     return ".q_proj." in name or ".k_proj." in name
 
 
-def _hf_name(own: str) -> str:
+def _hf_name(own: str, names: Mapping[str, str]) -> str:
     """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; unknown names stay as they are."""
     match = re.fullmatch(r"(blk\.(?P<layer>\d+)\.)?(?P<module>\w+)\.(?P<leaf>weight|bias)", own)
-    if not match or match["module"] not in NAMES:
+    if not match or match["module"] not in names:
         return own
     prefix = f"model.layers.{match['layer']}." if match["layer"] else ""
-    return f"{prefix}{NAMES[match['module']]}.{match['leaf']}"
+    return f"{prefix}{names[match['module']]}.{match['leaf']}"
 
 
 class _Cursor:

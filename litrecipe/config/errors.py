@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+WRONG_INPUT = 2
+"""The exit code of a program that was given what it cannot work with."""
+
 
 class InputError(Exception):
     """Something the user gave us is wrong; ends the program with exit code 2 and no traceback.

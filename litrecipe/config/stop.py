@@ -29,6 +29,8 @@ _fork = threading.local()
 """Whether this thread is in the midst of a fork, and which signals it blocks otherwise."""
 _received: int | None = None
 _deferred = 0
+_child_speaks = False
+"""Whether a child, to which signals are passed on, says what becomes of them."""
 _asked: Callable[[], int | None] | None = None
 """How `poll()` learns of a signal while signals are deferred; None where it must not."""
 
@@ -95,7 +97,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
         if getattr(_fork, "under_way", False):  # Python drops what is raised in the midst of a fork
             os._exit(int(stopped.code or 0))
         raise stopped
-    if number == signal.SIGINT and is_first_process():
+    if number == signal.SIGINT and is_first_process() and not _child_speaks:
         os.write(2, AFTER_THIS_STEP)
 
 
@@ -122,6 +124,17 @@ def deferred() -> Iterator[None]:
         yield
     finally:
         _deferred -= 1
+
+
+@contextmanager
+def child_speaks() -> Iterator[None]:
+    """Inside, a child to which signals are passed on answers Ctrl-C at the terminal, and nobody else."""
+    global _child_speaks
+    _child_speaks = True
+    try:
+        yield
+    finally:
+        _child_speaks = False
 
 
 @contextmanager

@@ -28,15 +28,16 @@ def run_child(command: Sequence[str]) -> int:
     """
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_dies_with(os.getpid()))
     passed_on: int | None = None
-    while True:
-        try:
-            code = process.wait(EVERY)
-            break
-        except subprocess.TimeoutExpired:
-            number = stop.requested()
-            if number is not None and passed_on is None:
-                passed_on = number
-                process.send_signal(number)
+    with stop.child_speaks():
+        while True:
+            try:
+                code = process.wait(EVERY)
+                break
+            except subprocess.TimeoutExpired:
+                number = stop.requested()
+                if number is not None and passed_on is None:
+                    passed_on = number
+                    process.send_signal(number)
     if code >= 0:
         return code
     if passed_on is not None:

@@ -50,7 +50,7 @@ def start_of_critic(recipe: PpoRecipe, files: ModelFiles) -> ModelFiles | None:
     if first is None:
         say(f"{policy}rewards.sources has no reward model")
         return None
-    judge = open_model(first.removeprefix(MODEL))
+    judge = _open(first.removeprefix(MODEL), f"rewards.sources: {MODEL}")
     if why := misfit(judge, files, adapter_of(recipe, files)):
         say(f"{policy}{judge.source} {why}")
         return None
@@ -59,13 +59,18 @@ def start_of_critic(recipe: PpoRecipe, files: ModelFiles) -> ModelFiles | None:
 
 
 def _asked_for(recipe: PpoRecipe, files: ModelFiles) -> ModelFiles:
-    try:
-        judge = open_model(recipe.ppo.critic)
-    except InputError as error:
-        raise InputError(*(line.replace("model.source", "ppo.critic", 1) for line in error.mistakes)) from error
+    judge = _open(recipe.ppo.critic, "ppo.critic: ")
     if why := misfit(judge, files, adapter_of(recipe, files)):
         raise InputError(f"ppo.critic: {recipe.ppo.critic}: {why}: give one that fits, or {POLICY}")
     return judge
+
+
+def _open(source: str, key: str) -> ModelFiles:
+    """Mistakes are said of the key, with what stands before the source there."""
+    try:
+        return open_model(source)
+    except InputError as error:
+        raise InputError(*(line.replace("model.source: ", key, 1) for line in error.mistakes)) from error
 
 
 def misfit(judge: ModelFiles, files: ModelFiles, adapter: Adapter | None) -> str | None:

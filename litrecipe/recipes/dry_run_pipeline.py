@@ -19,11 +19,12 @@ from litrecipe.config import progress
 from litrecipe.config.checks import reset
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import EvaluateRecipe, Model, TrainingRecipe
+from litrecipe.config.online import sampling_of
 from litrecipe.config.pipeline import PipelineRecipe, flat, texts
 from litrecipe.evaluation.run import plan
 from litrecipe.recipes.dry_run import show_recipe, shown_instead
-from litrecipe.recipes.training import begin
-from litrecipe.rollout.sources import MODEL, light_sources
+from litrecipe.recipes.training import begin, prompts_for
+from litrecipe.rollout.sources import MODEL, check_columns_of, column_of, light_sources
 
 FILES = {"align rloo": "grpo"}
 """Verbs whose file has another name."""
@@ -69,17 +70,18 @@ def check_recipes(pipeline: PipelineRecipe, names: list[str]) -> None:
     """Raise InputError with what the verbs themselves would find wrong with their recipes, of all stages at once."""
     mistakes: list[str] = []
     for name in names:
-        recipe = preview(pipeline, name).recipe
-        for look in (_open, _check_rewards):
+        shown = preview(pipeline, name)
+        for look in (_open, _check_rewards, _check_columns):
             try:
-                look(recipe)
+                look(shown)
             except InputError as error:
                 mistakes += pipeline.stages[name].placed(name, error.mistakes)
     if mistakes:
         raise InputError(*mistakes)
 
 
-def _open(recipe: Any) -> None:
+def _open(shown: Preview) -> None:
+    recipe = shown.recipe
     if isinstance(recipe, TrainingRecipe):
         begin(recipe, dry_run=True)
     elif recipe.tasks:  # otherwise they are all to come
@@ -87,10 +89,8 @@ def _open(recipe: Any) -> None:
         open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
 
 
-def _check_rewards(recipe: Any) -> None:
-    sources = getattr(getattr(recipe, "rewards", None), "sources", {})
-    if sources:
-        light_sources(recipe.rewards)
+def _check_rewards(shown: Preview) -> None:
+    sources = _sources(shown.recipe)
     mistakes: list[str] = []
     for spec in sources:
         if spec.startswith(MODEL):
@@ -100,6 +100,22 @@ def _check_rewards(recipe: Any) -> None:
                 mistakes += [line.replace("model.source", "rewards.sources", 1) for line in error.mistakes]
     if mistakes:
         raise InputError(*mistakes)
+
+
+def _check_columns(shown: Preview) -> None:
+    """Rules, and whether rows that are there have the columns that they read."""
+    recipe = shown.recipe
+    if not _sources(recipe):
+        return
+    light = light_sources(recipe.rewards).values()
+    if any(map(column_of, light)) and "data.train" not in shown.to_come:
+        files, tokenizer = begin(recipe, dry_run=True)
+        _, config = sampling_of(recipe)
+        check_columns_of(light, prompts_for(recipe, config.max_new_tokens, files, tokenizer).train)
+
+
+def _sources(recipe: Any) -> dict[str, float]:
+    return dict(getattr(getattr(recipe, "rewards", None), "sources", {}))
 
 
 def show_pipeline(pipeline: PipelineRecipe) -> int:

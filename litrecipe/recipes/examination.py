@@ -60,7 +60,7 @@ def judge_of(
     budget = recipe.train.micro_batch_tokens
     try:
         sources = make_sources(config, tokenizer, recipe.fabric, fabric.device, budget=budget, own=own)
-        check_columns_of(sources, prompts.val)
+        check_columns_of([one.source for one in sources], prompts.val)
     except InputError as error:
         raise InputError(*(line.replace(KEY, "eval.sources", 1) for line in error.mistakes)) from error
     return Scorer(sources, config, Sampling(), Ranks(fabric).agree)

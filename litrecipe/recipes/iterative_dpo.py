@@ -28,7 +28,7 @@ from litrecipe.rollout.pairs import Pairing, WinRates, gold_answers
 from litrecipe.rollout.rewards import Scorer, make_judge
 from litrecipe.rollout.sampler import OwnSampler
 from litrecipe.rollout.source import Rollouts
-from litrecipe.rollout.sources import Weighted, check_columns_of, make_sources
+from litrecipe.rollout.sources import Weighted, check_light, make_sources
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -47,12 +47,13 @@ def main(recipe: IterativeDpoRecipe, *, dry_run: bool = False) -> int:
     objective = make_dpo(recipe.dpo, tokenizer.control_ids)
     assert isinstance(objective, DPO)  # kto is refused
     needs_copy = objective.needs_reference and config.holds_to_start and not has_fresh_adapter(recipe, files)
+    if recipe.rewards.sources:  # otherwise a judge compares
+        check_light(recipe.rewards, prompts.train)
     if dry_run:
         return show_rounds(recipe, files, tokenizer, prompts, frozen_copy=needs_copy)
 
     fabric = make_fabric(recipe.fabric)
     sources = judging(recipe, tokenizer, fabric)
-    check_columns_of(sources, prompts.train)
     judge = judge_of(recipe, tokenizer, prompts, fabric)
     known = known_by(recipe, files, tokenizer, prompts, dpo=recipe.dpo)
     refuse_other_run(RunDir(folder), recipe.checkpoint.resume, known)

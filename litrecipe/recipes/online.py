@@ -43,7 +43,7 @@ from litrecipe.rollout.practice import Practice, check_rows
 from litrecipe.rollout.rewards import Moments, Scorer
 from litrecipe.rollout.sampler import make_sampler
 from litrecipe.rollout.source import Rollouts
-from litrecipe.rollout.sources import RewardSource, check_columns_of, light_sources, make_sources
+from litrecipe.rollout.sources import RewardSource, check_light, make_sources
 
 
 @dataclass
@@ -69,7 +69,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     prompts = asked(recipe, config.max_new_tokens, files, tokenizer)
     check_rows(prompts.train, config.max_new_tokens, recipe.train.micro_batch_tokens)
     chosen = course(files)
-    light_sources(recipe.rewards)  # tells mistakes before any model is loaded
+    check_light(recipe.rewards, prompts.train)
     if dry_run:
         return show_online(recipe, files, tokenizer, prompts, frozen_copy=needs_copy(files, recipe))
 
@@ -79,7 +79,6 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     policy = load_to_train(load_model, files, recipe)
     own = chosen.own_source(policy, tokenizer, fabric.device)
     sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, own=own)
-    check_columns_of(sources, prompts.train)
     judge = judge_of(recipe, tokenizer, prompts, fabric, own)
     module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
     make_ready(policy, recipe)

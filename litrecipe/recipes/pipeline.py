@@ -11,7 +11,7 @@ from rich.table import Table
 
 from litrecipe.checkpoint.manifest import write_text
 from litrecipe.config import progress, schema, stop
-from litrecipe.config.errors import InputError
+from litrecipe.config.errors import WRONG_INPUT, InputError
 from litrecipe.config.files import write_json
 from litrecipe.config.pipeline import FINAL, PipelineRecipe
 from litrecipe.config.progress import say, warn
@@ -58,7 +58,8 @@ def main(recipe: PipelineRecipe, *, dry_run: bool = False) -> int:
             remember(runs, out.path)
             if code:
                 why = "was stopped" if code in (stop.PREEMPTED, stop.INTERRUPTED) else f"ended with exit code {code}"
-                say(f"{said}: {why}; {GO_ON}")
+                first = "put right what is wrong, then " if code == WRONG_INPUT else ""
+                say(f"{said}: {why}; {first}{GO_ON}")
                 return code
         finish(runs, out.path)
     return 0

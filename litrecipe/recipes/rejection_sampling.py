@@ -36,7 +36,7 @@ from litrecipe.recipes.training import asked, begin, load_to_train, prepared
 from litrecipe.rollout.candidates import CandidateFile, choose, gains, sample_candidates
 from litrecipe.rollout.rewards import Scorer
 from litrecipe.rollout.sampler import OwnSampler
-from litrecipe.rollout.sources import check_columns_of, light_sources, make_sources
+from litrecipe.rollout.sources import check_light, make_sources
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -54,7 +54,7 @@ def main(recipe: RejectionSamplingRecipe, *, dry_run: bool = False) -> int:
     prompts = asked(only_asked, config.max_new_tokens, files, tokenizer)
     if text := next((one.where for one in prompts.train if one.text is not None), None):
         raise InputError(f"data.train: {text}: a text to be continued: give questions, whose answers can be learnt")
-    light_sources(recipe.rewards)  # tells mistakes before any model is loaded
+    check_light(recipe.rewards, prompts.train)
     if dry_run:
         return show_rejection_sampling(recipe, files, tokenizer, prompts)
 
@@ -112,7 +112,6 @@ def answer(
     """Let the model that training will start from answer; it is gone before that is loaded."""
     budget = recipe.train.micro_batch_tokens
     sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget)
-    check_columns_of(sources, prompts)
     scorer = Scorer(sources, recipe.rewards, recipe.rejection_sampling, Ranks(fabric).agree)
     bare = replace(recipe, adapter=LoraAdapter(method="none"))
     policy = load_to_train(load_model, files, bare).to(fabric.device).eval()

@@ -17,6 +17,7 @@ from typing import Any
 
 from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, write_text
 from litrecipe.config import schema
+from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.files import read_json
 from litrecipe.config.groups import EvaluateRecipe
 from litrecipe.config.pipeline import NOTE, PipelineRecipe, Stage, flat
@@ -94,7 +95,18 @@ class StageRun:
         program = [sys.executable, "-m", "litrecipe.cli"]
         code = run_child([*program, *self.stage.verb.split(), "--config", str(recipe)])
         self._remember(begun | {"seconds": before + time.monotonic() - started, "done": code == 0})
+        if code == WRONG_INPUT and not self._made_something:
+            (self.folder / NOTE).unlink()  # it never began: who puts the recipe right does not change it
+            self.note = {}
         return code
+
+    @property
+    def _made_something(self) -> bool:
+        """Whether a step was learnt, or a completion sampled."""
+        return any(self.folder.glob("checkpoints/step-*")) or any(
+            path.is_file() and path.stat().st_size
+            for path in (self.folder / name for name in ("metrics.jsonl", "candidates.jsonl"))
+        )
 
     def _remember(self, note: dict[str, Any]) -> None:
         self.note = note

@@ -56,10 +56,15 @@ def prepared(kind: Kind[Any], recipe: TrainingRecipe, files: ModelFiles, tokeniz
 
 def asked(recipe: TrainingRecipe, max_new_tokens: int, files: ModelFiles, tokenizer: Tokenizer) -> PromptSet:
     """The recipe's data as prompts that leave room for a completion; says what became of its rows."""
-    longest, seed = files.architecture.max_positions, recipe.train.seed
-    found = load_prompts(recipe.data, tokenizer, max_new_tokens=max_new_tokens, max_positions=longest, seed=seed)
+    found = prompts_for(recipe, max_new_tokens, files, tokenizer)
     say(str(found.report))
     return found
+
+
+def prompts_for(recipe: TrainingRecipe, max_new_tokens: int, files: ModelFiles, tokenizer: Tokenizer) -> PromptSet:
+    """The same, and says nothing."""
+    longest, seed = files.architecture.max_positions, recipe.train.seed
+    return load_prompts(recipe.data, tokenizer, max_new_tokens=max_new_tokens, max_positions=longest, seed=seed)
 
 
 def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRecipe) -> M:

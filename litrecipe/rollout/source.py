@@ -126,6 +126,8 @@ class Rollouts:
         """Which of them each minibatch takes."""
         self.metrics: dict[str, float] = {}
         """About it."""
+        self.silent = 0
+        """Times that rewards said nothing, one after the other; for warnings only."""
         self.beside: RecordedSource | None = None
         """Plain text that is learnt along (PPO-ptx, 2203.02155)."""
 
@@ -279,10 +281,27 @@ class Rollouts:
                 f"rewards.sources: all completions of a prompt score alike, {sampled} of them over: the model is "
                 "always right or always wrong: give other prompts or rewards, or a higher temperature"
             )
-        if silent == sampled > 0 and grouped:
-            alike = "all completions of every prompt score alike"
-            warn(f"rollout {self.at.rollout + 1}: {alike}: there is nothing to learn which is better")
-        return joined(kept) if kept else None
+        if not kept:
+            return None
+        rollout = joined(kept)
+        self._warn_of_silence(rollout, silent == sampled and grouped)
+        return rollout
+
+    def _warn_of_silence(self, found: Scored, each_alike: bool) -> None:
+        """Where rewards tell no completion from another: the first time, the second, the fourth, and so on."""
+        given, total = found.scores.raw, found.scores.total
+        mute = [name for name, scores in given.items() if all(score is None for score in scores)]
+        why = None
+        if mute:
+            why = f"{', '.join(mute)}: no score for any of {len(total)} completions: does it apply to these prompts?"
+        elif each_alike:
+            why = "all completions of every prompt score alike: there is nothing to learn which is better"
+        elif len(total) > 1 and bool((total == total[0]).all()):
+            why = f"all {len(total)} completions score {float(total[0]):.4g}: there is nothing to learn which is better"
+        self.silent = self.silent + 1 if why else 0
+        if why and self.silent & (self.silent - 1) == 0:
+            times = f" ({self.silent} times now, one after the other)" if self.silent > 1 else ""
+            warn(f"rollout {self.at.rollout + 1}: {why}{times}")
 
     def _next_places(self, count: int) -> list[int]:
         """Places in the order of the next prompts that are to be asked."""
@@ -344,9 +363,9 @@ class Rollouts:
         readable.unlink(missing_ok=True)
         write_rollout(readable, self.at.steps, rollout.scored.completions, rollout.scored.scores, lesson.kl)
         states = [json.loads(path.read_text()) for path in self.run_dir.glob("checkpoints/step-*/state.json")]
-        needed = min([state["source"]["rollout"] for state in states], default=rollout.number)
+        needed = {rollout.number, *(state["source"]["rollout"] for state in states)}
         for old in self.folder.glob("*.samples"):
-            if is_complete(old) and int(old.stem) < needed:
+            if is_complete(old) and int(old.stem) not in needed:
                 shutil.rmtree(old)
         if rollout.number & (rollout.number - 1) == 0:  # 1, 2, 4, 8, …
             title = f"rollout {rollout.number}, after {self.at.steps} steps ({readable})"

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -337,15 +337,26 @@ def find_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-def check_columns_of(sources: Sequence[Weighted], prompts: Sequence[Prompt]) -> None:
+def check_light(config: Rewards, prompts: Sequence[Prompt]) -> None:
+    """Raise InputError with what is wrong with sources that are no models, before any model is loaded."""
+    check_columns_of(light_sources(config).values(), prompts)
+
+
+def column_of(source: RewardSource) -> str | None:
+    """The column of a prompt's row that a rule reads."""
+    column: str | None = getattr(getattr(source, "rule", None), "column", None)
+    return column
+
+
+def check_columns_of(sources: Iterable[RewardSource], prompts: Sequence[Prompt]) -> None:
     """Raise InputError for rules whose column no prompt's row has: they would never apply."""
     names = {name for prompt in prompts for name in prompt.row}
     mistakes = []
-    for one in sources:
-        column = getattr(getattr(one.source, "rule", None), "column", None)
+    for source in sources:
+        column = column_of(source)
         if column is not None and column not in names:
             hint = did_you_mean(column, names) or f": rows have {list_of(sorted(names))}"
-            mistakes.append(f"{KEY}: {one.source.name}: {column}: no row has this column{hint}")
+            mistakes.append(f"{KEY}: {source.name}: {column}: no row has this column{hint}")
     if mistakes:
         raise InputError(*mistakes)
 

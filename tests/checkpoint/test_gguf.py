@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from litrecipe.checkpoint.gguf import GgufWeights
+from litrecipe.checkpoint.gguf import DIALECTS, GgufWeights
 from litrecipe.checkpoint.hf import save_model
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import open_model
@@ -41,18 +41,25 @@ LLAMA_CPP_NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+GEMMA_NAMES = LLAMA_CPP_NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
 BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
 """The alphabet of byte-level BPE, a character a byte (in no particular order)."""
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *BYTES, "th", "the", "Ġthe", "12", "<tool>"]
 VOCAB = 272
 
 
-def llama_cpp_name(name: str) -> str:
+def llama_cpp_name(name: str, names: dict[str, str]) -> str:
     module, _, leaf = name.rpartition(".")
     if module.startswith("model.layers."):
         _, _, layer, module = module.split(".", 3)
-        return f"blk.{layer}.{LLAMA_CPP_NAMES[module]}.{leaf}"
-    return f"{LLAMA_CPP_NAMES[module]}.{leaf}"
+        return f"blk.{layer}.{names[module]}.{leaf}"
+    return f"{names[module]}.{leaf}"
 
 
 def llama_cpp_rows(values: np.ndarray, heads: int) -> np.ndarray:
@@ -64,9 +71,10 @@ def llama_cpp_rows(values: np.ndarray, heads: int) -> np.ndarray:
 def write_gguf(
     path: Path, model: Any, kind: Kind = Kind.F32, *, tensors: dict[str, np.ndarray] | None = None, **meta: Any
 ) -> None:
-    """Write a transformers Llama as a GGUF file; matrices in `kind`, the rest in F32, as llama.cpp does."""
+    """Write a transformers Llama or Gemma 3 as a GGUF file; matrices in `kind`, the rest in F32, as llama.cpp does."""
     config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
+    is_gemma = config.model_type == "gemma3_text"
+    writer = gguf.GGUFWriter(str(path), "gemma3" if is_gemma else "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -74,18 +82,23 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    ropes = config.rope_parameters
+    if is_gemma:
+        writer.add_sliding_window(config.sliding_window)
+    else:
+        writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base((ropes["full_attention"] if is_gemma else ropes)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_tokenizer_model(meta.pop("vocabulary", "gpt2"))
     writer.add_tokenizer_pre(meta.pop("pre", "smollm"))
-    writer.add_token_list([*TOKENS, *(f"<unused {i}>" for i in range(VOCAB - len(TOKENS)))])
-    writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 4) + [4] + [5] * (VOCAB - len(TOKENS)))
+    spare = VOCAB - len(TOKENS)
+    writer.add_token_list(meta.pop("token_list", [*TOKENS, *(f"<unused {i}>" for i in range(spare))]))
+    writer.add_token_types(meta.pop("token_types", [3] * 3 + [1] * (len(TOKENS) - 4) + [4] + [5] * spare))
     writer.add_token_merges(["t h", "th e", "Ġ the", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
+    writer.add_unk_token_id(meta.pop("unk_token_id", 0))
     writer.add_chat_template("{{ messages[0]['content'] }}<|im_end|>")
     for key, value in meta.items():
         getattr(writer, f"add_{key}")(value)
@@ -94,12 +107,15 @@ def write_gguf(
         state.pop("lm_head.weight", None)
     for name, tensor in state.items():
         values = tensor.float().numpy()
-        if ".q_proj." in name:
+        if is_gemma and name.endswith("norm.weight"):
+            values = values + 1
+        if ".q_proj." in name and not is_gemma:
             values = llama_cpp_rows(values, config.num_attention_heads)
-        if ".k_proj." in name:
+        if ".k_proj." in name and not is_gemma:
             values = llama_cpp_rows(values, config.num_key_value_heads)
         own = kind if values.ndim == 2 else Kind.F32
-        writer.add_tensor(llama_cpp_name(name), gguf.quants.quantize(np.ascontiguousarray(values), own), raw_dtype=own)
+        own_name = llama_cpp_name(name, GEMMA_NAMES if is_gemma else LLAMA_CPP_NAMES)
+        writer.add_tensor(own_name, gguf.quants.quantize(np.ascontiguousarray(values), own), raw_dtype=own)
     for name, values in (tensors or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()
@@ -121,7 +137,7 @@ def rounded(model: Any, kind: Kind) -> Any:
 @pytest.fixture
 def make_gguf(tmp_path: Path, make_llama):
     def make(kind: Kind = Kind.F32, *, meta: dict[str, Any] | None = None, tensors: Any = None, **changes: Any):
-        model = make_llama(tmp_path / "hf", vocab_size=VOCAB, **changes)
+        model = make_llama(tmp_path / "hf", **{"vocab_size": VOCAB, **changes})
         write_gguf(tmp_path / "model.gguf", model, kind, tensors=tensors, **(meta or {}))
         return model, tmp_path / "model.gguf"
 
@@ -154,6 +170,75 @@ def test_flags(make_gguf, their_logits, our_logits, changes: dict[str, Any]) -> 
     )
 
 
+def test_gemma_3(make_gguf, their_logits, our_logits) -> None:
+    """Eight layers, so that one is global; norms are stored with their 1, and what the file lacks is known."""
+    theirs, path = make_gguf(
+        Kind.Q8_0,
+        family="gemma3_text",
+        num_hidden_layers=8,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=4,
+        tie_word_embeddings=True,
+    )
+    files = open_model(str(path))
+    assert files.architecture.family == "gemma3_text"
+    assert [files.architecture.kind(layer).window for layer in range(8)] == [4] * 5 + [None] + [4] * 2
+    ours = load_model(files)
+    torch.testing.assert_close(our_logits(ours), their_logits(rounded(theirs, Kind.Q8_0)), atol=1e-4, rtol=1e-5)
+
+
+def test_queries_of_the_largest_gemma_3_are_scaled_otherwise() -> None:
+    own_keys = DIALECTS["gemma3"].own_keys
+    config = {"hidden_size": 5376, "num_attention_heads": 32, "num_hidden_layers": 62, "head_dim": 128}
+    assert own_keys({}, config)["query_pre_attn_scalar"] == 168
+    assert own_keys({"attention.sliding_window": 512}, config | {"num_hidden_layers": 26}) == {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 128,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
+
+
+PIECES = {"▁": -3.0, "t": -4.0, "h": -5.0, "e": -6.0, "a": -7.0, "th": -1.0, "he": -2.0, "▁th": -0.5, "the": -0.25}
+PIECES |= {"▁the": -9.0, "▁▁": -8.0}
+"""Tokens of SentencePiece with their scores."""
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentence_piece_joins_what_scores_highest(make_gguf, prefix: bool) -> None:
+    """th scores higher than he, then the than ▁th, and ▁the is left. What has no token is bytes."""
+    bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokens = [*special, *PIECES, "<turn>", *bytes_of, "<spare>"]
+    kinds = [3] * 4 + [1] * len(PIECES) + [4] + [6] * 256 + [5]
+    scores = [-1000.0] * 4 + list(PIECES.values()) + [-1000.0] * 258
+    _, path = make_gguf(
+        vocab_size=len(tokens),
+        meta={
+            "vocabulary": "llama",
+            "pre": "default",
+            "token_list": tokens,
+            "token_types": kinds,
+            "token_scores": scores,
+            "unk_token_id": 3,
+            "add_space_prefix": prefix,
+        },
+    )
+    tokenizer = Tokenizer.load(open_model(str(path)).tokenizer_dir)
+    id_of = {token: id for id, token in enumerate(tokens)}
+    assert tokenizer.adds_bos
+    ids = tokenizer.encode("the<turn>ate  é")
+    first = ["▁the"] if prefix else ["the"]
+    behind = ["▁"] if prefix else []
+    rest = ["<turn>", *behind, "a", "t", "e", "▁▁", "<0xC3>", "<0xA9>"]
+    assert ids == [id_of[token] for token in [*first, *rest]]
+    assert tokenizer.decode(ids).replace(" ", "") == "the<turn>ateé"
+
+
 def llama3(factor: float) -> dict[str, Any]:
     low_high = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"rope_type": "llama3", "rope_theta": 5e5, "factor": factor, **low_high}
@@ -173,7 +258,7 @@ def test_llama3_scaling_is_recovered(
     tensors = {"rope_freqs.weight": llama_cpp_divisors(scaled)}
     theirs, path = make_gguf(rope_parameters=llama3(factor), tensors=tensors)
     files = open_model(str(path))
-    assert files.architecture.rope_scaling == {k: v for k, v in llama3(factor).items() if k != "rope_theta"}
+    assert files.architecture.ropes[0].scaling == {k: v for k, v in llama3(factor).items() if k != "rope_theta"}
     torch.testing.assert_close(our_logits(load_model(files)), their_logits(theirs), atol=1e-4, rtol=1e-5)
 
 
@@ -231,7 +316,7 @@ def test_bos_is_added_where_the_file_says_so(make_gguf) -> None:
 
 
 def test_other_tokenizers_and_architectures_are_refused(make_gguf, tmp_path: Path) -> None:
-    for meta in ({"vocabulary": "llama"}, {"pre": "tekken"}):
+    for meta in ({"vocabulary": "bert"}, {"pre": "tekken"}):
         _, path = make_gguf(meta=meta)
         with pytest.raises(InputError, match=f"{path}: tokenizer.ggml.*: use the model's Hugging Face folder"):
             open_model(str(path))
@@ -400,8 +485,47 @@ def test_the_real_models_config(smollm2) -> None:
     *_, files = smollm2
     a = files.architecture
     assert (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads) == (30, 576, 1536, 9, 3)
-    assert (a.rope_theta, a.rms_norm_eps, a.max_positions, a.vocab_size) == (1e5, 1e-5, 8192, 49152)
+    assert (a.ropes[0].theta, a.rms_norm_eps, a.max_positions, a.vocab_size) == (1e5, 1e-5, 8192, 49152)
     assert a.tie_embeddings and (a.bos_id, a.eos_ids, a.pad_id) == (1, (2,), 2)
     state = json.loads((files.tokenizer_dir / "tokenizer.json").read_text())
     assert [step["type"] for step in state["pre_tokenizer"]["pretokenizers"]] == ["Digits", "ByteLevel"]
     assert state["post_processor"] is None  # no BOS
+
+
+# -- Gemma 3 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gemma3() -> Any:
+    """Gemma 3 270M, its tokenizer and its files: `scripts/fetch_model.py --gemma` fetches it."""
+    path = Path(__file__).parents[2] / ".models" / "gemma-3-270m-q4_k_m.gguf"
+    if not path.exists():
+        pytest.skip("Gemma 3 is not here: run scripts/fetch_model.py --gemma")
+    files = open_model(str(path))
+    return load_model(files), Tokenizer.load(files.tokenizer_dir), path
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_gemma_3_continues_text(gemma3) -> None:
+    model, tokenizer, _ = gemma3
+    start = tokenizer.encode("def fibonacci(n):\n    ")
+    (found,) = generate(model, [[tokenizer.bos_id, *start]], max_new_tokens=24)
+    assert tokenizer.decode(found.tokens).startswith("if n == 0:\n        return 0\n    elif n == 1:\n        return 1")
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_gemma_3_equals_transformers(gemma3) -> None:
+    """Tokens and logits, of more tokens than a window has."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer, path = gemma3
+    text = Path(__file__).read_text()[:6000]
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ids = tokenizer.encode(text)
+    assert ids == theirs(text, add_special_tokens=False)["input_ids"] and tokenizer.decode(ids) == text
+    right = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+    tokens = torch.tensor([tokenizer.bos_id, *ids[:600]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(tokens), right(tokens[None]).logits[0], atol=5e-4, rtol=0)

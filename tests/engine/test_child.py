@@ -73,6 +73,7 @@ def test_a_signal_to_the_group_reaches_the_child_once_and_is_waited_for(tmp_path
     os.killpg(parent.pid, number)
     assert parent.wait(60) == 42
     assert (tmp_path / "heard").read_text() == f"{number}\n"
+    assert parent.stderr is not None and parent.stderr.read() == "", "the child says what becomes of it"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])

@@ -280,6 +280,34 @@ def test_a_stage_that_fails_ends_the_pipeline_with_its_code(
     assert len(here) == 3 + 4
 
 
+def test_a_column_that_no_row_has_is_told_before_the_first_stage(
+    recipe: Path, tmp_path: Path, here: list[list[str]]
+) -> None:
+    bad = ("stages.rejection.rewards.sources", '{"model:stage:reward": 1.0, "exact?column=anser": 1.0}')
+    for dry_run in (True, False):
+        with pytest.raises(InputError) as wrong:
+            pipeline.main(load(recipe, tmp_path / "run", bad), dry_run=dry_run)
+        [line] = wrong.value.mistakes
+        assert line.endswith("exact?column=anser: anser: no row has this column (did you mean answer?)")
+        assert "stages.rejection.rewards.sources: " in line
+    assert not here
+
+
+def test_a_stage_that_refused_its_input_may_be_put_right(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It made nothing, so nothing was made with the other value."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(stage_runs, "run_child", lambda _: 2)
+    assert pipeline.main(load(recipe, out, ("stages.sft.optim.lr", 5.0))) == 2
+    assert "ended with exit code 2; put right what is wrong, then the same command" in capsys.readouterr().err
+    assert not (out / "sft" / "stage.json").exists()
+    monkeypatch.setattr(stage_runs, "run_child", lambda _: 1)
+    assert pipeline.main(load(recipe, out, AUTO)) == 1
+    with pytest.raises(InputError, match=r"stages\.sft\.optim\.lr: 5\.0: .* was made with 0\.001"):
+        pipeline.main(load(recipe, out, AUTO, ("stages.sft.optim.lr", 5.0)))
+
+
 def test_a_signal_between_stages_stops_there(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

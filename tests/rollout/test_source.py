@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -292,6 +293,35 @@ def test_groups_that_say_nothing(make: Callable[..., Rollouts], kind: str, group
     assert source.told()["frac_reward_zero_std"] == {"keep": 0.5, "drop": 0.5, "resample": 3 / 7}[kind]
 
 
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_rewards_that_say_nothing_are_told_now_and_then(
+    make: Callable[..., Rollouts], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first time, the second, the fourth: of five rollouts in three lines; without groups as well."""
+    source = make(Dice(lambda _: 0.5), completions_per_prompt=1, count=40)
+    while source.at.rollout < 5:
+        source.next_step()
+    told = said(capsys)
+    assert told.count("there is nothing to learn which is better") == 3
+    assert "rollout 1: all 8 completions score 0.5: there is nothing" in told
+    assert "which is better (4 times now, one after the other)" in told
+
+
+def test_a_source_that_never_applies_is_told(make: Callable[..., Rollouts], capsys: pytest.CaptureFixture[str]) -> None:
+    method = Dice()
+    given = method.score
+
+    def mute(completions: Completions) -> Scores:
+        return replace(given(completions), raw={"unit": [None] * len(completions)})
+
+    method.score = mute  # type: ignore[method-assign]
+    make(method).next_step()
+    assert "rollout 1: unit: no score for any of 8 completions: does it apply to these prompts?" in said(capsys)
+
+
 @pytest.mark.parametrize("kind", ["drop", "resample"])
 def test_nothing_to_learn_at_all_is_said(make: Callable[..., Rollouts], kind: str) -> None:
     with pytest.raises(InputError, match=r"rewards.sources: all completions of a prompt score alike, 80 of them"):
@@ -322,16 +352,20 @@ def test_a_rollout_lies_there_for_people_and_for_resuming(make: Callable[..., Ro
 
 
 def test_samples_that_a_checkpoint_needs_are_kept(make: Callable[..., Rollouts], tmp_path: Path) -> None:
-    source = make()
+    source = make(count=40)
     for _ in range(6):
         source.next_step()
     checkpoint(source)
     for _ in range(4):
         source.next_step()
-    assert sorted(path.name for path in (tmp_path / "rollouts").glob("*.samples")) == [
-        "000002.samples",
-        "000003.samples",
-    ]
+
+    def there() -> list[str]:
+        return sorted(path.name for path in (tmp_path / "rollouts").glob("*.samples"))
+
+    assert there() == ["000002.samples", "000003.samples"]
+    while source.at.rollout < 5:
+        source.next_step()
+    assert there() == ["000002.samples", "000005.samples"], "of those in between none can be asked for again"
 
 
 def test_a_group_is_cut_where_a_row_is_full() -> None:

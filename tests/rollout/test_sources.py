@@ -289,7 +289,7 @@ def test_columns_that_no_row_has(tokenizer: Tokenizer, ask: Any) -> None:
     config = Rewards({"exact?column=anser": 1.0, "numeric": 1.0, "repetition": 1.0, "regex?pattern=a": 1.0})
     sources = make_sources(config, tokenizer, CPU, "cpu")
     with pytest.raises(InputError) as caught:
-        check_columns_of(sources, [ask(prompt="a", answer="7"), ask(prompt="b")])
+        check_columns_of([one.source for one in sources], [ask(prompt="a", answer="7"), ask(prompt="b")])
     assert caught.value.mistakes == [
         "rewards.sources: exact?column=anser: anser: no row has this column (did you mean answer?)"
     ]
