@@ -84,8 +84,9 @@ class CacheStep:
         windows = [kind.window if kind.window and kind.window < self.slots_seen else None for kind in kinds]
         needed = {window for window in windows if window or self.softcap or len(set(positions)) > 1}
         masks = {window: self._mask(window, dtype) for window in needed}
-        spans = [Span(start, stop, -1) for start, stop in pairwise(bounds)]
-        read = forests(architecture, spans, device) if spans else [None] * len(kinds)
+        self.spans = [Span(start, stop, -1) for start, stop in pairwise(bounds)]
+        """Of the prompts."""
+        read = forests(architecture, self.spans, device) if self.spans else [None] * len(kinds)
         self.layers = [
             CachedAttention(self, layer, masks.get(window), forest)
             for layer, window, forest in zip(cache.layers, windows, read, strict=True)
