@@ -331,3 +331,38 @@ def test_nothing_is_apart_from_itself() -> None:
     hidden, weight, _ = inputs()
     assert not divergence(hidden, weight, hidden, weight).any()
     assert divergence(hidden[:0], weight, hidden[:0], weight).shape == (0,)
+
+
+# -- a soft cap -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [4, V])
+@pytest.mark.parametrize("trained", [True, False])
+def test_capped_logits_and_their_gradients(trained: bool, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """c tanh(z / c) before the temperature: log-probabilities, entropy, and both gradients, of all logits at once."""
+    monkeypatch.setattr(head, "block_size", lambda predictions, device: block)
+    hidden, weight, target = inputs(torch.float64)
+    weight.requires_grad_(trained)
+    found = predict(hidden, weight, target, 0.7, collisions=True, entropy="learnt", softcap=1.5)
+    logits = 1.5 * (hidden @ weight.T / 1.5).tanh() / 0.7
+    right = torch.distributions.Categorical(logits=logits)
+    logps = right.log_prob(target)
+    assert found.entropy is not None and found.log_collisions is not None
+    torch.testing.assert_close(found.logps, logps)
+    torch.testing.assert_close(found.entropy, right.entropy())
+    torch.testing.assert_close(found.log_collisions, right.probs.square().sum(1).log())
+    a, b = torch.randn(2, P, dtype=torch.float64)
+    leaves = (hidden, weight) if trained else (hidden,)
+    grads = torch.autograd.grad((found.logps, found.entropy), leaves, (a, b))
+    wanted = torch.autograd.grad((logps, right.entropy()), leaves, (a, b), retain_graph=True)
+    torch.testing.assert_close(grads, wanted)
+    (alone,) = torch.autograd.grad(predict(hidden, weight, target, 0.7, softcap=1.5).logps, hidden, a)
+    torch.testing.assert_close(alone, torch.autograd.grad(logps, hidden, a)[0])
+
+
+def test_divergence_of_capped_logits() -> None:
+    hidden, weight, _ = inputs(torch.float64)
+    other = hidden + torch.randn(P, D, dtype=torch.float64)
+    p, q = (torch.distributions.Categorical(logits=2 * (x @ weight.T / 2).tanh() / 0.7) for x in (hidden, other))
+    expected = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(divergence(hidden, weight, other, weight, 0.7, softcap=2.0), expected)
