@@ -16,7 +16,7 @@ from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.config.progress import track
-from litrecipe.model.architecture import SCORE
+from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
@@ -228,7 +228,7 @@ def _adapter_settings(files: ModelFiles, adapter: Adapter | None) -> Adapter | N
     """Those of the adapter the model gets: the recipe's, or of the one in `files`; the two must agree."""
     wanted = adapter if adapter and adapter.method != "none" else None
     saved = files.adapter.settings if files.adapter else None
-    if wanted and saved and not same_settings(wanted, saved):
+    if wanted and saved and not same_settings(wanted, saved, files.architecture):
         raise InputError(
             f"adapter: model.source is a {saved.method} adapter with r={saved.r}, alpha={saved.alpha:g} on "
             f"{', '.join(saved.targets)}: ask for the same to train it further, or `litrecipe model merge` it first"
@@ -254,9 +254,11 @@ def _adapt(model: Trunk, files: ModelFiles, settings: Adapter, seed: int) -> Non
             raise InputError(*(f"{path}{line.removeprefix('adapter')}: {cure}" for line in error.mistakes)) from error
 
 
-def same_settings(a: Adapter, b: Adapter) -> bool:
-    """Whether the values of one adapter mean the same in the other."""
-    return _essence(a) == _essence(b)
+def same_settings(a: Adapter, b: Adapter, architecture: Architecture) -> bool:
+    """Whether the values of one adapter mean the same in the other, on a model of this architecture."""
+    from litrecipe.model.adapters import fitting
+
+    return _essence(fitting(a, architecture)) == _essence(fitting(b, architecture))
 
 
 def _essence(adapter: Adapter) -> tuple:

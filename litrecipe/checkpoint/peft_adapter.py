@@ -173,7 +173,7 @@ def save_adapter(
     from safetensors.torch import save_file
 
     from litrecipe.checkpoint.hf import copy_tokenizer, dtype_name, gather, write_folder, write_head
-    from litrecipe.model.adapters import PEFT_PREFIX, adapter_config, adapter_state
+    from litrecipe.model.adapters import PEFT_PREFIX, adapter_config, adapter_state, fitting
     from litrecipe.model.hydra import Hydra
     from litrecipe.model.reward import RewardModel
 
@@ -186,7 +186,9 @@ def save_adapter(
         name, revision = str(path_of(base).resolve()), ""
     else:
         name, _, revision = base.partition("@")
-    config = adapter_config(adapter, name, with_score=isinstance(model, RewardModel) and not is_hydra)
+    config = adapter_config(
+        fitting(adapter, model.architecture), name, with_score=isinstance(model, RewardModel) and not is_hydra
+    )
     if revision:
         config["revision"] = revision
 

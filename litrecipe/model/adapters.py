@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
+from litrecipe.model.architecture import Architecture
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
@@ -36,6 +38,7 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
 
     from litrecipe.model.lora_linear import LoraLinear
 
+    config = fitting(config, getattr(model, "architecture", None))
     _check_targets(model, config)
     peft_config = LoraConfig(
         r=config.r,
@@ -53,6 +56,18 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
         layer.init_weights(generator)
     if (score := _score(model)) is not None:
         score.float().requires_grad_()
+
+
+FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+"""What holds a layer where projections of the same input are one."""
+
+
+def fitting(config: Adapter, architecture: Architecture | None) -> Adapter:
+    """The settings with the names that a model's layers have: `targets` that are fused in it are what holds them."""
+    if architecture is None or not architecture.fused:
+        return config
+    return replace(config, targets=list(dict.fromkeys(FUSED.get(target, target) for target in config.targets)))
 
 
 def _check_targets(model: nn.Module, config: Adapter) -> None:

@@ -70,6 +70,8 @@ class Architecture:
     norm: Norm = "rms"
     norms: Norms = "before"
     qk_norm: QkNorm = "none"
+    fused: bool = False
+    """Whether q, k and v are one projection, and gate and up another (Phi-3)."""
     query_scalar: float | None = None
     """Scores are q k / √ of it (default: of D)."""
     attention_softcap: float | None = None

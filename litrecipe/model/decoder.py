@@ -204,9 +204,13 @@ class SelfAttention(nn.Module):
         a = architecture
         self.head_dim = a.head_dim
         queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        self.q_proj = nn.Linear(a.hidden_size, queries, bias=a.qkv_bias)
-        self.k_proj = nn.Linear(a.hidden_size, keys, bias=a.qkv_bias)
-        self.v_proj = nn.Linear(a.hidden_size, keys, bias=a.qkv_bias)
+        self.widths = queries, keys, keys
+        if a.fused:
+            self.qkv_proj = nn.Linear(a.hidden_size, sum(self.widths), bias=a.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(a.hidden_size, queries, bias=a.qkv_bias)
+            self.k_proj = nn.Linear(a.hidden_size, keys, bias=a.qkv_bias)
+            self.v_proj = nn.Linear(a.hidden_size, keys, bias=a.qkv_bias)
         self.o_proj = nn.Linear(queries, a.hidden_size, bias=a.o_bias)
         self.qk_norm = a.qk_norm
         if a.qk_norm != "none":
@@ -217,11 +221,14 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, turn: Turn | None, attention: Attention, places: Tensor | None = None) -> Tensor:
         """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
-        heads = (len(x), -1, self.head_dim)
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x).view(heads)
+        heads = (-1, self.head_dim)
+        if hasattr(self, "qkv_proj"):
+            q, k, v = self.qkv_proj(x).split(self.widths, -1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm == "whole":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.view(heads), k.view(heads)
+        q, k, v = q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
@@ -242,14 +249,21 @@ class MLP(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         d, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
-        self.gate_proj = nn.Linear(d, inner, bias=bias)
-        self.up_proj = nn.Linear(d, inner, bias=bias)
+        if architecture.fused:
+            self.gate_up_proj = nn.Linear(d, 2 * inner, bias=bias)
+        else:
+            self.gate_proj = nn.Linear(d, inner, bias=bias)
+            self.up_proj = nn.Linear(d, inner, bias=bias)
         self.down_proj = nn.Linear(inner, d, bias=bias)
         self.activation = architecture.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, d) → (T, d)."""
-        return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.activation))
+        if hasattr(self, "gate_up_proj"):
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(_Gated.apply(gate, up, self.activation))
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

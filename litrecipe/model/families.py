@@ -217,9 +217,9 @@ def _read_rope(config: Config, part: str | None = None, default: float = 10000.0
         for name, value in options.items()
         if not isinstance(value, bool if name == "truncate" else int | float)
     ]
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        share = values["partial_rotary_factor"]
-        mistakes.append(f"config.json: {key}.partial_rotary_factor: {share}: heads that turn in part are not read yet")
+    share = values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if share not in (1, None):
+        mistakes.append(f"config.json: partial_rotary_factor: {share}: heads that turn in part are not read yet")
     if mistakes:
         raise InputError(*mistakes)
     numbers = {name: values[name] for name in ROPE_NUMBERS[kind]}
@@ -266,6 +266,19 @@ def _mistral(config: Config) -> dict[str, Any]:
         "kinds": (LayerKind(window),) * config["num_hidden_layers"] if window else (),
         **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), False),
     }
+
+
+def _phi3(config: Config) -> dict[str, Any]:
+    """Projections of the same input are one. Its older configs say yarn where they mean longrope."""
+    rope = _read_rope(config)
+    if rope.scaling is not None:
+        kind = rope.scaling["rope_type"]
+        raise InputError(f"config.json: rope_scaling.type: {kind}: only models without scaling are read of this family")
+    return {**_mistral(config), "fused": True, "ropes": (rope,)}
+
+
+def _phi3_keys(a: Architecture) -> Config:
+    return {"sliding_window": _window(a), "original_max_position_embeddings": a.max_positions}
 
 
 def _qwen(config: Config) -> dict[str, Any]:
@@ -379,6 +392,7 @@ SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 FAMILIES: dict[str, Family] = {
     "llama": Family(lambda c: _read(c, _nothing), "LlamaForCausalLM", _biases),
     "mistral": Family(lambda c: _read(c, _mistral), "MistralForCausalLM", lambda a: {"sliding_window": _window(a)}),
+    "phi3": Family(lambda c: _read(c, _phi3), "Phi3ForCausalLM", _phi3_keys),
     "qwen2": Family(lambda c: _read(c, _qwen2), "Qwen2ForCausalLM", _qwen_keys),
     "qwen3": Family(
         lambda c: _read(c, _qwen3, head_dim=128),

@@ -103,16 +103,16 @@ class _Layer:
 
     def __init__(self, layer: Layer) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.qkv = _Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
+        self.qkv = _Product(*(getattr(attention, name) for name in names))
         self.o = _Product(attention.o_proj)
-        self.gate_up = _Product(mlp.gate_proj, mlp.up_proj)
+        names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
+        self.gate_up = _Product(*(getattr(mlp, name) for name in names))
         self.down = _Product(mlp.down_proj)
         norms = (cast(RMSNorm, norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         self.norms = [(norm.weight, norm.eps) for norm in norms]
         self.head_dim = attention.head_dim
-        self.q_heads, self.kv_heads = (
-            _base(linear).out_features // self.head_dim for linear in (attention.q_proj, attention.k_proj)
-        )
+        self.q_heads, self.kv_heads = (width // self.head_dim for width in attention.widths[:2])
 
     def __call__(self, x: Tensor, turn: Turn | None, attention: Attention, places: Tensor | None = None) -> Tensor:
         """x (T, d) → (T, d), or (P, d) at `places` (P,)."""

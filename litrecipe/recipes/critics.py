@@ -89,7 +89,7 @@ def misfit(judge: ModelFiles, files: ModelFiles, adapter: Adapter | None) -> str
         return None
     if judge.adapter is None:
         return "is a whole model, and the critic an adapter on the policy's base"
-    if not same_settings(judge.adapter.settings, adapter):
+    if not same_settings(judge.adapter.settings, adapter, files.architecture):
         return "is an adapter of other settings than the policy's"
     if judge.weights_hash() != files.weights_hash():
         return "is an adapter on another base than the policy's"

@@ -20,6 +20,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 4, "query_pre_attn_scalar": 24},
     "gemma3_text": {"head_dim": 16, "tie_word_embeddings": True, "sliding_window": 4},
     "mistral": {"sliding_window": 4},
+    "phi3": {"sliding_window": 4},
     "smollm3": {"no_rope_layers": [1, 0]},
 }
 

@@ -87,7 +87,7 @@ def test_all_mistakes_at_once() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "config.json: rope_scaling.original_max_position"),
         (
             {"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-            "config.json: rope_scaling.partial_rotary_factor: 0.5",
+            "config.json: partial_rotary_factor: 0.5",
         ),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "config.json: rope_parameters.low_freq_factor"),
         ({"num_key_value_heads": 2}, "config.json: num_key_value_heads: 2"),

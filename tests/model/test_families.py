@@ -36,6 +36,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "mistral, window": {"sliding_window": 9},
+    "phi3": {},
+    "phi3, window": {"sliding_window": 9, "num_key_value_heads": 4},
     "qwen2": {},
     "qwen2, tied": {"tie_word_embeddings": True},
     "qwen2, yarn": {"rope_scaling": YARN},
@@ -72,7 +74,7 @@ def theirs_of(case: str, **change: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     given = SMALL | CASES[case] | change
-    if family_of(case) in ("qwen2", "olmo2", "smollm3", "llama") and given["head_dim"] == 8:
+    if family_of(case) in ("phi3", "qwen2", "olmo2", "smollm3", "llama") and given["head_dim"] == 8:
         del given["head_dim"]  # the size of a head follows from the others
     config = AutoConfig.for_model(family_of(case), **given)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -269,6 +271,12 @@ def test_smollm3_leaves_out_every_fourth() -> None:
         ({"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}}, "config.json: rope_parameters.full"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "config.json: use_bidirectional"),
         ({"model_type": "mistral", "sliding_window": "wide"}, "config.json: sliding_window: 'wide': must be a whole"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}},
+            "config.json: rope_scaling.rope",
+        ),
+        ({"model_type": "phi3", "rope_scaling": YARN}, "config.json: rope_scaling.type: yarn: only models without"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "config.json: partial_rotary_factor: 0.75: heads"),
         ({"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": "x"}}, "config.json: rope_scaling.beta_fast"),
     ],
 )

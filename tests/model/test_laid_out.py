@@ -20,6 +20,12 @@ from litrecipe.model.laid_out import LaidOut, lay_out, size
 PROMPTS = [[3, 7, 9, 4], [5], [8, 8, 60, 2, 1, 30, 4], [90, 14]]
 BIASES = {"attention_bias": True, "mlp_bias": True}
 SHAPES = {"plain": {}, "biases": BIASES, "all heads": {"num_key_value_heads": 4}, "wide heads": {"head_dim": 24}}
+SHAPES |= {
+    "window": {"model_type": "mistral", "sliding_window": 3},
+    "some biases": {"model_type": "qwen2"},
+    "no positions": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    "fused": {"model_type": "phi3", "sliding_window": None},
+}
 
 
 def adapted(method: str, **changes: object) -> Decoder:
@@ -59,7 +65,7 @@ def test_logits_are_those_of_the_layers(changes: dict) -> None:
     assert_same(decoder(spread=0.3, **changes))
 
 
-@pytest.mark.parametrize("changes", [{}, BIASES], ids=["plain", "biases"])
+@pytest.mark.parametrize("changes", [{}, BIASES, SHAPES["fused"]], ids=["plain", "biases", "fused"])
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_an_adapter_is_in_the_copies_where_it_is_on(method: str, changes: dict) -> None:
     model = adapted(method, **changes)
@@ -73,6 +79,8 @@ def test_an_adapter_is_in_the_copies_where_it_is_on(method: str, changes: dict) 
 def test_what_cannot_be_copied_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lay_out(decoder()) is not None
     assert lay_out(decoder().double()) is None
+    for family in ("olmo2", "qwen3", "gemma", "gemma2", "gemma3_text"):
+        assert lay_out(decoder(model_type=family)) is None, "made of other parts"
     assert lay_out(decoder().bfloat16()) is None
     assert lay_out(decoder().to("meta")) is None
     with torch.autocast("cpu", torch.bfloat16):
