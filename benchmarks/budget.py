@@ -219,7 +219,11 @@ class Bench:
         losses = [record["eval_loss"] for record in read_lines(fine_tuned / "metrics.jsonl") if "eval_loss" in record]
         return {
             "fine_tuned": {"sentences": len(learnt), "eval_loss": losses[-1]},
-            "gold": {"labels": len(half), "pairs": GOLD_PAIRS, **json.loads((gold / "held_out.json").read_text())},
+            "gold": {
+                "labels": len(half),
+                "learnt_pairs": GOLD_PAIRS,
+                **json.loads((gold / "held_out.json").read_text()),
+            },
         }
 
     def fine_tune_smollm2(self, learnt: Rows, tested: Rows) -> tuple[Path, Path]:

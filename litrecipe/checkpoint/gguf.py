@@ -150,7 +150,7 @@ class GgufWeights:
             kind = GGMLQuantizationType(entry.kind)
             try:
                 values = dequantize(self._rows(name), kind)
-            except NotImplementedError as error:
+            except NotImplementedError as error:  # the package's word for a type of block that it knows by name only
                 raise InputError(f"{self.path}: {own}: type {kind.name} cannot be read: use Q8_0 or F16") from error
             if not np.isfinite(values).all():
                 raise InputError(f"{self.path}: {own}: holds values that are not finite: fetch the file again")

@@ -325,10 +325,9 @@ def _smollm3(config: Config) -> dict[str, Any]:
 
 def _smollm3_keys(a: Architecture) -> Config:
     turns = [int(a.kind(layer).rope is not None) for layer in range(a.num_layers)]
-    return {"no_rope_layers": turns, "layer_types": _types(a), "use_sliding_window": bool(_window(a))} | {
-        "sliding_window": _window(a),
-        **_biases(a),
-    }
+    window = _window(a)
+    used = {"use_sliding_window": bool(window), "sliding_window": window}
+    return {"no_rope_layers": turns, "layer_types": _types(a), **used, **_biases(a)}
 
 
 def _biases(a: Architecture) -> Config:
