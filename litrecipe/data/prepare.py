@@ -374,8 +374,8 @@ class _Preparation:
         about = {**self.about, "fingerprint": fingerprint, "dtype": str(self.encoder.dtype)}
         about |= {"rows": state.counts.rows, **asdict(state.counts), "sources": sources}
         write_manifest(draft, entries, about)
-        if self.line.seconds > 0:
-            say(f"prepared {state.counts}; {self.seen_bytes / self.line.seconds / 1e6:.1f} MB/s of text")
+        seconds, size = self.line.seconds, self.seen_bytes / 1e6
+        say(f"prepared {state.counts}; {size:.1f} MB of text in {seconds:.1f} s, {size / seconds:.1f} MB/s")
 
 
 def _entry(chunk: Chunk) -> dict[str, Any]:
