@@ -164,6 +164,24 @@ class Mixture:
         self.credits[chosen] -= 1
         return chosen
 
+    def spent(self, draws: int, before: Mapping[str, float]) -> dict[str, float]:
+        """About how many sequences each source has given after so many draws, `before` by key of a source: reckoned,
+        not drawn. Fewer in all where the sources are used up."""
+        spent = dict.fromkeys(self.sources, 0.0)
+        left = {name: self.limits.get(name, math.inf) - before.get(reel.key, 0) for name, reel in self.sources.items()}
+        active = {name for name in left if left[name] > 0}
+        to_draw = float(draws)
+        while active and to_draw > 0:
+            total = sum(self.weights[name] for name in active)
+            # Until the first of them is used up, each gives by its weight.
+            now = min(to_draw, min(left[name] * total / self.weights[name] for name in active))
+            for name in active:
+                given = now * self.weights[name] / total
+                spent[name], left[name] = spent[name] + given, left[name] - given
+            to_draw -= now
+            active = {name for name in active if left[name] > 1e-6}
+        return spent
+
 
 @dataclass
 class Stage:
@@ -215,6 +233,11 @@ class StreamSource:
             self.cursors[reel.key] += 1
             self.seen[number][name] += sample.length
             samples.append(sample)
+        if wanted and not samples:
+            where = f"stages.{stage.name}.data" if stage.name else "data"
+            raise InputError(
+                f"{where}.max_epochs: all sources are used up after {step} of {stage.steps} steps: raise it"
+            )
         self.step += bool(samples)
         return samples
 

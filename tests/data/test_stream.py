@@ -111,6 +111,21 @@ def test_sources_with_limits_end():
     assert cursors == {"a": 10, "b": 5}
 
 
+@given(st.dictionaries(st.sampled_from("abcd"), st.tuples(st.floats(0.05, 1), st.integers(1, 9)), min_size=1))
+def test_what_is_spent_is_reckoned_to_a_few_draws(sources):
+    """Sources of 10 sequences each, all of which end; against drawing them."""
+    reels = {name: Sequences(name, Texts([40]), 4, 0) for name in sources}
+    mixture = Mixture(
+        reels, {name: w for name, (w, _) in sources.items()}, {name: n for name, (_, n) in sources.items()}
+    )
+    cursors = dict.fromkeys(sources, 0)
+    for draws in range(1, 10 * sum(n for _, n in sources.values()) + 1):
+        reckoned = mixture.spent(draws, {})
+        cursors[mixture.draw(cursors)] += 1
+        assert all(abs(reckoned[name] - cursors[name]) < 2 * len(sources) for name in sources)
+    assert mixture.spent(10**6, {}) == pytest.approx({name: 10 * n for name, (_, n) in sources.items()})
+
+
 def stages(steps=(4, 3), lengths=(5, 9)):
     """Two stages with sequences of unlike lengths; of three sources one is in the first alone."""
     made = []
