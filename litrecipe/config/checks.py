@@ -25,6 +25,7 @@ from litrecipe.config.merge import SCHEMA_VERSION
 from litrecipe.config.online import OnlineRecipe
 from litrecipe.config.online_checks import ONLINE_RANGES, check_online
 from litrecipe.config.pipeline import PipelineRecipe
+from litrecipe.config.prepare import PREPARE_RANGES, PrepareRecipe, check_prepare, missing_of_prepare
 from litrecipe.config.pretrain import PretrainRecipe, check_pretrain
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.config.rounds_checks import ROUNDS_RANGES, check_iterative_dpo, check_rejection_sampling
@@ -43,6 +44,9 @@ def check(recipe: Any) -> Iterator[Mistake]:
             yield key, value, f"give {cure}"
             reset(plausible, key)
     if isinstance(recipe, PipelineRecipe):  # its stages are looked at one by one
+        return
+    if isinstance(recipe, PrepareRecipe):
+        yield from check_prepare(plausible)
         return
     yield from _combinations(plausible)
     if isinstance(recipe, TrainingRecipe):
@@ -156,6 +160,7 @@ RANGES: dict[str, Range] = {
     "schema_version": (lambda value: value == SCHEMA_VERSION, f"{SCHEMA_VERSION}, the version this litrecipe knows"),
     **ONLINE_RANGES,
     **ROUNDS_RANGES,
+    **PREPARE_RANGES,
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 
@@ -164,6 +169,9 @@ def _missing(recipe: Any) -> Iterator[Mistake]:
     if isinstance(recipe, PipelineRecipe):
         if not recipe.out_dir:
             yield "out_dir", "''", "give the folder of the pipeline"
+        return
+    if isinstance(recipe, PrepareRecipe):
+        yield from missing_of_prepare(recipe)
         return
     if not recipe.model.source:
         yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.config.progress import say
