@@ -1,4 +1,5 @@
-"""Decoders so small that a test takes no time, and who counts what is made of them. Any test may import this: conftest.py puts this folder on the path."""
+"""Decoders so small that a test takes no time, and who counts what is computed. Any test may import this: conftest.py
+puts this folder on the path."""
 
 from __future__ import annotations
 

@@ -125,9 +125,7 @@ class Decoder(Trunk):
         """Log-probabilities (P,) of the row's targets under logits / temperature, and how far they are from `soft`."""
         return self.said(self.hidden(row, row.predict_from), row, temperature, soft)
 
-    def said(
-        self, hidden: Tensor, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None
-    ) -> Predictions:
+    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
         wanted = self.with_collisions, self.with_entropy, self.architecture.final_softcap, self.with_log_z
         return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, soft)

@@ -9,8 +9,8 @@ they are in the processor's cache, and a trained weight's gradient is written on
 The entropy H = -Σ_v p_v log p_v = logsumexp(z) - Σ_v p_v z_v falls out of the same pass. Its gradient towards h is
 -(Σ_v p_v z_v W_v - Σ_v p_v z_v · Σ_v p_v W_v) / τ: minus the covariance under p of logits and rows of the weight.
 
-logsumexp(z), of which a z-loss takes the square, has the gradient Σ_v p_v W_v / τ. What a teacher says of a place is held
-against p block by block too: `soft_targets`.
+logsumexp(z), of which a z-loss takes the square, has the gradient Σ_v p_v W_v / τ. What a teacher says of a place is
+held against p block by block too: `soft_targets`.
 """
 
 from __future__ import annotations

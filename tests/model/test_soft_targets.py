@@ -76,9 +76,7 @@ def test_the_gradient_towards_the_logits_is_that_of_the_cross_entropy() -> None:
     eye = torch.eye(V, dtype=torch.float64)
     predictions = found(WholeVocabulary(t, eye), z, eye, torch.zeros(P, dtype=torch.int64))
     assert predictions.kl is not None and predictions.teacher_entropy is not None
-    torch.testing.assert_close(
-        predictions.kl + predictions.teacher_entropy, -(t.softmax(1) * z.log_softmax(1)).sum(1)
-    )
+    torch.testing.assert_close(predictions.kl + predictions.teacher_entropy, -(t.softmax(1) * z.log_softmax(1)).sum(1))
     (grad,) = torch.autograd.grad(predictions.kl.sum(), z)
     torch.testing.assert_close(grad, (z.softmax(1) - t.softmax(1)).detach())
 
