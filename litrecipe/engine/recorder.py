@@ -40,7 +40,9 @@ def hash_samples(samples: Sequence[Sample]) -> str:
             digest.update(segment.tokens.astype("int64").tobytes())
             digest.update(segment.weights.astype("float32").tobytes())
         for name in sorted(sample.extra):
-            digest.update(name.encode() + np.asarray(sample.extra[name], dtype="float32").tobytes())
+            values = np.asarray(sample.extra[name])
+            kind = "int64" if np.issubdtype(values.dtype, np.integer) else "float32"
+            digest.update(name.encode() + values.astype(kind).tobytes())
     return digest.hexdigest()
 
 

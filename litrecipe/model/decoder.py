@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from litrecipe.model.architecture import Activation, Architecture, LayerKind, Norm, Norms, Rope
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
-from litrecipe.model.head import Entropy, Predictions, predict, soft_cap, widen
+from litrecipe.model.head import Entropy, Predictions, SoftTargets, predict, soft_cap, widen
 from litrecipe.model.row import Row, Span
 
 
@@ -106,6 +106,8 @@ class Decoder(Trunk):
         """Whether predictions bring `log_collisions`."""
         self.with_entropy: Entropy = "none"
         """Whether predictions bring their `entropy`, and with gradient."""
+        self.with_log_z = False
+        """Whether predictions bring `log_z`."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.tie_weights()
 
@@ -119,15 +121,14 @@ class Decoder(Trunk):
         self.tie_weights()
         super().init_weights(seed)
 
-    def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
-        """Log-probabilities (P,) of the row's targets under logits / temperature."""
-        return self.said(self.hidden(row, row.predict_from), row, temperature)
+    def forward(self, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
+        """Log-probabilities (P,) of the row's targets under logits / temperature, and how far they are from `soft`."""
+        return self.said(self.hidden(row, row.predict_from), row, temperature, soft)
 
-    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0) -> Predictions:
+    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
-        wanted = self.with_collisions, self.with_entropy
-        cap = self.architecture.final_softcap
-        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, softcap=cap)
+        wanted = self.with_collisions, self.with_entropy, self.architecture.final_softcap, self.with_log_z
+        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, soft)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
