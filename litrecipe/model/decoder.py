@@ -23,6 +23,9 @@ from litrecipe.model.head import Entropy, Predictions, SoftTargets, predict, sof
 from litrecipe.model.rotary import Turn, inverse_frequencies, rotary_tables, rotate
 from litrecipe.model.row import Row, Span
 
+RESIDUAL = ("o_proj.weight", "down_proj.weight")
+"""Endings of the matrices that write into the residual stream."""
+
 
 class Attention(Protocol):
     """What tokens look at: the forest of a packed row, or a cache."""
@@ -48,13 +51,21 @@ class Trunk(nn.Module):
         self.architecture = self.architecture.for_length(tokens)
         self.frequencies = frequencies_of(self.architecture)
 
+    def reach(self, tokens: int, theta: float | None = None) -> None:
+        """Be trained on sequences of so many tokens from here on, see `Architecture.trained_on`."""
+        self.architecture = self.architecture.trained_on(tokens, theta)
+        self.frequencies = frequencies_of(self.architecture)
+
     def init_weights(self, seed: int) -> None:
-        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
+        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms; see `scaled_init`."""
         generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
+        a = self.architecture
+        smaller = 1 / math.sqrt(2 * a.num_layers) if a.scaled_init else 1.0
         with torch.no_grad():
-            for parameter in self.parameters():
+            for name, parameter in self.named_parameters():
                 if parameter.ndim == 2:
-                    parameter.normal_(0, self.architecture.initializer_range, generator=generator)
+                    share = smaller if name.endswith(RESIDUAL) else 1.0
+                    parameter.normal_(0, a.initializer_range * share, generator=generator)
             for module in self.modules():
                 if isinstance(module, RMSNorm | nn.LayerNorm):
                     counts_from_one = isinstance(module, RMSNorm) and module.kind == "rms_plus_one"

@@ -121,8 +121,8 @@ def show_plan(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Tokenizer) -
         )
     console.print(table, highlight=False)
     console.print(
-        "best tokens: for which no smaller or larger model would reach a lower loss with the same operations; best "
-        "parameters: of a model for the operations of the recipe. Models that will be used much are trained far longer.",
+        "best tokens: with which no smaller or larger model would reach a lower loss by as many operations; best "
+        "parameters: of a model for the operations of the recipe. Models that are used much are trained far longer.",
         highlight=False,
     )
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.config.errors import InputError
@@ -45,7 +46,7 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
             fabric=fabric,
             recipe=recipe,
             module=model,
-            objective=CausalLM(z_loss=recipe.pretrain.z_loss),
+            objective=CausalLM(),
             source=stream.source,
             val=stream.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
@@ -63,7 +64,7 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
 def as_asked(recipe: PretrainRecipe, architecture: Architecture, tokenizer: Tokenizer) -> Architecture:
     """The architecture as the recipe trains it. Raises InputError for sequences that its positions cannot reach."""
     longest = max(part.data.max_length for part in recipe.parts.values())
-    if not architecture.ropes and longest > architecture.max_positions:
+    if architecture.learned_positions and longest > architecture.max_positions:
         raise InputError(
             f"data.max_length: {longest}: the model has learnt positions, {architecture.max_positions} of them: give "
             "that or less"
@@ -89,7 +90,7 @@ def legs_of(recipe: PretrainRecipe, model: Decoder, steps: Sequence[int]) -> lis
             part.optim.lr,
             part.schedule,
             part.train.micro_batch_tokens,
-            lambda part=part: model.reach(part.data.max_length, part.model.rope_theta),  # type: ignore[misc]
+            partial(model.reach, part.data.max_length, part.model.rope_theta),
         )
         for (name, part), count in zip(recipe.parts.items(), steps, strict=True)
     ]
