@@ -37,6 +37,24 @@ class LayerKind(NamedTuple):
     """Which of the model's rotary embeddings; None: no positions at all (NoPE)."""
 
 
+class Experts(NamedTuple):
+    """MLPs that are mixtures of experts (1701.06538), of which a router chooses some for each token."""
+
+    count: int
+    chosen: int
+    """Experts that work on a token."""
+    size: int
+    """Inner size of one."""
+    renormalise: bool = True
+    """Whether the weights of the chosen add up to 1 (Mixtral), or are what they are among all (Qwen 3's switch)."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with one plain MLP instead."""
+    jitter: float = 0.0
+    """In training the input is multiplied by draws from U(1 - jitter, 1 + jitter)."""
+    balance_coef: float = 0.001
+    """Weight of the balance loss that the model was made with."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Shapes and constants of a decoder; everything `Decoder` needs beside its weights."""
@@ -82,14 +100,20 @@ class Architecture:
     """By what embedded tokens are multiplied."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    experts: Experts | None = None
+    """Of the MLPs; None: they are plain ones of `intermediate_size`."""
 
     def kind(self, layer: int) -> LayerKind:
         """That of a layer."""
         return self.kinds[layer] if self.kinds else LayerKind()
 
+    def experts_of(self, layer: int) -> Experts | None:
+        """Those of a layer; None where its MLP is a plain one."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
-def count_parameters(architecture: Architecture, *, is_reward_model: bool = False) -> int:
-    """Number of weights, a tied head counted once."""
+
+def count_parameters(architecture: Architecture, *, is_reward_model: bool = False, active: bool = False) -> int:
+    """Number of weights, a tied head counted once; `active`: of those that work on a token."""
     a = architecture
     queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     attention = a.hidden_size * (2 * queries + 2 * keys)
@@ -97,7 +121,12 @@ def count_parameters(architecture: Architecture, *, is_reward_model: bool = Fals
     attention += {"none": 0, "head": 2 * a.head_dim, "whole": queries + keys}[a.qk_norm]
     mlp = 3 * a.hidden_size * a.intermediate_size
     mlp += a.mlp_bias * (2 * a.intermediate_size + a.hidden_size)
+    mlps = a.num_layers * mlp
+    if a.experts is not None:
+        router, expert = a.experts.count * a.hidden_size, 3 * a.hidden_size * a.experts.size
+        mixture = router + (a.experts.chosen if active else a.experts.count) * expert
+        mlps = sum(mixture if a.experts_of(layer) else mlp for layer in range(a.num_layers))
     norms = {"before": 2, "after": 2, "around": 4}[a.norms] * a.hidden_size
     embedding = a.vocab_size * a.hidden_size
     head = a.hidden_size if is_reward_model else (1 - a.tie_embeddings) * embedding
-    return embedding + head + a.num_layers * (attention + mlp + norms) + a.hidden_size
+    return embedding + head + a.num_layers * (attention + norms) + mlps + a.hidden_size

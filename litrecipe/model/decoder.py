@@ -1,7 +1,7 @@
 """The decoder: one config-driven transformer whose module names are those of Hugging Face's Llama and its cousins.
 
 Shapes: T tokens of a row, P predictions, d hidden size, H query heads, G key/value heads, D head dimension,
-B sequences of a decoding batch, V vocabulary.
+B sequences of a decoding batch, V vocabulary, L layers with a router of E experts.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from litrecipe.model.architecture import Activation, Architecture, LayerKind, Norm, Norms, Rope
+from litrecipe.model.architecture import Activation, Architecture, Experts, LayerKind, Norm, Norms, Rope
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
+from litrecipe.model.experts import Mixture
 from litrecipe.model.head import Entropy, Predictions, predict, soft_cap, widen
 from litrecipe.model.row import Row, Span
 
@@ -47,7 +48,7 @@ class Trunk(nn.Module):
         generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
-                if parameter.ndim == 2:
+                if parameter.ndim >= 2:
                     parameter.normal_(0, self.architecture.initializer_range, generator=generator)
             for module in self.modules():
                 if isinstance(module, RMSNorm):
@@ -65,22 +66,38 @@ class Trunk(nn.Module):
         attention = forests(self.architecture, row.spans, row.tokens.device)
         return self.model.norm(self._hidden(row.tokens, row.positions, attention, places))
 
+    def hidden_and_routing(self, row: Row, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, and what the routers say of all tokens (L, T, E); None where there are none."""
+        attention, logits = forests(self.architecture, row.spans, row.tokens.device), list[Tensor]()
+        hidden = self._hidden(row.tokens, row.positions, attention, places, logits)
+        return self.model.norm(hidden), torch.stack(logits) if logits else None
+
     def _hidden(
-        self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Sequence[Attention],
+        places: Tensor | None = None,
+        routing: list[Tensor] | None = None,
     ) -> Tensor:
         """Output of the last layer, not normalised, at some places (P,), or at all (T, d).
 
-        `attention` is one a layer.
+        `attention` is one a layer. To `routing` what the routers say of all tokens (T, E) is added, layer by layer.
         """
         turns = self.turns(positions)
         x = self.embedded(tokens)
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
             inputs = x, turns[index], attention[index], places if index == last else None
+            if isinstance(layer, SparseLayer):
+                inputs = *inputs, routing is not None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
+                output = cast(Any, checkpoint(layer, *inputs, use_reentrant=False))
             else:
-                x = layer(*inputs)
+                output = layer(*inputs)
+            x, logits = output if isinstance(layer, SparseLayer) else (output, None)
+            if routing is not None and logits is not None:
+                routing.append(logits)
         return x
 
     def embedded(self, tokens: Tensor) -> Tensor:
@@ -106,6 +123,8 @@ class Decoder(Trunk):
         """Whether predictions bring `log_collisions`."""
         self.with_entropy: Entropy = "none"
         """Whether predictions bring their `entropy`, and with gradient."""
+        self.with_routing = False
+        """Whether predictions bring `router_logits`."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.tie_weights()
 
@@ -121,7 +140,10 @@ class Decoder(Trunk):
 
     def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
         """Log-probabilities (P,) of the row's targets under logits / temperature."""
-        return self.said(self.hidden(row, row.predict_from), row, temperature)
+        if not self.with_routing:
+            return self.said(self.hidden(row, row.predict_from), row, temperature)
+        hidden, logits = self.hidden_and_routing(row, row.predict_from)
+        return self.said(hidden, row, temperature)._replace(router_logits=logits)
 
     def said(self, hidden: Tensor, row: Row, temperature: float = 1.0) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
@@ -152,8 +174,7 @@ class Backbone(nn.Module):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        kinds = (architecture.kind(layer) for layer in range(architecture.num_layers))
-        self.layers = nn.ModuleList(Layer(architecture, kind) for kind in kinds)
+        self.layers = nn.ModuleList(make_layer(architecture, index) for index in range(architecture.num_layers))
         self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, architecture.norm)
 
 
@@ -194,6 +215,36 @@ class Layer(nn.Module):
 
     def _normed(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
+
+
+class SparseLayer(Layer):
+    """A layer whose MLP is a mixture of experts."""
+
+    def __init__(self, architecture: Architecture, kind: LayerKind, experts: Experts) -> None:
+        super().__init__(architecture, kind)
+        self.mlp: nn.Module = Mixture(architecture, experts)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        turn: Turn | None,
+        attention: Attention,
+        places: Tensor | None = None,
+        with_routing: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Layer`, and `with_routing` what the router says of all tokens (T, E), wherever the output is wanted."""
+        before, behind, before_mlp, behind_mlp = self.norm_names
+        early, late = (None, places) if with_routing else (places, None)
+        attended = self.self_attn(self._normed(before, x), turn, attention, early)
+        x = at(x, early) + self._normed(behind, attended)
+        y, logits = self.mlp(self._normed(before_mlp, x), late)
+        return at(x, late) + self._normed(behind_mlp, y), logits if with_routing else None
+
+
+def make_layer(architecture: Architecture, index: int) -> Layer:
+    """The layer of this number."""
+    kind, experts = architecture.kind(index), architecture.experts_of(index)
+    return Layer(architecture, kind) if experts is None else SparseLayer(architecture, kind, experts)
 
 
 class SelfAttention(nn.Module):

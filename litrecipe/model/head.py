@@ -1,6 +1,7 @@
 """From hidden states to log-probabilities of their targets, without ever holding all logits.
 
-Shapes: P predictions, d hidden size, V vocabulary, v of its tokens at a time.
+Shapes: P predictions, d hidden size, V vocabulary, v of its tokens at a time; T tokens, L layers with a router of E
+experts.
 
 With z = W h / τ, log p(t) = z_t - logsumexp(z), whose gradient towards h is (W_t - Σ_v p_v W_v) / τ. The sums over the
 vocabulary are taken block by block, scaled by the highest logit so far (1805.02867): a block's logits are used up while
@@ -41,6 +42,9 @@ class Predictions(NamedTuple):
     """(P,) float32 log Σ_v p(v)², how likely two draws are to agree, without gradient; None unless asked for."""
     entropy: Tensor | None = None
     """(P,) float32 Shannon entropy of p in nats, with or without gradient as asked for; None unless asked for."""
+    router_logits: Tensor | None = None
+    """(L, T, E) float32, what the router of each layer that has one says of every token of the row, targets or not;
+    None unless asked for."""
 
 
 def predict(
@@ -60,8 +64,7 @@ def predict(
     result still hangs on the graph.
     """
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden, weight = hidden.to(product_dtype(hidden)), weight.to(product_dtype(hidden))
     head = _TrainedHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
     logps, correct, log_collisions, found = head.apply(
         hidden, weight, target, temperature, collisions, entropy, softcap
@@ -122,6 +125,12 @@ def block_size(predictions: int, device: torch.device | str) -> int:
 def widen(x: Tensor) -> Tensor:
     """x in fp32, or as it is where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What the products with `x` are computed in: autocast's dtype where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Block(NamedTuple):
