@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.cache import CacheStep
-from litrecipe.model.decoder import Attention, Decoder, Layer, RMSNorm, Turn, at, normalise, rotate
+from litrecipe.model.decoder import Attention, Decoder, Layer, RMSNorm, at, normalise
+from litrecipe.model.rotary import Turn, rotate
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
