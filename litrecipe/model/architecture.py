@@ -11,6 +11,11 @@ from typing import Any, Literal, NamedTuple
 SCORE = "score.weight"
 """The tensor (1, hidden size) that makes a reward model of a transformer, as Hugging Face names it."""
 
+EXPERTS = "mlp.experts"
+"""Where in a layer its experts are, as Hugging Face names it."""
+PROJECTIONS = ("gate_up_proj", "down_proj")
+"""The weights of experts; gate and up are one."""
+
 Activation = Literal["silu", "gelu_tanh"]
 Norm = Literal["rms", "rms_wide", "rms_plus_one"]
 """RMSNorm (1910.07467) times w; times w before it goes back from fp32 (OLMo 2); times 1 + w, as wide (Gemma)."""
@@ -37,7 +42,8 @@ class LayerKind(NamedTuple):
     """Which of the model's rotary embeddings; None: no positions at all (NoPE)."""
 
 
-class Experts(NamedTuple):
+@dataclass(frozen=True)
+class Experts:
     """MLPs that are mixtures of experts (1701.06538), of which a router chooses some for each token."""
 
     count: int

@@ -89,7 +89,7 @@ class Trunk(nn.Module):
         x = self.embedded(tokens)
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            inputs = x, turns[index], attention[index], places if index == last else None
+            inputs: tuple[Any, ...] = x, turns[index], attention[index], places if index == last else None
             if isinstance(layer, SparseLayer):
                 inputs = *inputs, routing is not None
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -223,7 +223,7 @@ class SparseLayer(Layer):
 
     def __init__(self, architecture: Architecture, kind: LayerKind, experts: Experts) -> None:
         super().__init__(architecture, kind)
-        self.mlp: nn.Module = Mixture(architecture, experts)
+        self.mlp = Mixture(architecture, experts)  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
         self,

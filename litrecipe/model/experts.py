@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from litrecipe.model.architecture import Architecture, Experts
+from litrecipe.model.architecture import PROJECTIONS, Architecture, Experts
 from litrecipe.model.head import product_dtype, widen
 
-PROJECTIONS = ("gate_up_proj", "down_proj")
-"""The weights of experts; gate and up are one."""
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 """What torch's grouped product takes."""
 
@@ -86,6 +84,8 @@ class ExpertMLPs(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.zeros(kind.count, 2 * kind.size, hidden_size))
         self.down_proj = nn.Parameter(torch.zeros(kind.count, hidden_size, kind.size))
         self.count = kind.count
+        self.shapes = {name: tuple(getattr(self, name).shape[1:]) for name in PROJECTIONS}
+        """Of one expert's (o, i)."""
 
     def forward(self, x: Tensor, choice: Tensor, share: Tensor) -> Tensor:
         """x (P, d), with experts and their shares (P, k) → (P, d)."""
@@ -196,9 +196,11 @@ class _Projection(NamedTuple):
     scale: float
 
     @classmethod
-    def of(cls, base: Any, tensor: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, like: Tensor) -> Any:
+    def of(
+        cls, base: Any, tensor: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, like: Tensor
+    ) -> Any:
         """`tensor` is the base's where that is no list of layers."""
-        cast = [None if one is None else one.to(like.dtype) for one in (tensor, a, b)]
+        cast = [None if one is None else one.to(like.dtype).contiguous() for one in (tensor, a, b)]
         return cls(base if cast[0] is None else cast[0], cast[1], cast[2], scale)
 
     def forward(self, groups: Groups, x: Tensor) -> Tensor:
@@ -239,7 +241,13 @@ class _Work(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, share: Tensor, groups: Groups, bases: list[Any], scales: list[float], *tensors: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        share: Tensor,
+        groups: Groups,
+        bases: list[Any],
+        scales: list[float],
+        *tensors: Tensor | None,
     ) -> Tensor:
         gate_up, down, a1, b1, a2, b2 = tensors
         inwards = _Projection.of(bases[0], gate_up, a1, b1, scales[0], x)

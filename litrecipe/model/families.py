@@ -149,7 +149,11 @@ def _mixtral(config: Config) -> dict[str, Any]:
 
 def _mixtral_keys(a: Architecture) -> Config:
     assert a.experts is not None
-    return {"sliding_window": window_of(a), **_experts_keys(a, "num_local_experts"), "router_jitter_noise": a.experts.jitter}
+    return {
+        "sliding_window": window_of(a),
+        **_experts_keys(a, "num_local_experts"),
+        "router_jitter_noise": a.experts.jitter,
+    }
 
 
 def _qwen3_moe(config: Config) -> dict[str, Any]:
@@ -303,9 +307,7 @@ FAMILIES: dict[str, Family] = {
         lambda a: {**_qwen_keys(a), "attention_bias": a.o_bias},
     ),
     "mixtral": Family(lambda c: read_common({**MIXTRAL, **c}, _mixtral), "MixtralForCausalLM", _mixtral_keys),
-    "qwen3_moe": Family(
-        lambda c: read_common({**QWEN3_MOE, **c}, _qwen3_moe), "Qwen3MoeForCausalLM", _qwen3_moe_keys
-    ),
+    "qwen3_moe": Family(lambda c: read_common({**QWEN3_MOE, **c}, _qwen3_moe), "Qwen3MoeForCausalLM", _qwen3_moe_keys),
     "olmo2": Family(lambda c: read_common(c, _olmo2), "Olmo2ForCausalLM", lambda a: {"attention_bias": a.o_bias}),
     "smollm3": Family(
         lambda c: read_common(c, _smollm3, tie_word_embeddings=True, num_key_value_heads=4),

@@ -70,7 +70,7 @@ def lay_out(model: Decoder) -> LaidOut | None:
 def is_like_llama(a: Architecture) -> bool:
     """Whether layers are made of the parts that `_Layer` knows; windows and missing positions are the attention's."""
     parts = a.norm, a.norms, a.qk_norm, a.activation, a.query_scalar, a.final_softcap, a.embedding_scale
-    return parts == ("rms", "before", "none", "silu", None, None, 1.0)
+    return parts == ("rms", "before", "none", "silu", None, None, 1.0) and a.experts is None
 
 
 def size(architecture: Architecture) -> int:

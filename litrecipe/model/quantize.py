@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from litrecipe.config.groups import Quantize
-from litrecipe.model.experts import PROJECTIONS, ExpertMLPs
+from litrecipe.model.architecture import PROJECTIONS
+from litrecipe.model.experts import ExpertMLPs
 from litrecipe.model.head import product_dtype
 
 
@@ -150,7 +151,7 @@ def _int8(weight: Tensor) -> Int8Linear:
 
 def dequantize(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
     """Turn quantised layers back into plain ones of their restored weights."""
-    for name, module in list(model.named_modules()):
+    for module in model.modules():
         if isinstance(module, ExpertMLPs):
             for projection in PROJECTIONS:
                 weights = nn.Parameter(dense_experts(module, projection, dtype), requires_grad=False)

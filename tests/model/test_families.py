@@ -53,7 +53,12 @@ CASES: dict[str, dict[str, Any]] = {
     "mixtral, three of four, window": {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 9},
     "qwen3_moe": {**QWEN3_MOE, "norm_topk_prob": True},
     "qwen3_moe, shares of all": {**QWEN3_MOE, "decoder_sparse_step": 2, "tie_word_embeddings": True},
-    "qwen3_moe, plain layers": {**QWEN3_MOE, "mlp_only_layers": [0, 3], "use_sliding_window": True, "sliding_window": 5},
+    "qwen3_moe, plain layers": {
+        **QWEN3_MOE,
+        "mlp_only_layers": [0, 3],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
     "smollm3": {},
     "smollm3, other layers": {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 5},
     "gemma": {},
