@@ -18,13 +18,12 @@ from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.config.progress import track
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.families import names_of
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 
 SHOWN = 10
 """Wrong tensors named in one error."""
-DERIVED = (".rotary_emb.inv_freq",)
-"""Endings of tensors that older checkpoints hold though they follow from the config."""
 
 
 def load_model(
@@ -180,13 +179,14 @@ def _check_tensors(files: ModelFiles, model: Trunk) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if SCORE not in found:
         expected.pop(SCORE, None)
-    for name in list(found):
-        if name.endswith(DERIVED) or (name == "lm_head.weight" and name not in expected):
-            del found[name]
-    mistakes = [f"{name}: missing" for name in expected if name not in found]
-    mistakes += [f"{name}: unexpected" for name in found if name not in expected]
+    if "lm_head.weight" not in expected:
+        found.pop("lm_head.weight", None)
+    names = names_of(files.architecture)
+    said, expected = names.in_files, names.parted(expected)
+    mistakes = [f"{said(name)}: missing" for name in expected if name not in found]
+    mistakes += [f"{said(name)}: unexpected" for name in found if name not in expected]
     mistakes += [
-        f"{name}: shape {list(found[name])}, not {list(shape)} as the config says"
+        f"{said(name)}: shape {list(found[name])}, not {list(shape)} as the config says"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
@@ -200,7 +200,7 @@ def _fill(model: Trunk, files: ModelFiles, dtype: torch.dtype, device: torch.dev
     """Put every tensor into the module it belongs to, a score in fp32; quantise a layer with its last tensor."""
     names = {name for name, _ in model.named_parameters()}
     waiting = Counter(_layer(name) for name in names)
-    for name, tensor in track(files.tensors(), "loading weights", total=len(files.shapes)):
+    for name, tensor in track(files.tensors(), "loading weights", total=len(names)):
         if name not in names:
             continue
         owner, _, leaf = name.rpartition(".")

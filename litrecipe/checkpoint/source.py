@@ -22,7 +22,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
-from litrecipe.model.families import read_architecture
+from litrecipe.model.families import names_of, read_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ SOURCES = "a Hugging Face folder, a hub id, a GGUF file, an adapter folder, a ru
 
 
 class Weights(Protocol):
-    """Tensors with Hugging Face names, wherever they are stored."""
+    """Tensors with the names of Hugging Face's files, wherever they are stored."""
 
     paths: list[Path]
 
@@ -70,8 +70,8 @@ class ModelFiles:
     """The score that lies beside the language model of a hydra."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor as (Hugging Face name, tensor), one at a time. Raises InputError when there are none."""
-        return self._need_weights().tensors()
+        """Every tensor as it is in memory, (name, tensor), one at a time. Raises InputError when there are none."""
+        return names_of(self.architecture).read(self._need_weights().tensors(), self.architecture)
 
     @property
     def is_reward_model(self) -> bool:
@@ -116,8 +116,8 @@ class ModelFiles:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of the tensors."""
-        return self._need_weights().shapes
+        """Name → shape of the tensors, as they are in memory."""
+        return names_of(self.architecture).shapes(self._need_weights().shapes)
 
     @property
     def weights_name(self) -> str:
@@ -267,6 +267,7 @@ def _open_adapter(folder: Path, source: str) -> ModelFiles:
         raise InputError(f"{key}: its base model cannot be opened ({error}): write where it is") from error
     own_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer_dir = folder if own_tokenizer else files.tokenizer_dir
+    adapter = replace(adapter, architecture=files.architecture)
     # A score of the base is not one of the adapter, unless that was trained with it.
     return replace(files, source=source, adapter=adapter, tokenizer_dir=tokenizer_dir, head=_find_head(folder))
 

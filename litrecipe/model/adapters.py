@@ -19,12 +19,11 @@ from litrecipe.config.groups import Adapter
 from litrecipe.model.architecture import EXPERTS, PROJECTIONS, Architecture
 from litrecipe.model.experts import ExpertMLPs
 from litrecipe.model.lora_experts import LoraExperts
+from litrecipe.model.names import PEFT_PREFIX, SAME_NAMES, Names
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
 
-PEFT_PREFIX = "base_model.model."
-"""peft keeps a model under two names of its own, which stand before every name in an adapter file."""
 HEADS = {"lm_head", "score"}
 """Linear layers that get no adapter. A reward model's `score` is small and new: it trains whole beside the adapter."""
 
@@ -71,19 +70,23 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
         score.float().requires_grad_()
 
 
-FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
-FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
-"""What holds a layer where projections of the same input are one."""
-IN_EXPERTS = {target: name for target, name in FUSED.items() if name in PROJECTIONS}
-"""The same in experts, whose down_proj keeps its name."""
+IN_EXPERTS = dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+"""What holds a projection where gate and up are one."""
 
 
 def fitting(config: Adapter, architecture: Architecture | None) -> Adapter:
-    """The settings with the names that a model's layers have: `targets` that are fused in it are what holds them."""
+    """The settings with the names that a model's layers have: `targets` that are fused in it are what holds them, and
+    `up_proj` stands for the gate of an MLP that has none."""
     if architecture is None:
         return config
-    fused = FUSED if architecture.fused else IN_EXPERTS if architecture.experts else {}
-    return replace(config, targets=list(dict.fromkeys(fused.get(target, target) for target in config.targets)))
+    names: dict[str, str] = {}
+    if architecture.fused:
+        names |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+    if architecture.fused or architecture.experts:
+        names |= IN_EXPERTS
+    if not architecture.gated:
+        names |= dict.fromkeys(("gate_proj", "up_proj"), "up_proj")
+    return replace(config, targets=list(dict.fromkeys(names.get(target, target) for target in config.targets)))
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str], others: Sequence[str]) -> None:
@@ -140,9 +143,15 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def adapter_config(
-    config: Adapter, base: str, *, with_score: bool = False, with_experts: bool = False
+    config: Adapter,
+    base: str,
+    *,
+    names: Names = SAME_NAMES,
+    with_score: bool = False,
+    with_experts: bool = False,
 ) -> dict[str, Any]:
-    """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to.
+    """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to, `names` those of its
+    family's files.
 
     `with_score`: the adapter of a reward model; `with_experts`: of one whose MLPs are experts.
     """
@@ -156,8 +165,9 @@ def adapter_config(
         # other readers of the format take whole numbers only
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": [target for target in config.targets if target not in of_experts],
+        "target_modules": names.targets_in_files([one for one in config.targets if one not in of_experts]),
         **({"target_parameters": [f"{EXPERTS}.{target}" for target in of_experts]} if of_experts else {}),
+        **({"fan_in_fan_out": True} if names.transposes else {}),
         "use_rslora": config.rslora,
         "use_dora": config.method == "dora",
         "bias": "none",
@@ -231,8 +241,9 @@ def _kind(name: str) -> str:
     parts = name.split(".")
     if any(part.startswith("lora_") for part in parts):
         return "adapter"
-    words = {"embed_tokens": "embedding", "self_attn": "attention", "experts": "experts", "gate": "router"}
-    words |= {"mlp": "mlp", **dict.fromkeys(HEADS, "head")}
+    words = dict.fromkeys(("embed_tokens", "embed_positions"), "embedding")
+    words |= {"self_attn": "attention", "experts": "experts", "gate": "router", "mlp": "mlp"}
+    words |= dict.fromkeys(HEADS, "head")
     return next((kind for word, kind in words.items() if word in parts), "norm")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from litrecipe.model.architecture import Activation, Architecture, Experts, LayerKind, Norm, Norms
+from litrecipe.model.architecture import Activation, Architecture, LayerShape, Norm, Norms
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
 from litrecipe.model.experts import Mixture
@@ -42,7 +42,12 @@ class Trunk(nn.Module):
         """Compute each layer again in the backward pass instead of keeping its insides."""
         self.model = Backbone(architecture)
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
-        self.frequencies = [inverse_frequencies(rope, architecture.head_dim) for rope in architecture.ropes]
+        self.frequencies = frequencies_of(architecture)
+
+    def read_up_to(self, tokens: int) -> None:
+        """Go by frequencies for sequences of so many tokens, see `Architecture.for_length`."""
+        self.architecture = self.architecture.for_length(tokens)
+        self.frequencies = frequencies_of(self.architecture)
 
     def init_weights(self, seed: int) -> None:
         """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
@@ -52,9 +57,10 @@ class Trunk(nn.Module):
                 if parameter.ndim >= 2:
                     parameter.normal_(0, self.architecture.initializer_range, generator=generator)
             for module in self.modules():
-                if isinstance(module, RMSNorm):
-                    module.weight.fill_(0 if module.kind == "rms_plus_one" else 1)
-                if isinstance(module, nn.Linear) and module.bias is not None:
+                if isinstance(module, RMSNorm | nn.LayerNorm):
+                    counts_from_one = isinstance(module, RMSNorm) and module.kind == "rms_plus_one"
+                    module.weight.fill_(0 if counts_from_one else 1)
+                if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
                     module.bias.zero_()
 
     def compile_blocks(self) -> None:
@@ -86,7 +92,7 @@ class Trunk(nn.Module):
         `attention` is one a layer. To `routing` what the routers say of all tokens (T, E) is added, layer by layer.
         """
         turns = self.turns(positions)
-        x = self.embedded(tokens)
+        x = self.embedded(tokens, positions)
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
             inputs: tuple[Any, ...] = x, turns[index], attention[index], places if index == last else None
@@ -101,9 +107,11 @@ class Trunk(nn.Module):
                 routing.append(logits)
         return x
 
-    def embedded(self, tokens: Tensor) -> Tensor:
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """(T, d)"""
         x = self.model.embed_tokens(tokens)
+        if self.architecture.learned_positions:
+            x = x + self.model.embed_positions(positions)
         scale = self.architecture.embedding_scale
         # The scale is rounded as the weights are (√3584 in bf16 is 59.75): that is what Gemma was made with.
         return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
@@ -169,14 +177,23 @@ class Decoder(Trunk):
         return self.head(self.model.norm(hidden))
 
 
+def frequencies_of(a: Architecture) -> list[tuple[Tensor, float]]:
+    """Of each rotary embedding, see `inverse_frequencies`."""
+    return [inverse_frequencies(rope, a.head_dim, a.longest or a.max_positions) for rope in a.ropes]
+
+
 class Backbone(nn.Module):
     """Holds the weights that Hugging Face names `model.…`; `Trunk` runs them."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        self.layers = nn.ModuleList(make_layer(architecture, index) for index in range(architecture.num_layers))
-        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, architecture.norm)
+        a = architecture
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
+        if a.learned_positions:
+            self.embed_positions = nn.Embedding(a.max_positions, a.hidden_size)
+        kinds = (SparseLayer if a.experts_of(layer) else Layer for layer in range(a.num_layers))
+        self.layers = nn.ModuleList(kind(a, layer) for layer, kind in enumerate(kinds))
+        self.norm = make_norm(a, a.hidden_size)
 
 
 NORM_NAMES: dict[Norms, tuple[str | None, str | None, str | None, str | None]] = {
@@ -193,26 +210,30 @@ NORM_NAMES: dict[Norms, tuple[str | None, str | None, str | None, str | None]] =
 
 
 class Layer(nn.Module):
-    """x + attention x, then x + mlp x, with norms before them, behind them, or both.
+    """x + attention x, then x + mlp x, or both at once, with norms before them, behind them, or both.
 
     The last layer's output is needed at some places only: there it leaves out all that no place depends on.
     """
 
-    def __init__(self, architecture: Architecture, kind: LayerKind) -> None:
+    def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(architecture)
-        self.mlp = MLP(architecture)
-        self.kind = kind
+        shape = architecture.shape(layer)
+        self.self_attn = SelfAttention(architecture, shape)
+        experts, inner = architecture.experts_of(layer), shape.intermediate_size
+        self.mlp = MLP(architecture, inner) if experts is None else Mixture(architecture, experts)
+        self.parallel = architecture.parallel
         self.norm_names = NORM_NAMES[architecture.norms]
         for name in filter(None, self.norm_names):
-            setattr(self, name, RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, architecture.norm))
+            setattr(self, name, make_norm(architecture, architecture.hidden_size))
 
     def forward(self, x: Tensor, turn: Turn | None, attention: Attention, places: Tensor | None = None) -> Tensor:
         """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
         before, behind, before_mlp, behind_mlp = self.norm_names
-        attended = self.self_attn(self._normed(before, x), turn, attention, places)
-        x = at(x, places) + self._normed(behind, attended)
-        return x + self._normed(behind_mlp, self.mlp(self._normed(before_mlp, x)))
+        attended = self._normed(behind, self.self_attn(self._normed(before, x), turn, attention, places))
+        x = at(x, places)
+        after = x + attended
+        read = x if self.parallel else after
+        return after + self._normed(behind_mlp, self.mlp(self._normed(before_mlp, read)))
 
     def _normed(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
@@ -220,10 +241,6 @@ class Layer(nn.Module):
 
 class SparseLayer(Layer):
     """A layer whose MLP is a mixture of experts."""
-
-    def __init__(self, architecture: Architecture, kind: LayerKind, experts: Experts) -> None:
-        super().__init__(architecture, kind)
-        self.mlp = Mixture(architecture, experts)  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
         self,
@@ -242,20 +259,14 @@ class SparseLayer(Layer):
         return at(x, late) + self._normed(behind_mlp, y), logits if with_routing else None
 
 
-def make_layer(architecture: Architecture, index: int) -> Layer:
-    """The layer of this number."""
-    kind, experts = architecture.kind(index), architecture.experts_of(index)
-    return Layer(architecture, kind) if experts is None else SparseLayer(architecture, kind, experts)
-
-
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, shape: LayerShape) -> None:
         super().__init__()
         a = architecture
         self.head_dim = a.head_dim
-        queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        queries, keys = shape.num_heads * a.head_dim, shape.num_kv_heads * a.head_dim
         self.widths = queries, keys, keys
         if a.fused:
             self.qkv_proj = nn.Linear(a.hidden_size, sum(self.widths), bias=a.qkv_bias)
@@ -267,7 +278,7 @@ class SelfAttention(nn.Module):
         self.qk_norm = a.qk_norm
         if a.qk_norm != "none":
             sizes = (queries, keys) if a.qk_norm == "whole" else (a.head_dim, a.head_dim)
-            self.q_norm, self.k_norm = (RMSNorm(size, a.rms_norm_eps, a.norm) for size in sizes)
+            self.q_norm, self.k_norm = (make_norm(a, size) for size in sizes)
         self.query_scale = 1.0 if a.query_scalar is None else math.sqrt(a.head_dim / a.query_scalar)
         """Attention divides scores by √D; what they are to be divided by instead is in the queries."""
 
@@ -296,21 +307,25 @@ def at(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 class MLP(nn.Module):
-    """A gated linear unit (2002.05202): down(act(gate x) · up x)."""
+    """A gated linear unit (2002.05202), down(act(gate x) · up x), or down(act(up x))."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, inner: int) -> None:
         super().__init__()
-        d, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
-        if architecture.fused:
+        d, bias = architecture.hidden_size, architecture.mlp_bias
+        self.gated = architecture.gated
+        if self.gated and architecture.fused:
             self.gate_up_proj = nn.Linear(d, 2 * inner, bias=bias)
         else:
-            self.gate_proj = nn.Linear(d, inner, bias=bias)
+            if self.gated:
+                self.gate_proj = nn.Linear(d, inner, bias=bias)
             self.up_proj = nn.Linear(d, inner, bias=bias)
         self.down_proj = nn.Linear(inner, d, bias=bias)
         self.activation = architecture.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, d) → (T, d)."""
+        if not self.gated:
+            return self.down_proj(activate(self.up_proj(x), self.activation))
         if hasattr(self, "gate_up_proj"):
             gate, up = self.gate_up_proj(x).chunk(2, -1)
         else:
@@ -318,9 +333,13 @@ class MLP(nn.Module):
         return self.down_proj(_Gated.apply(gate, up, self.activation))
 
 
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+"""How torch computes GELU (1606.08415)."""
+
+
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """SiLU, or GELU by its approximation with tanh (1606.08415)."""
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+    """SiLU, GELU, or GELU by its approximation with tanh."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate=APPROXIMATE[activation])
 
 
 class _Gated(torch.autograd.Function):
@@ -341,7 +360,13 @@ class _Gated(torch.autograd.Function):
         aten = torch.ops.aten
         if ctx.activation == "silu":
             return aten.silu_backward(grad * up, gate), grad_up, None
-        return aten.gelu_backward(grad * up, gate, approximate="tanh"), grad_up, None
+        return aten.gelu_backward(grad * up, gate, approximate=APPROXIMATE[ctx.activation]), grad_up, None
+
+
+def make_norm(architecture: Architecture, size: int) -> nn.Module:
+    """A norm of the model's kind."""
+    eps, kind = architecture.norm_eps, architecture.norm
+    return nn.LayerNorm(size, eps) if kind == "layer" else RMSNorm(size, eps, kind)
 
 
 class RMSNorm(nn.Module):

@@ -7,17 +7,20 @@ dialects are the Hub's (`rope_theta`, `rope_scaling`) and that of transformers 5
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from litrecipe.config.errors import InputError
-from litrecipe.model.architecture import Architecture, Experts, LayerKind
+from litrecipe.model.architecture import Activation, Architecture, LayerKind, Rope
+from litrecipe.model.expert_families import MIXTRAL, QWEN3_MOE
+from litrecipe.model.gpt_families import GPT2, GPT_NEOX, OPENELM
 from litrecipe.model.hf_config import (
     ACTIVATIONS,
+    FACTORS,
     GLOBAL,
     LOCAL,
     REQUIRED_KEYS,
     Config,
+    Family,
     read_common,
     read_kinds,
     read_rope,
@@ -25,19 +28,7 @@ from litrecipe.model.hf_config import (
     types_of,
     window_of,
 )
-
-
-class Family(NamedTuple):
-    """How the `config.json` of a family is read and written."""
-
-    read: Callable[[Config], Architecture]
-    """Raises InputError for what the decoder cannot honour."""
-    class_name: str
-    """The model's class in transformers."""
-    own_keys: Callable[[Architecture], Config]
-    """What its config holds beside the keys of all families."""
-    classifier: str | None = None
-    """Its sequence classifier's class, where that is not named like the model's."""
+from litrecipe.model.names import Names
 
 
 def read_architecture(config: Config) -> Architecture:
@@ -53,26 +44,34 @@ def read_architecture(config: Config) -> Architecture:
 
 def to_hf_config(architecture: Architecture, dtype: str = "float32") -> Config:
     """A `config.json` that transformers 4 and 5 both load; `dtype` is the name of the saved weights' torch dtype."""
-    family, rope = FAMILIES[architecture.family], architecture.ropes[0]
+    family = FAMILIES[architecture.family]
+    rope = architecture.ropes[0] if architecture.ropes else Rope(10000.0)
     eos = architecture.eos_ids
-    return {
+    common = {
         "architectures": [family.class_name],
         "model_type": architecture.family,
-        "hidden_act": ACTIVATIONS[architecture.activation][0],
+        "hidden_act": ACTIVATIONS[architecture.activation],
         "torch_dtype": dtype,
         **{key: getattr(architecture, name) for name, key in REQUIRED_KEYS.items()},
         "num_key_value_heads": architecture.num_kv_heads,
         "head_dim": architecture.head_dim,
         "rope_theta": rope.theta,
         "rope_scaling": rope.scaling,
+        **({"partial_rotary_factor": rope.share} if rope.share != 1 else {}),
         "tie_word_embeddings": architecture.tie_embeddings,
         "initializer_range": architecture.initializer_range,
         "bos_token_id": architecture.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": architecture.pad_id,
         "use_cache": True,
-        **family.own_keys(architecture),
     }
+    written = {family.keys.get(key, key): value for key, value in common.items() if key not in family.omits}
+    return written | family.own_keys(architecture)
+
+
+def names_of(architecture: Architecture) -> Names:
+    """What the files of a model of this architecture call its parts."""
+    return FAMILIES[architecture.family].names
 
 
 def to_classifier_config(architecture: Architecture, dtype: str, pad_id: int) -> Config:
@@ -107,16 +106,25 @@ def _mistral(config: Config) -> dict[str, Any]:
 
 
 def _phi3(config: Config) -> dict[str, Any]:
-    """Projections of the same input are one. Its older configs say yarn where they mean longrope."""
-    rope = read_rope(config)
-    if rope.scaling is not None:
-        kind = rope.scaling["rope_type"]
-        raise InputError(f"config.json: rope_scaling.type: {kind}: only models without scaling are read of this family")
+    """Projections of the same input are one. Its older configs say su or yarn where they mean longrope."""
+    rope = read_rope(config, share=1.0, other_names={"su": "longrope", "yarn": "longrope"})
+    if rope.scaling is not None and (kind := rope.scaling["rope_type"]) != "longrope":
+        raise InputError(f"config.json: rope_scaling.rope_type: {kind}: only longrope is read of this family")
     return {**_mistral(config), "fused": True, "ropes": (rope,)}
 
 
 def _phi3_keys(a: Architecture) -> Config:
-    return {"sliding_window": window_of(a), "original_max_position_embeddings": a.max_positions}
+    """transformers 4 takes no scaling with other keys than these three."""
+    original, scaling = "original_max_position_embeddings", a.ropes[0].scaling
+    keys: Config = {"sliding_window": window_of(a), original: a.max_positions}
+    if scaling is None:
+        return keys
+    own = {"type": "longrope", **{name: scaling[name] for name in FACTORS}}
+    if scaling["factor"] != a.max_positions / scaling[original]:
+        own["factor"] = scaling["factor"]
+    if "attention_factor" in scaling:
+        own["attention_factor"] = scaling["attention_factor"]
+    return {**keys, "rope_scaling": own, original: scaling[original]}
 
 
 def _qwen(config: Config) -> dict[str, Any]:
@@ -140,72 +148,6 @@ def _qwen_keys(a: Architecture) -> Config:
     window = window_of(a)
     used = {"sliding_window": window, "layer_types": types_of(a)} if window else {"sliding_window": None}
     return {"use_sliding_window": bool(window), "max_window_layers": a.num_layers, **used}
-
-
-def _mixtral(config: Config) -> dict[str, Any]:
-    rope = read_rope(config, default=1e6)
-    return {**_mistral(config), "ropes": (rope,), **_experts(config, 8, size=config["intermediate_size"])}
-
-
-def _mixtral_keys(a: Architecture) -> Config:
-    assert a.experts is not None
-    return {
-        "sliding_window": window_of(a),
-        **_experts_keys(a, "num_local_experts"),
-        "router_jitter_noise": a.experts.jitter,
-    }
-
-
-def _qwen3_moe(config: Config) -> dict[str, Any]:
-    """Some layers may have a plain MLP; a window is that of all layers."""
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
-    every, count = config.get("decoder_sparse_step") or 1, config["num_hidden_layers"]
-    named = config.get("mlp_only_layers") or []
-    dense = tuple(layer for layer in range(count) if layer in named or (layer + 1) % every)
-    if len(dense) == count:
-        raise InputError("config.json: mlp_only_layers, decoder_sparse_step: no layer has experts: it is a qwen3")
-    size, renormalise = config["moe_intermediate_size"], config.get("norm_topk_prob") or False
-    return {
-        "kinds": (LayerKind(window),) * count if window else (),
-        "qk_norm": "head",
-        "mlp_bias": False,
-        **_experts(config, 128, size=size, renormalise=renormalise, dense_layers=dense),
-    }
-
-
-def _qwen3_moe_keys(a: Architecture) -> Config:
-    assert a.experts is not None
-    return {
-        **_experts_keys(a, "num_experts"),
-        "moe_intermediate_size": a.experts.size,
-        "norm_topk_prob": a.experts.renormalise,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": list(a.experts.dense_layers),
-        "use_sliding_window": window_of(a) is not None,
-        "sliding_window": window_of(a),
-        "attention_bias": a.o_bias,
-    }
-
-
-def _experts(config: Config, default: int, **fields: Any) -> dict[str, Experts]:
-    """How many there are is `num_local_experts`, `num_experts`, or the `default`."""
-    names = config.get("num_local_experts"), config.get("num_experts"), default
-    count, chosen = next(filter(None, names)), config["num_experts_per_tok"]
-    if chosen > count:
-        raise InputError(f"config.json: num_experts_per_tok: {chosen}: there are {count}: fetch the model again")
-    coef, jitter = config.get("router_aux_loss_coef"), config.get("router_jitter_noise") or 0.0
-    coef = 0.001 if coef is None else coef
-    return {"experts": Experts(count, chosen, jitter=jitter, balance_coef=coef, **fields)}
-
-
-def _experts_keys(a: Architecture, count: str) -> Config:
-    assert a.experts is not None
-    return {
-        count: a.experts.count,
-        "num_experts_per_tok": a.experts.chosen,
-        "router_aux_loss_coef": a.experts.balance_coef,
-        "output_router_logits": False,
-    }
 
 
 def _olmo2(_: Config) -> dict[str, Any]:
@@ -269,7 +211,7 @@ def _gemma3(config: Config) -> dict[str, Any]:
 
 
 def _gemma_keys(a: Architecture) -> Config:
-    return {"hidden_activation": ACTIVATIONS[a.activation][0], "attention_bias": a.o_bias}
+    return {"hidden_activation": ACTIVATIONS[a.activation], "attention_bias": a.o_bias}
 
 
 def _gemma2_keys(a: Architecture) -> Config:
@@ -287,11 +229,11 @@ def _gemma3_keys(a: Architecture) -> Config:
     return {**_gemma2_keys(a), "rope_local_base_freq": a.ropes[1].theta}
 
 
-GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
+GEMMA: Config = {"head_dim": 256, "tie_word_embeddings": True}
 """What configs of the family may leave out."""
-GEMMA2 = {**GEMMA, "query_pre_attn_scalar": 256, "sliding_window": 4096}
-MIXTRAL = {"num_key_value_heads": 8, "num_experts_per_tok": 2}
-QWEN3_MOE = {"num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+TANH: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"}
+"""Its names of activations: `gelu` means the approximation, too."""
+GEMMA2: Config = {**GEMMA, "query_pre_attn_scalar": 256, "sliding_window": 4096}
 SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 FAMILIES: dict[str, Family] = {
@@ -299,30 +241,35 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         lambda c: read_common(c, _mistral), "MistralForCausalLM", lambda a: {"sliding_window": window_of(a)}
     ),
-    "phi3": Family(lambda c: read_common(c, _phi3), "Phi3ForCausalLM", _phi3_keys),
+    "phi3": Family(
+        lambda c: read_common(c, _phi3, original_max_position_embeddings=4096), "Phi3ForCausalLM", _phi3_keys
+    ),
     "qwen2": Family(lambda c: read_common(c, _qwen2), "Qwen2ForCausalLM", _qwen_keys),
     "qwen3": Family(
         lambda c: read_common(c, _qwen3, head_dim=128),
         "Qwen3ForCausalLM",
         lambda a: {**_qwen_keys(a), "attention_bias": a.o_bias},
     ),
-    "mixtral": Family(lambda c: read_common({**MIXTRAL, **c}, _mixtral), "MixtralForCausalLM", _mixtral_keys),
-    "qwen3_moe": Family(lambda c: read_common({**QWEN3_MOE, **c}, _qwen3_moe), "Qwen3MoeForCausalLM", _qwen3_moe_keys),
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
     "olmo2": Family(lambda c: read_common(c, _olmo2), "Olmo2ForCausalLM", lambda a: {"attention_bias": a.o_bias}),
     "smollm3": Family(
         lambda c: read_common(c, _smollm3, tie_word_embeddings=True, num_key_value_heads=4),
         "SmolLM3ForCausalLM",
         _smollm3_keys,
     ),
-    "gemma": Family(lambda c: read_common(c, _gemma, "gelu_tanh", **GEMMA), "GemmaForCausalLM", _gemma_keys),
+    "gemma": Family(lambda c: read_common(c, _gemma, TANH, **GEMMA), "GemmaForCausalLM", _gemma_keys),
     "gemma2": Family(
-        lambda c: read_common({**SOFTCAPS, **c}, _gemma2, "gelu_tanh", **GEMMA2), "Gemma2ForCausalLM", _gemma2_keys
+        lambda c: read_common({**SOFTCAPS, **c}, _gemma2, TANH, **GEMMA2), "Gemma2ForCausalLM", _gemma2_keys
     ),
     "gemma3_text": Family(
-        lambda c: read_common(c, _gemma3, "gelu_tanh", **GEMMA2),
+        lambda c: read_common(c, _gemma3, TANH, **GEMMA2),
         "Gemma3ForCausalLM",
         _gemma3_keys,
         classifier="Gemma3TextForSequenceClassification",
     ),
+    "gpt_neox": GPT_NEOX,
+    "gpt2": GPT2,
+    "openelm": OPENELM,
 }
 """`model_type` → family."""

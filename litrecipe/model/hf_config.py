@@ -6,14 +6,36 @@ Both dialects are read: the Hub's (`rope_theta`, `rope_scaling`) and that of tra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from litrecipe.config.errors import InputError
-from litrecipe.model.architecture import Activation, Architecture, LayerKind, Rope
+from litrecipe.model.architecture import Activation, Architecture, LayerKind, Rope, turning_dimensions
+from litrecipe.model.names import SAME_NAMES, Names
 
 Config = dict[str, Any]
 """A parsed `config.json`."""
+
+
+class Family(NamedTuple):
+    """How the `config.json` of a family is read and written."""
+
+    read: Callable[[Config], Architecture]
+    """Raises InputError for what the decoder cannot honour."""
+    class_name: str
+    """The model's class in transformers."""
+    own_keys: Callable[[Architecture], Config]
+    """What its config holds beside the keys of all families."""
+    classifier: str | None = None
+    """Its sequence classifier's class, where that is not named like the model's."""
+    keys: Mapping[str, str] = MappingProxyType({})
+    """What common keys are called in its config."""
+    omits: Collection[str] = ()
+    """Common keys that its config does not have."""
+    names: Names = SAME_NAMES
+    """What its files call the parts of a model."""
+
 
 REQUIRED_KEYS = {
     "vocab_size": "vocab_size",
@@ -21,23 +43,27 @@ REQUIRED_KEYS = {
     "intermediate_size": "intermediate_size",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
-    "rms_norm_eps": "rms_norm_eps",
+    "norm_eps": "rms_norm_eps",
     "max_positions": "max_position_embeddings",
 }
 """Field → key; what has no default that holds for every model of a family."""
-ACTIVATIONS: dict[Activation, tuple[str, ...]] = {"silu": ("silu",), "gelu_tanh": ("gelu_pytorch_tanh", "gelu")}
-"""Names in configs, first that which is written. Gemma's `gelu` means its approximation, too."""
+ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""Names that are written."""
+SILU: dict[str, Activation] = {"silu": "silu"}
 
 NUMBERS = {"rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_range"}
-NUMBERS |= {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"}
+NUMBERS |= {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"}
 COUNTS = {*REQUIRED_KEYS.values(), "num_key_value_heads", "head_dim", "sliding_window"} - NUMBERS
 COUNTS |= {"sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval"}
 COUNTS |= {"num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"}
+COUNTS |= {"original_max_position_embeddings", "num_gqa_groups", "ffn_dim_divisor"}
 """Keys of numbers above 0, and of those that are whole."""
 WEIGHTS = {"router_aux_loss_coef", "router_jitter_noise"}
 """Keys of numbers that may be 0."""
 SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"}
 SWITCHES |= {"norm_topk_prob"}
+SWITCHES |= {"use_parallel_residual", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"}
+SWITCHES |= {"normalize_qk_projections", "ffn_with_glu"}
 IDS = {"bos_token_id", "pad_token_id", "max_window_layers"}
 OBJECTS = {"rope_parameters", "rope_scaling"}
 LISTS = {"layer_types", "no_rope_layers", "mlp_only_layers"}
@@ -67,18 +93,54 @@ def _are_ids(value: Any) -> bool:
 
 
 def read_common(
-    config: Config, own: Callable[[Config], dict[str, Any]], activation: Activation = "silu", **defaults: Any
+    config: Config,
+    own: Callable[[Config], dict[str, Any]],
+    activations: Mapping[str, Activation] = SILU,
+    *,
+    keys: Mapping[str, str] = MappingProxyType({}),
+    **defaults: Any,
 ) -> Architecture:
-    """What all configs say, with `defaults` for the family's; `own` gives the fields that are not read here."""
+    """What all configs say, with `defaults` for the family's; `own` gives the fields that are not read here.
+
+    `activations` are those of the family by name, its default first; `keys` what common keys are called in its configs.
+    `own` is given the common keys.
+    """
+    try:
+        return _read(_with_common_keys(config, keys), own, activations, defaults)
+    except InputError as error:
+        raise InputError(*(_with_own_key(line, keys) for line in error.mistakes)) from error
+
+
+def _with_common_keys(config: Config, keys: Mapping[str, str]) -> Config:
+    theirs = {key: config[own] for key, own in keys.items() if own in config}
+    return {key: value for key, value in config.items() if key not in keys.values()} | theirs
+
+
+def _with_own_key(line: str, keys: Mapping[str, str]) -> str:
+    """A mistake that names the family's key, not the common one."""
+    file, key, rest = line.split(": ", 2)
+    return f"{file}: {keys.get(key, key)}: {rest}"
+
+
+def _read(
+    config: Config,
+    own: Callable[[Config], dict[str, Any]],
+    activations: Mapping[str, Activation],
+    defaults: Config,
+) -> Architecture:
     if mistakes := _wrong_types(config):
         raise InputError(*mistakes)
     config = defaults | {key: value for key, value in config.items() if value is not None or key not in defaults}
     missing = [key for key in REQUIRED_KEYS.values() if config.get(key) is None]
     mistakes = [f"config.json: {key}: missing: it has no default" for key in missing]
-    names = ACTIVATIONS[activation]
+    activation = next(iter(activations.values()))
     for key in ("hidden_act", "hidden_activation"):
-        if (value := config.get(key)) is not None and value not in names:
-            mistakes.append(f"config.json: {key}: {value}: only {' and '.join(names)} is known for this family")
+        value = config.get(key)
+        if isinstance(value, str) and value in activations:
+            activation = activations[value]
+        elif value is not None:
+            names = " and ".join(activations)
+            mistakes.append(f"config.json: {key}: {value}: only {names} is known for this family")
     fields: dict[str, Any] = {}
     try:
         if not missing:
@@ -124,15 +186,31 @@ ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings"),
 }
 """Kinds of rotary embedding and the numbers each needs."""
-ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
+ROPE_OPTIONS = {
+    "yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("attention_factor",),
+}
 """What else a kind may give: numbers, and one switch."""
+FACTORS = ("short_factor", "long_factor")
+"""Of LongRoPE: a number for each pair that turns."""
 
 
-def read_rope(config: Config, part: str | None = None, default: float = 10000.0) -> Rope:
-    """From `rope_parameters` (transformers 5; a `part` of it where layers differ) or `rope_theta` and `rope_scaling`;
-    raises InputError."""
+def read_rope(
+    config: Config,
+    part: str | None = None,
+    default: float = 10000.0,
+    *,
+    share: float | None = None,
+    other_names: Mapping[str, str] = MappingProxyType({}),
+) -> Rope:
+    """From `rope_parameters` (transformers 5; a `part` of it where layers differ) or `rope_theta` and `rope_scaling`.
+
+    `default` is the base where none is given, `share` what part of a head turns where the config does not say it (None:
+    all of it, and it may say nothing else), `other_names` what kinds are called besides. Raises InputError.
+    """
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
     values = config.get(key) or {}
     if part and key == "rope_parameters":
@@ -143,8 +221,11 @@ def read_rope(config: Config, part: str | None = None, default: float = 10000.0)
     if not isinstance(theta, (int, float)):
         raise InputError(f"config.json: {key}.rope_theta: {theta!r}: must be a number: fetch the model again")
     kind = values.get("rope_type", values.get("type", "default"))
+    kind = other_names.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in ROPE_NUMBERS:
         raise InputError(f"config.json: {key}.rope_type: {kind}: one of {', '.join(ROPE_NUMBERS)} is implemented")
+    if kind == "longrope":
+        values = {**values, **_lengths(config, values)}
     mistakes = [
         f"config.json: {key}.{name}: {values.get(name, 'missing')}: rope_type {kind} needs a number"
         for name in ROPE_NUMBERS[kind]
@@ -156,13 +237,44 @@ def read_rope(config: Config, part: str | None = None, default: float = 10000.0)
         for name, value in options.items()
         if not isinstance(value, bool if name == "truncate" else int | float)
     ]
-    share = values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if share not in (1, None):
-        mistakes.append(f"config.json: partial_rotary_factor: {share}: heads that turn in part are not read yet")
+    said = values.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    turning = (share or 1.0) if said is None else said
+    if turning != 1 and (share is None or not isinstance(turning, int | float) or not 0 < turning < 1):
+        cure = "all of a head turns in this family" if share is None else "must be a number from 0 to 1"
+        mistakes.append(f"config.json: partial_rotary_factor: {turning}: {cure}")
     if mistakes:
         raise InputError(*mistakes)
     numbers = {name: values[name] for name in ROPE_NUMBERS[kind]}
-    return Rope(float(theta), None if kind == "default" else {"rope_type": kind, **numbers, **options})
+    rope = Rope(float(theta), None, float(turning))
+    if kind == "longrope":
+        options |= _factors(config, key, values, rope)
+    return rope if kind == "default" else rope._replace(scaling={"rope_type": kind, **numbers, **options})
+
+
+def _lengths(config: Config, values: Config) -> Config:
+    """LongRoPE's numbers, of which Phi-3's configs say one beside `rope_scaling` and the other not at all."""
+    name = "original_max_position_embeddings"
+    original, factor = config.get(name) or values.get(name), values.get("factor")
+    if factor is None and type(original) is int and original > 0 and config.get("max_position_embeddings"):
+        factor = config["max_position_embeddings"] / original
+    return {"factor": factor, name: original}
+
+
+def _factors(config: Config, key: str, values: Config, rope: Rope) -> Config:
+    """LongRoPE's lists; raises InputError."""
+    head_dim = config.get("head_dim") or (config.get("hidden_size") or 0) // (config.get("num_attention_heads") or 1)
+    pairs = turning_dimensions(rope, head_dim) // 2
+    mistakes = []
+    for name in FACTORS:
+        found = values.get(name)
+        numbers = found if isinstance(found, list) else []
+        if len(numbers) != pairs or not all(type(one) in (int, float) and one > 0 for one in numbers):
+            said = shortened(numbers) if numbers else found
+            wanted = f"must be {pairs} numbers above 0, one a pair that turns"
+            mistakes.append(f"config.json: {key}.{name}: {said}: {wanted}: fetch the model again")
+    if mistakes:
+        raise InputError(*mistakes)
+    return {name: [float(one) for one in values[name]] for name in FACTORS}
 
 
 def read_kinds(config: Config, is_local: Callable[[int], bool], *, local_rope: int = 0) -> tuple[LayerKind, ...]:
