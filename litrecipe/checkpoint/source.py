@@ -73,6 +73,11 @@ class ModelFiles:
         """Every tensor as it is in memory, (name, tensor), one at a time. Raises InputError when there are none."""
         return names_of(self.architecture).read(self._need_weights().tensors(), self.architecture)
 
+    def for_length(self, tokens: int | None) -> ModelFiles:
+        """The same for a run whose longest sequence has so many tokens, see `Architecture.for_length`; None: as many as
+        the model was made for."""
+        return self if tokens is None else replace(self, architecture=self.architecture.for_length(tokens))
+
     @property
     def is_reward_model(self) -> bool:
         """Whether the weights or the adapter hold a score; otherwise it is a language model."""

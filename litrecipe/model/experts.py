@@ -21,9 +21,6 @@ from torch.autograd.function import once_differentiable
 from litrecipe.model.architecture import PROJECTIONS, Architecture, Experts
 from litrecipe.model.head import product_dtype, widen
 
-GROUPED = (torch.float32, torch.bfloat16, torch.float16)
-"""What torch's grouped product takes."""
-
 
 class Mixture(nn.Module):
     """The MLP of a layer with experts: Σ over the chosen of share · expert(x) (Mixtral, 2401.04088, section 2.1)."""
@@ -179,9 +176,11 @@ class Groups(NamedTuple):
 
 
 def _can_group(x: Tensor, other: Tensor) -> bool:
-    """torch's grouped product reads 16 bytes at a time, and something."""
+    """torch's grouped product reads 16 bytes at a time, and something; on GPUs it is for bf16, and it has no fakes."""
+    dtypes = [torch.bfloat16, torch.float32] if x.device.type == "cpu" else [torch.bfloat16]
     strides = [stride for tensor in (x, other) for stride in tensor.stride() if stride != 1]
-    return x.dtype in GROUPED and len(x) > 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    fits = len(x) > 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
+    return fits and x.dtype in dtypes and not isinstance(x, FakeTensor)
 
 
 class _Projection(NamedTuple):

@@ -17,6 +17,7 @@ from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import FinetuneRecipe, RewardRecipe, TrainingRecipe
+from litrecipe.config.online import longest_of
 from litrecipe.config.progress import say, warn
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
@@ -68,7 +69,7 @@ def export(run: str, out: str) -> int:
     recipe = _recipe_of(folder)
     if checkpoint is None:
         raise InputError(f"{run}: neither a final model nor a complete checkpoint in it: nothing to export yet")
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
+    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer).for_length(longest_of(recipe))
     _keep_apart(out, files)
     model = _restore(recipe, files, checkpoint)
     statistics = None
