@@ -11,6 +11,7 @@ from typing import Any
 
 from litrecipe.config.errors import InputError
 from litrecipe.model.architecture import Activation, Architecture, LayerKind, Rope
+from litrecipe.model.expert_families import MIXTRAL, QWEN3_MOE
 from litrecipe.model.gpt_families import GPT2, GPT_NEOX, OPENELM
 from litrecipe.model.hf_config import (
     ACTIVATIONS,
@@ -249,6 +250,8 @@ FAMILIES: dict[str, Family] = {
         "Qwen3ForCausalLM",
         lambda a: {**_qwen_keys(a), "attention_bias": a.o_bias},
     ),
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
     "olmo2": Family(lambda c: read_common(c, _olmo2), "Olmo2ForCausalLM", lambda a: {"attention_bias": a.o_bias}),
     "smollm3": Family(
         lambda c: read_common(c, _smollm3, tie_word_embeddings=True, num_key_value_heads=4),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.config.groups import FinetuneRecipe, TrainingRecipe
+from litrecipe.config.groups import FinetuneRecipe, Router, TrainingRecipe
 from litrecipe.data.prepared import Prepared
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import SUPERVISED
@@ -14,8 +14,17 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.objectives.routing import with_routers
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, prepared, save_trained, task_runner
+from litrecipe.recipes.training import (
+    begin,
+    identity,
+    load_to_train,
+    make_ready,
+    prepared,
+    save_trained,
+    task_runner,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -34,13 +43,14 @@ def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
 def tune(recipe: TrainingRecipe, data: Prepared, files: ModelFiles, tokenizer: Tokenizer, fabric: Fabric) -> int:
     """Train the recipe's model on conversations."""
     model = load_to_train(load_model, files, recipe)
+    objective = with_routers(CausalLM(), model, recipe.router if isinstance(recipe, FinetuneRecipe) else Router())
     make_ready(model, recipe)
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
             module=model,
-            objective=CausalLM(),
+            objective=objective,
             source=RecordedSource(data.train, recipe.train),
             val=data.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
