@@ -50,7 +50,7 @@ def open_any(
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
-    files = open_model(model.source, tokenizer=model.tokenizer)
+    files = open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
     if files.is_reward_model or (files.is_hydra and as_judge):
         return _open(load_reward_model, model, quantize, fabric)
     return _open(load_model, model, quantize, fabric)
@@ -58,7 +58,7 @@ def open_any(
 
 def _open(load: Callable[..., M], model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session[M]:
     device = _device(fabric)
-    files = open_model(model.source, tokenizer=model.tokenizer)
+    files = open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
     run = schema.load_run(Path(model.source))
     if run is not None and quantize.method == "none" and run.quantize.method != "none":
         quantize = run.quantize
