@@ -239,6 +239,15 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
     return files
 
 
+def open_model_as(source: str, key: str) -> ModelFiles:
+    """The same of a model that another key names: mistakes are said of that, with what stands before the source there,
+    such as `ppo.critic: `."""
+    try:
+        return open_model(source)
+    except InputError as error:
+        raise InputError(*(line.replace("model.source: ", key, 1) for line in error.mistakes)) from error
+
+
 def _open(source: str, *, is_base: bool = False) -> ModelFiles:
     """`is_base`: an adapter's, which cannot be an adapter."""
     path = path_of(source)

@@ -96,12 +96,16 @@ def remembered(samples: KnownSamples, witness: Witness, cache: Path, rank: int =
     found: dict[int, SampleSet] = {}
     for first in [*firsts[mine:], *firsts[:mine]]:
         part = cache / witness.name / f"{key}-{first:09}"
-        write = partial(SampleSet.write, part, _said(samples, witness, first), lambda: about)
-        found[first] = kept(part, write)
+        found[first] = kept(part, partial(_write, part, samples, witness, first, about))
         if found[first].about != about:
             other = next(name for name in about if found[first].about.get(name) != about[name])
             raise InputError(f"{part}: of another {other}: remove this folder, it is made anew")
     return WithExtras(samples, [found[first] for first in firsts])
+
+
+def _write(folder: Path, samples: KnownSamples, witness: Witness, first: int, about: dict[str, Any]) -> SampleSet:
+    """The part of the samples from the `first` on."""
+    return SampleSet.write(folder, _said(samples, witness, first), lambda: about)
 
 
 @torch.no_grad()

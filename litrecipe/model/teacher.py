@@ -26,11 +26,13 @@ class Teacher(Decoder):
         self.k: int | None = None
         """How many of its likeliest tokens it names; None: it tells all of its distribution."""
         self.temperature = 1.0
+        self.tokens = architecture.vocab_size
+        """How many tokens there are; what its table holds behind them is padding, which a student may lack."""
 
     @torch.no_grad()
     def forward(self, row: Row) -> WholeVocabulary | Likeliest:  # type: ignore[override]
         """Of each place that predicts."""
-        hidden, weight = self.hidden(row, row.predict_from), self.lm_head.weight
+        hidden, weight = self.hidden(row, row.predict_from), self.lm_head.weight[: self.tokens]
         cap = self.architecture.final_softcap
         if self.k is not None:
             return likeliest(hidden, weight, self.k, self.temperature, cap)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from litrecipe.checkpoint.load import load_teacher
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import ModelFiles, open_model_as
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Distil, Quantize, TrainingRecipe
 from litrecipe.config.progress import say
@@ -37,12 +37,24 @@ class Teaching:
 
     distil: Distil
     files: ModelFiles
+    tokens: int
+    """Of the tokenizer that both have."""
 
     @property
     def known_by(self) -> dict[str, str]:
         """What must be the same when a run goes on."""
         settings = {f"distil.{key}": str(value) for key, value in asdict(self.distil).items() if key != "teacher"}
-        return settings | {"teacher": key_of(self.files.weights_hash(), start(self.files))}
+        return settings | {"teacher": self.weights}
+
+    @property
+    def weights(self) -> str:
+        """Hash of all that the teacher computes with."""
+        return key_of(self.files.weights_hash(), start(self.files))
+
+    @property
+    def k(self) -> int | None:
+        """How many of its tokens the teacher names; None: it tells its whole distribution."""
+        return {"full": None, "top_k": self.distil.top_k, "top_1": 1}[self.distil.method]
 
     @property
     def alpha(self) -> float:
@@ -54,8 +66,8 @@ class Teaching:
         """The teacher, frozen; in bf16 where anything is: its weights do not move, so that no rounding adds up."""
         quantize = Quantize(method=self.distil.quantize)
         teacher = load_teacher(self.files, dtype=teacher_dtype(recipe), quantize=quantize)
-        teacher.k = {"full": None, "top_k": self.distil.top_k, "top_1": 1}[self.distil.method]
-        teacher.temperature = self.distil.temperature
+        teacher.k = self.k
+        teacher.temperature, teacher.tokens = self.distil.temperature, self.tokens
         if recipe.fabric.compile:
             teacher.compile_blocks()
         say(f"teacher: {self.files.describe()}")
@@ -80,13 +92,13 @@ def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
     """
     if distil.teacher is None:
         return None
-    files, said = open_model(distil.teacher), f"distil.teacher: {distil.teacher}"
+    files, said = open_model_as(distil.teacher, "distil.teacher: "), f"distil.teacher: {distil.teacher}"
     if files.is_reward_model or files.weights is None:
         what = "a reward model" if files.is_reward_model else "a config.json without weights"
         raise InputError(f"{said}: is {what}: give a language model")
     if Tokenizer.load(files.tokenizer_dir).text_fingerprint != tokenizer.text_fingerprint:
         raise InputError(f"{said}: has another tokenizer than the model that is trained: give one of the same family")
-    return Teaching(distil, files)
+    return Teaching(distil, files, tokenizer.size)
 
 
 def lesson(
@@ -120,7 +132,8 @@ def lesson(
 def remembering(teaching: Teaching, recipe: TrainingRecipe, fabric: Fabric) -> Callable[[KnownSamples], WithExtras]:
     """What gives samples the teacher's answers, from disk where it was asked before."""
     teacher = teaching.load(recipe).to(fabric.device)
-    known_by = [teaching.known_by, recipe.fabric.precision, fabric.device.type]
+    known_by = [teaching.weights, teaching.distil.quantize, teaching.distil.temperature, teaching.k, teaching.tokens]
+    known_by += [recipe.fabric.precision, fabric.device.type]
     witness = Witness(
         "teacher", lambda row: answers(teacher, row.to(fabric.device)), known_by, recipe.train.micro_batch_tokens
     )
