@@ -17,14 +17,13 @@ from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.config.progress import track
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.families import names_of
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.teacher import Teacher
 
 SHOWN = 10
 """Wrong tensors named in one error."""
-DERIVED = (".rotary_emb.inv_freq",)
-"""Endings of tensors that older checkpoints hold though they follow from the config."""
 
 
 def load_model(
@@ -191,13 +190,13 @@ def _check_tensors(files: ModelFiles, model: Trunk) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if SCORE not in found:
         expected.pop(SCORE, None)
-    for name in list(found):
-        if name.endswith(DERIVED) or (name == "lm_head.weight" and name not in expected):
-            del found[name]
-    mistakes = [f"{name}: missing" for name in expected if name not in found]
-    mistakes += [f"{name}: unexpected" for name in found if name not in expected]
+    if "lm_head.weight" not in expected:
+        found.pop("lm_head.weight", None)
+    said = names_of(files.architecture).in_files
+    mistakes = [f"{said(name)}: missing" for name in expected if name not in found]
+    mistakes += [f"{said(name)}: unexpected" for name in found if name not in expected]
     mistakes += [
-        f"{name}: shape {list(found[name])}, not {list(shape)} as the config says"
+        f"{said(name)}: shape {list(found[name])}, not {list(shape)} as the config says"
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]

@@ -23,7 +23,8 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
-from litrecipe.model.families import read_architecture
+from litrecipe.model.families import names_of, read_architecture
+from litrecipe.model.names import Names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +38,7 @@ SOURCES = "a Hugging Face folder, a hub id, a GGUF file, an adapter folder, a ru
 
 
 class Weights(Protocol):
-    """Tensors with Hugging Face names, wherever they are stored."""
+    """Tensors with the names of Hugging Face's files, wherever they are stored."""
 
     @property
     def paths(self) -> list[Path]:
@@ -73,8 +74,8 @@ class ModelFiles:
     """The score that lies beside the language model of a hydra."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor as (Hugging Face name, tensor), one at a time. Raises InputError when there are none."""
-        return self._need_weights().tensors()
+        """Every tensor as it is in memory, (name, tensor), one at a time. Raises InputError when there are none."""
+        return names_of(self.architecture).read(self._need_weights().tensors(), self.architecture)
 
     @property
     def is_reward_model(self) -> bool:
@@ -119,8 +120,8 @@ class ModelFiles:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape of the tensors."""
-        return self._need_weights().shapes
+        """Name → shape of the tensors, as they are in memory."""
+        return names_of(self.architecture).shapes(self._need_weights().shapes)
 
     @property
     def weights_name(self) -> str:
@@ -178,6 +179,7 @@ class FirstLayers:
 
     whole: Weights
     layers: int
+    names: Names
 
     @property
     def paths(self) -> list[Path]:
@@ -198,12 +200,12 @@ class FirstLayers:
         return self.whole.stored(name)
 
     def _has(self, name: str) -> bool:
-        number = layer_of(name)
+        number = layer_of(self.names.in_memory(name))
         return number is None or number < self.layers
 
 
 def layer_of(name: str) -> int | None:
-    """Number of the layer that a tensor is in, None for all that is outside of layers."""
+    """Number of the layer that a tensor is in, by its name in memory; None for all that is outside of layers."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return int(match[1]) if match else None
 
@@ -211,14 +213,13 @@ def layer_of(name: str) -> int | None:
 def first_layers(files: ModelFiles, layers: int) -> ModelFiles:
     """A smaller model that inherits embedding, head, last norm and the first layers of a larger one (Inheritune,
     2404.08634, algorithm 1). Raises InputError where there are not so many, and for an adapter."""
-    said, a = f"model.inherit_layers: {layers}", files.architecture
-    if layers > a.num_layers:
-        raise InputError(f"{said}: {files.source} has {a.num_layers}: give at most that")
+    said, whole = f"model.inherit_layers: {layers}", files.architecture
+    if layers > whole.num_layers:
+        raise InputError(f"{said}: {files.source} has {whole.num_layers}: give at most that")
     if files.adapter:
         raise InputError(f"{said}: {files.source} is an adapter: `litrecipe model merge` it first")
-    smaller = replace(a, num_layers=layers, kinds=a.kinds[:layers])
-    weights = FirstLayers(files.weights, layers) if files.weights else None
-    return replace(files, architecture=smaller, weights=weights, head=None)
+    weights = FirstLayers(files.weights, layers, names_of(whole)) if files.weights else None
+    return replace(files, architecture=whole.first_layers(layers), weights=weights, head=None)
 
 
 def open_model(source: str, *, tokenizer: str | None = None, layers: int | None = None) -> ModelFiles:
@@ -332,6 +333,7 @@ def _open_adapter(folder: Path, source: str) -> ModelFiles:
         raise InputError(f"{key}: its base model cannot be opened ({error}): write where it is") from error
     own_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer_dir = folder if own_tokenizer else files.tokenizer_dir
+    adapter = replace(adapter, architecture=files.architecture)
     # A score of the base is not one of the adapter, unless that was trained with it.
     return replace(files, source=source, adapter=adapter, tokenizer_dir=tokenizer_dir, head=_find_head(folder))
 

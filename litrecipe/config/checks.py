@@ -26,6 +26,8 @@ from litrecipe.config.merge import SCHEMA_VERSION
 from litrecipe.config.online import OnlineRecipe
 from litrecipe.config.online_checks import ONLINE_RANGES, check_online
 from litrecipe.config.pipeline import PipelineRecipe
+from litrecipe.config.prepare import PREPARE_RANGES, PrepareRecipe, check_prepare, missing_of_prepare
+from litrecipe.config.pretrain import PretrainRecipe, check_pretrain
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.config.rounds_checks import ROUNDS_RANGES, check_iterative_dpo, check_rejection_sampling
 
@@ -44,12 +46,17 @@ def check(recipe: Any) -> Iterator[Mistake]:
             reset(plausible, key)
     if isinstance(recipe, PipelineRecipe):  # its stages are looked at one by one
         return
+    if isinstance(recipe, PrepareRecipe):
+        yield from check_prepare(plausible)
+        return
     yield from _combinations(plausible)
     if isinstance(recipe, TrainingRecipe):
         yield from _texts(recipe)
         yield from _training_combinations(plausible)
         if distil := _get(plausible, "distil"):
             yield from _distil_combinations(distil, plausible.fabric.strategy)
+    if isinstance(recipe, PretrainRecipe):
+        yield from check_pretrain(plausible)
     if isinstance(recipe, DpoRecipe | RewardRecipe):
         yield from _preference_rows(recipe)
     if isinstance(recipe, RewardRecipe) and recipe.eval.tasks:
@@ -115,6 +122,17 @@ RANGES: dict[str, Range] = {
     "reward.sft_coef": _at_least(0),
     "reward.measured": _at_least(2),
     "data.max_length": _at_least(2),
+    "data.temperature": ABOVE_0,
+    "data.val_tokens": _at_least(1),
+    "data.workers": _at_least(1),
+    "model.init_std": ABOVE_0,
+    "model.rope_theta": ABOVE_0,
+    "pretrain.z_loss": _at_least(0),
+    "pretrain.spike_sigmas": ABOVE_0,
+    "pretrain.spike_window": _at_least(8),
+    "train.initial_batch_size": _at_least(1),
+    "train.batch_warmup_steps": _at_least(0),
+    "schedule.half_life_steps": _at_least(1),
     "optim.lr": ABOVE_0,
     "optim.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of 0 or more, and less than 1"),
     "optim.eps": ABOVE_0,
@@ -149,6 +167,7 @@ RANGES: dict[str, Range] = {
     "schema_version": (lambda value: value == SCHEMA_VERSION, f"{SCHEMA_VERSION}, the version this litrecipe knows"),
     **ONLINE_RANGES,
     **ROUNDS_RANGES,
+    **PREPARE_RANGES,
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 
@@ -158,10 +177,13 @@ def _missing(recipe: Any) -> Iterator[Mistake]:
         if not recipe.out_dir:
             yield "out_dir", "''", "give the folder of the pipeline"
         return
+    if isinstance(recipe, PrepareRecipe):
+        yield from missing_of_prepare(recipe)
+        return
     if not recipe.model.source:
         yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"
     if isinstance(recipe, TrainingRecipe):
-        if not recipe.data.train:
+        if not recipe.data.train and not getattr(recipe.data, "sources", None):
             yield "data.train", "missing", "give a data file or folder, a hub id, or `toy:units?n=512&seed=0`"
         if not recipe.out_dir:
             yield "out_dir", "''", "give the folder of the run"
@@ -211,6 +233,9 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
         yield "quantize.method", quantize, "quantised weights cannot be trained: add adapter.method lora, or use none"
     if quantize == "int8" and strategy == "fsdp":
         yield "quantize.method", quantize, "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
+    if recipe.model.inherit_layers is not None and recipe.model.init == "random":
+        cure = "fresh weights inherit nothing: use model.init pretrained, or remove it"
+        yield "model.inherit_layers", recipe.model.inherit_layers, cure
     if recipe.model.inherit_layers is not None and method != "none":
         cure = "an adapter would name the whole model as its base: train all weights, with adapter.method none"
         yield "model.inherit_layers", recipe.model.inherit_layers, cure
@@ -221,6 +246,13 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
     if recipe.schedule.decay_steps is not None and recipe.schedule.name != "wsd":
         cure = f"{recipe.schedule.name} decays over the whole run: remove it, or use schedule.name wsd"
         yield "schedule.decay_steps", recipe.schedule.decay_steps, cure
+    if recipe.schedule.decay != "linear" and recipe.schedule.name != "wsd":
+        yield "schedule.decay", recipe.schedule.decay, "only schedule.name wsd knows it: remove it, or use that"
+    half_life, is_halved = recipe.schedule.half_life_steps, recipe.schedule.decay == "exponential"
+    if is_halved and half_life is None:
+        yield "schedule.half_life_steps", "missing", "give the steps in which the rate halves"
+    if half_life is not None and not is_halved:
+        yield "schedule.half_life_steps", half_life, "only schedule.decay exponential knows it: remove it"
     yield from _without_effect(recipe)
 
 
@@ -312,7 +344,8 @@ def _without_effect(recipe: TrainingRecipe) -> Iterator[Mistake]:
         cure = "there is nothing to measure: give data.val, data.val_fraction or eval.tasks, or remove it"
         yield "eval.every", recipe.eval.every, cure
     # The default of data.max_length is nobody's wish: then fit counts and tells the samples it leaves out.
-    if data.max_length > train.micro_batch_tokens and data.max_length != Data.max_length:
+    is_cut_to_fit = isinstance(recipe, PretrainRecipe)  # all its sequences are that long
+    if data.max_length > train.micro_batch_tokens and data.max_length != Data.max_length and not is_cut_to_fit:
         cure = f"train.micro_batch_tokens {train.micro_batch_tokens} leaves out longer samples: raise it, or lower this"
         yield "data.max_length", data.max_length, cure
 

@@ -11,6 +11,7 @@ from typing import Literal
 
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+Decay = Literal["linear", "sqrt", "cosine", "exponential"]
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 DpoLoss = Literal[
     "sigmoid",
@@ -234,6 +235,10 @@ class Schedule:
     """Steps of linear warm-up from 0."""
     decay_steps: int | None = None
     """`wsd`: steps of the final decay (default: a tenth of the run); the others decay over the whole run."""
+    decay: Decay = "linear"
+    """`wsd`: the curve of its decay; `sqrt` is 1 - √x, `exponential` halves every `half_life_steps`."""
+    half_life_steps: int | None = None
+    """`exponential`: steps in which the rate halves."""
     min_lr_ratio: float = 0.0
     """The final rate as a share of the peak."""
 

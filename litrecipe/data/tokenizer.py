@@ -45,6 +45,8 @@ class Tokenizer:
         """Take over `backend`. `special_tokens`: `bos_token`, … → text. `more_eos_ids` end an answer besides EOS."""
         added = backend.get_added_tokens_decoder()
         serialised = backend.to_str()
+        self.text_fingerprint = sha256(serialised.encode()).hexdigest()
+        """Changes with whatever changes the ids of plain text; no chat template does."""
         self.backend = _dropping_marks(backend)
         self.special_tokens = special_tokens
         self.control_ids = frozenset(id for id, token in added.items() if token.special)

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
 from litrecipe.model.architecture import Architecture
+from litrecipe.model.names import PEFT_PREFIX, SAME_NAMES, Names
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
 
-PEFT_PREFIX = "base_model.model."
-"""peft keeps a model under two names of its own, which stand before every name in an adapter file."""
 HEADS = {"lm_head", "score"}
 """Linear layers that get no adapter. A reward model's `score` is small and new: it trains whole beside the adapter."""
 
@@ -58,16 +57,18 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
         score.float().requires_grad_()
 
 
-FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
-FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
-"""What holds a layer where projections of the same input are one."""
-
-
 def fitting(config: Adapter, architecture: Architecture | None) -> Adapter:
-    """The settings with the names that a model's layers have: `targets` that are fused in it are what holds them."""
-    if architecture is None or not architecture.fused:
+    """The settings with the names that a model's layers have: `targets` that are fused in it are what holds them, and
+    `up_proj` stands for the gate of an MLP that has none."""
+    if architecture is None:
         return config
-    return replace(config, targets=list(dict.fromkeys(FUSED.get(target, target) for target in config.targets)))
+    names: dict[str, str] = {}
+    if architecture.fused:
+        names |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+        names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+    if not architecture.gated:
+        names |= dict.fromkeys(("gate_proj", "up_proj"), "up_proj")
+    return replace(config, targets=list(dict.fromkeys(names.get(target, target) for target in config.targets)))
 
 
 def _check_targets(model: nn.Module, config: Adapter) -> None:
@@ -104,8 +105,11 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
             parameter.copy_(state[name])
 
 
-def adapter_config(config: Adapter, base: str, *, with_score: bool = False) -> dict[str, Any]:
-    """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to.
+def adapter_config(
+    config: Adapter, base: str, *, names: Names = SAME_NAMES, with_score: bool = False
+) -> dict[str, Any]:
+    """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to, `names` those of its
+    family's files.
 
     `with_score`: the adapter of a reward model.
     """
@@ -118,7 +122,8 @@ def adapter_config(config: Adapter, base: str, *, with_score: bool = False) -> d
         # other readers of the format take whole numbers only
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": list(config.targets),
+        "target_modules": names.targets_in_files(config.targets),
+        **({"fan_in_fan_out": True} if names.transposes else {}),
         "use_rslora": config.rslora,
         "use_dora": config.method == "dora",
         "bias": "none",
@@ -188,7 +193,8 @@ def _kind(name: str) -> str:
     parts = name.split(".")
     if any(part.startswith("lora_") for part in parts):
         return "adapter"
-    words = {"embed_tokens": "embedding", "self_attn": "attention", "mlp": "mlp", **dict.fromkeys(HEADS, "head")}
+    words = dict.fromkeys(("embed_tokens", "embed_positions"), "embedding")
+    words |= {"self_attn": "attention", "mlp": "mlp", **dict.fromkeys(HEADS, "head")}
     return next((kind for word, kind in words.items() if word in parts), "norm")
 
 

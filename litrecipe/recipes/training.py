@@ -158,13 +158,18 @@ def task_runner(model: Decoder, tokenizer: Tokenizer, recipe: TrainingRecipe) ->
 
 
 def identity(
-    recipe: TrainingRecipe, files: ModelFiles, tokenizer: Tokenizer, train: SampleSet | PromptSet, **groups: Any
+    recipe: TrainingRecipe,
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    train: SampleSet | PromptSet | None,
+    **groups: Any,
 ) -> dict[str, str]:
-    """What must be the same when a run goes on; `groups` are the recipe's own, all of whose keys count."""
+    """What must be the same when a run goes on; `groups` are the recipe's own, all of whose keys count. None for the
+    data where the source of steps knows itself again."""
     return {
         "base weights": files.weights_hash(),
         "tokenizer": tokenizer.fingerprint,
-        "data": train.fingerprint,
+        **({} if train is None else {"data": train.fingerprint}),
         "fabric.precision": recipe.fabric.precision,
         **_settings("adapter", files.adapter.settings if files.adapter else recipe.adapter),
         **_settings("quantize", recipe.quantize),

@@ -15,6 +15,7 @@ from litrecipe.checkpoint.source import open_model
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
 from litrecipe.model.adapters import add_adapter
+from litrecipe.model.families import read_architecture, to_hf_config
 
 
 @pytest.mark.parametrize(
@@ -23,8 +24,9 @@ from litrecipe.model.adapters import add_adapter
         {"num_hidden_layers": 4},
         {"num_hidden_layers": 4, "tie_word_embeddings": True, "shard": "40KB"},
         {"family": "gemma2", "num_hidden_layers": 4, "sliding_window": 4},
+        {"family": "gpt_neox", "num_hidden_layers": 4, "num_key_value_heads": 4},
     ],
-    ids=["untied", "tied-sharded", "gemma2"],
+    ids=["untied", "tied-sharded", "gemma2", "gpt_neox"],
 )
 def test_it_is_what_transformers_makes_of_the_same_layers(
     tmp_path: Path, make_llama, their_logits, our_logits, changes: dict[str, Any]
@@ -32,7 +34,8 @@ def test_it_is_what_transformers_makes_of_the_same_layers(
     theirs = make_llama(tmp_path / "large", **changes)
     files = open_model(str(tmp_path / "large"), layers=2)
     ours = load_model(files)
-    theirs.model.layers = theirs.model.layers[:2]
+    base = theirs.base_model
+    base.layers = base.layers[:2]
     torch.testing.assert_close(our_logits(ours), their_logits(theirs), atol=1e-4, rtol=1e-5)
     whole = load_file(tmp_path / "large" / "model.safetensors") if "shard" not in changes else {}
     for name, weight in ours.named_parameters():
@@ -50,11 +53,32 @@ def test_the_small_one_has_a_hash_of_its_own_and_the_large_one_keeps_its(tmp_pat
     assert len(set(hashes)) == 3 and hashes[0] == hashes[3] == hashes[4]
 
 
-def test_fresh_weights_of_so_many_layers(tmp_path: Path, make_llama) -> None:
-    """Beside the inherited ones, the arm that is compared to them."""
-    make_llama(tmp_path, num_hidden_layers=3)
-    model = load_model(open_model(str(tmp_path / "config.json"), layers=2), init="random")
-    assert len(model.model.layers) == 2
+def test_of_layers_with_widths_of_their_own_the_first_are_left() -> None:
+    whole = read_architecture(
+        {
+            "model_type": "openelm",
+            "model_dim": 128,
+            "head_dim": 16,
+            "num_transformer_layers": 4,
+            "num_gqa_groups": 2,
+            "ffn_multipliers": [0.5, 4.0],
+            "qkv_multipliers": [0.5, 1.0],
+            "vocab_size": 100,
+            "max_context_length": 64,
+            "ffn_dim_divisor": 16,
+            "rope_freq_constant": 10000,
+            "normalize_qk_projections": True,
+            "share_input_output_layers": True,
+            "rope_max_length": 128,
+            "activation_fn_name": "swish",
+            "normalization_layer_name": "rms_norm",
+            "ffn_with_glu": True,
+        }
+    )
+    smaller = whole.first_layers(2)
+    assert smaller.shapes == whole.shapes[:2] and smaller.num_heads == max(one.num_heads for one in smaller.shapes)
+    assert smaller.num_heads < whole.num_heads
+    assert read_architecture(to_hf_config(smaller)) == smaller
 
 
 def test_more_layers_than_there_are_and_adapters_are_refused(tmp_path: Path, make_llama) -> None:

@@ -213,6 +213,10 @@ def test_a_reward_model_has_no_tasks() -> None:
             [("model.inherit_layers", "6"), ("adapter.method", "lora")],
             ["model.inherit_layers: 6: an adapter would name the whole model as its base"],
         ),
+        (
+            [("model.inherit_layers", "6"), ("model.init", "random")],
+            ["model.inherit_layers: 6: fresh weights inherit nothing"],
+        ),
         ([("model.inherit_layers", "0")], ["model.inherit_layers: 0: give 1 or more"]),
     ],
 )
