@@ -13,6 +13,7 @@ from litrecipe.config.groups import (
     REFERENCE_FREE,
     SORTING,
     Data,
+    Distil,
     Dpo,
     DpoLoss,
     DpoRecipe,
@@ -52,6 +53,8 @@ def check(recipe: Any) -> Iterator[Mistake]:
     if isinstance(recipe, TrainingRecipe):
         yield from _texts(recipe)
         yield from _training_combinations(plausible)
+        if distil := _get(plausible, "distil"):
+            yield from _distil_combinations(distil, plausible.fabric.strategy)
     if isinstance(recipe, PretrainRecipe):
         yield from check_pretrain(plausible)
     if isinstance(recipe, DpoRecipe | RewardRecipe):
@@ -110,6 +113,10 @@ RANGES: dict[str, Range] = {
     "dpo.undesirable_weight": ABOVE_0,
     "dpo.ref_alpha": (lambda value: 0 < value <= 1, "a number above 0, and at most 1"),
     "dpo.ref_every": _at_least(1),
+    "distil.alpha": SHARE,
+    "distil.temperature": ABOVE_0,
+    "distil.top_k": _at_least(1),
+    "model.inherit_layers": _at_least(1),
     "reward.label_smoothing": BELOW_HALF,
     "reward.centering_coef": _at_least(0),
     "reward.sft_coef": _at_least(0),
@@ -226,6 +233,12 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
         yield "quantize.method", quantize, "quantised weights cannot be trained: add adapter.method lora, or use none"
     if quantize == "int8" and strategy == "fsdp":
         yield "quantize.method", quantize, "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
+    if recipe.model.inherit_layers is not None and recipe.model.init == "random":
+        cure = "fresh weights inherit nothing: use model.init pretrained, or remove it"
+        yield "model.inherit_layers", recipe.model.inherit_layers, cure
+    if recipe.model.inherit_layers is not None and method != "none":
+        cure = "an adapter would name the whole model as its base: train all weights, with adapter.method none"
+        yield "model.inherit_layers", recipe.model.inherit_layers, cure
     if recipe.optim.name.endswith("8bit") and strategy == "fsdp":
         yield "optim.name", recipe.optim.name, "8-bit optimizers cannot be sharded: use adamw, or fabric.strategy ddp"
     if recipe.optim.adam_style == "tf" and recipe.optim.name == "sgd":
@@ -303,6 +316,23 @@ def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
                 yield f"dpo.{key}", getattr(dpo, key), "kto does not know it: remove it"
     if dpo.reference != "auto" and losses and all(loss in REFERENCE_FREE for loss in losses):
         yield "dpo.reference", dpo.reference, f"{losses[0]} has no reference: remove it"
+
+
+def _distil_combinations(distil: Distil, strategy: str) -> Iterator[Mistake]:
+    for key in ("method", "alpha", "temperature", "top_k", "cache", "quantize"):
+        value = getattr(distil, key)
+        if value != getattr(Distil, key) and distil.teacher is None:
+            yield f"distil.{key}", value, "there is no teacher: give distil.teacher, or remove it"
+    if distil.teacher is None:
+        return
+    if distil.top_k != Distil.top_k and distil.method != "top_k":
+        yield "distil.top_k", distil.top_k, "only distil.method top_k knows it: remove it, or use that"
+    if distil.temperature != 1 and distil.method == "top_1":
+        yield "distil.temperature", distil.temperature, "the likeliest token is the same at any: remove it"
+    if distil.cache and distil.method == "full":
+        yield "distil.cache", True, "whole distributions are not kept on disk: use distil.method top_k, or remove it"
+    if distil.quantize == "int8" and strategy == "fsdp" and not distil.cache:
+        yield "distil.quantize", "int8", "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
 
 
 def _without_effect(recipe: TrainingRecipe) -> Iterator[Mistake]:

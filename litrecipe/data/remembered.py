@@ -74,7 +74,7 @@ class Witness:
     """A model that is asked, and what is known of it."""
 
     name: str
-    """Names the folder, and what is being done on the progress line."""
+    """Names its folder in the cache, and what is being done on the progress line."""
     says: Callable[[Row], dict[str, Tensor]]
     """Names of extras → what each of a row's predictions gets, (P,) or (P, k), float32 or integers."""
     known_by: list[Any]
@@ -90,18 +90,22 @@ def remembered(samples: KnownSamples, witness: Witness, cache: Path, rank: int =
     with its rank. Raises InputError for numbers of another witness.
     """
     about = {"model": witness.known_by, "samples": samples.fingerprint, "budget": witness.budget}
-    folder = cache / witness.name / key_of(VERSION, __version__, torch.__version__, about)
+    key = key_of(VERSION, __version__, torch.__version__, about)
     firsts = range(0, len(samples), PART)
     mine = rank * len(firsts) // world
     found: dict[int, SampleSet] = {}
     for first in [*firsts[mine:], *firsts[:mine]]:
-        part = folder / f"{first:09}"
-        write = partial(SampleSet.write, part, _said(samples, witness, first), lambda: about)
-        found[first] = kept(part, write)
+        part = cache / witness.name / f"{key}-{first:09}"
+        found[first] = kept(part, partial(_write, part, samples, witness, first, about))
         if found[first].about != about:
             other = next(name for name in about if found[first].about.get(name) != about[name])
             raise InputError(f"{part}: of another {other}: remove this folder, it is made anew")
     return WithExtras(samples, [found[first] for first in firsts])
+
+
+def _write(folder: Path, samples: KnownSamples, witness: Witness, first: int, about: dict[str, Any]) -> SampleSet:
+    """The part of the samples from the `first` on."""
+    return SampleSet.write(folder, _said(samples, witness, first), lambda: about)
 
 
 @torch.no_grad()

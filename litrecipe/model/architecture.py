@@ -166,6 +166,12 @@ class Architecture:
         has_two = any(rope.scaling and rope.scaling["rope_type"] == "longrope" for rope in self.ropes)
         return replace(self, longest=tokens) if has_two else self
 
+    def first_layers(self, count: int) -> Architecture:
+        """The same of a model that ends behind so many of its layers."""
+        shapes = self.shapes[:count]
+        largest = zip(LayerShape._fields, map(max, zip(*shapes, strict=True)), strict=True) if shapes else ()
+        return replace(self, num_layers=count, kinds=self.kinds[:count], shapes=shapes, **dict(largest))
+
     def trained_on(self, tokens: int, theta: float | None = None) -> Architecture:
         """The same for a model that is trained on sequences of so many tokens: its context is at least that long, and
         heads turn by the base `theta`, if that is given (those of layers without a window, where there are two)."""

@@ -141,9 +141,11 @@ class LikeliestComparison:
 
     def results(self) -> tuple[Tensor, Tensor]:
         """See `Comparison`."""
-        entropy = -torch.xlogy(self.q, self.q).sum(1) - torch.xlogy(self.rest, self.rest)
-        others = torch.where(self.rest_total > -torch.inf, self.rest * self.rest_total, 0)
-        return self.total - (self.q * self.named).sum(1) - others - entropy, entropy
+        of_rest = torch.xlogy(self.rest, self.rest)
+        entropy = -(self.q * self.logps).sum(1) - of_rest
+        apart = (self.q * (self.logps - (self.named - self.total[:, None]))).sum(1)
+        others = torch.where(self.rest_total > -torch.inf, of_rest - self.rest * (self.rest_total - self.total), 0)
+        return apart + others, entropy
 
     def slope(self, tokens: slice, logits: Tensor) -> Tensor:
         """(p - q) / τ, where q spreads what is left as p does."""

@@ -41,7 +41,8 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
         RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer).for_length(longest_of(recipe))
+    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
+    files = files.for_length(longest_of(recipe))
     if not isinstance(recipe, RewardRecipe) or recipe.reward.sft_coef:
         files.refuse_reward_model()
     return files, Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
