@@ -65,6 +65,13 @@ CONVERSATIONS, PREFERENCES = "data.formats:read_conversations", "data.preference
 PROMPTS = "data.openings:read_prompts"
 
 VERBS: dict[str, RecipeVerb | PlainVerb] = {
+    "pretrain": RecipeVerb(
+        "train a model on text, from nothing or on, in stages",
+        "pretrain:PretrainRecipe",
+        "recipes.pretrain:main",
+        preemptible=True,
+        options={**DRY_RUN, "plan": (bool, False, "show how many tokens would be best for this model; train nothing")},
+    ),
     "finetune": RecipeVerb(
         "fine-tune a model: full, LoRA or DoRA",
         "groups:FinetuneRecipe",
@@ -274,7 +281,7 @@ def help_of(group: str) -> str:
         [
             f"usage: litrecipe {group or 'VERB '}...",
             "",
-            "Fine-tune, align and evaluate language models from one YAML recipe.",
+            "Pretrain, fine-tune, align and evaluate language models from one YAML recipe.",
             "",
             *two_columns(verbs.items(), max(map(len, verbs))),
             "",
@@ -349,7 +356,7 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         raise InputError(*line.mistakes, *error.mistakes) from None
     if line.mistakes:
         raise InputError(*line.mistakes)
-    if hasattr(recipe, "stages"):
+    if hasattr(recipe, "wanted"):
         look_at_stages(recipe)
     elif verb.rows:
         look_at_rows(recipe.data, verb.rows)

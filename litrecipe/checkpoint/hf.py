@@ -20,7 +20,7 @@ from litrecipe.config.files import write_json
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.decoder import Decoder, Trunk
-from litrecipe.model.families import to_hf_config
+from litrecipe.model.families import names_of, to_hf_config
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 
@@ -140,15 +140,16 @@ def _save(
     if strange := [n for n, p in parameters.items() if not p.is_floating_point() or ".base_layer." in n]:
         raise ValueError(f"{strange[0]}: merge adapters and dequantise before saving")
     dtype = dtype or parameters["model.embed_tokens.weight"].dtype
-    shards = list(_cut(parameters, dtype.itemsize, max_shard_bytes))
-    gathered = (gather((name, parameters[name]) for name in names) for names in shards)
+    names, shards = names_of(model.architecture), list(_cut(parameters, dtype.itemsize, max_shard_bytes))
+    gathered = (gather((name, parameters[name]) for name in shard) for shard in shards)
 
     def write(draft: Path) -> None:
         where: dict[str, str] = {}
         for index, tensors in enumerate(gathered):
             file = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            save_file({n: t.to(dtype) for n, t in tensors.items()}, draft / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(tensors, file)
+            stored = names.written({n: t.to(dtype) for n, t in tensors.items()}, model.architecture)
+            save_file(stored, draft / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(stored, file)
         if len(shards) > 1:
             size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
             write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})

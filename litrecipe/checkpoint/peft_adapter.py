@@ -13,7 +13,8 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
 from litrecipe.config.groups import Adapter
 from litrecipe.config.merge import path_of
-from litrecipe.model.architecture import SCORE
+from litrecipe.model.architecture import EXPERTS, PROJECTIONS, SCORE, Architecture
+from litrecipe.model.families import names_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +31,10 @@ NOT_READ = (
     "alpha_pattern",
     "modules_to_save",
     "exclude_modules",
-    "target_parameters",
     "layers_to_transform",
     "layer_replication",
     "trainable_token_indices",
     "lora_bias",
-    "fan_in_fan_out",
     "alora_invocation_tokens",
     "use_qalora",
     "use_bdlora",
@@ -44,7 +43,8 @@ NOT_READ = (
     "velora_config",
     "monteclora_config",
 )
-"""peft's settings that change what an adapter computes or where it sits, and that are not implemented."""
+"""peft's settings that change what an adapter computes or where it sits, and that are not implemented. Not among them
+is `fan_in_fan_out`, which peft itself sets by the kind of layer, whatever it says."""
 CLASSIFIER = "SEQ_CLS"
 """peft's `task_type` of a reward model's adapter."""
 
@@ -57,6 +57,8 @@ class AdapterFiles:
     config: dict[str, Any]
     """peft's `adapter_config.json`."""
     weights: SafetensorsFile
+    architecture: Architecture | None = None
+    """Of its base, which says how the names in the files are to be read; None: as they stand."""
 
     @property
     def base(self) -> str:
@@ -84,20 +86,22 @@ class AdapterFiles:
 
     @property
     def settings(self) -> Adapter:
-        """The same as a recipe's `adapter` group."""
-        config = self.config
+        """The same as a recipe's `adapter` group, `targets` by their names in memory."""
+        config, a = self.config, self.architecture
+        targets = config["target_modules"] if a is None else names_of(a).targets_in_memory(config["target_modules"])
         return Adapter(
             method="dora" if config.get("use_dora") else "lora",
             r=config["r"],
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout") or 0.0,
-            targets=sorted(config["target_modules"]),
+            targets=sorted([*targets, *_expert_targets(config)]),
             rslora=config.get("use_rslora", False),
         )
 
     def state(self) -> dict[str, Tensor]:
-        """The adapter's tensors under the names in the file."""
-        return dict(self.weights.tensors())
+        """The adapter's tensors as they are in memory."""
+        tensors, a = self.weights.tensors(), self.architecture
+        return dict(tensors if a is None else names_of(a).read(tensors, a))
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
@@ -122,6 +126,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
         for key, value in (("lora_alpha", config.get("lora_alpha")), ("lora_dropout", config.get("lora_dropout") or 0))
         if not isinstance(value, int | float)
     ]
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or len(_expert_targets(config)) != len(parameters):
+        mistakes.append(wrong("target_parameters", f"only {EXPERTS}.{f' and {EXPERTS}.'.join(PROJECTIONS)} are read"))
     if not isinstance(targets, list):
         mistakes.append(wrong("target_modules", "only a list of names is read: write the names of the layers there"))
     if config.get("init_lora_weights", True) not in STARTS:
@@ -143,6 +150,13 @@ def read_adapter(folder: Path) -> AdapterFiles:
             '["score"]'
         )
     return adapter
+
+
+def _expert_targets(config: dict[str, Any]) -> list[str]:
+    """The projections of experts among peft's `target_parameters`, which any end of their names may tell."""
+    whole = {name: f".{EXPERTS}.{name}" for name in PROJECTIONS}
+    named = config.get("target_parameters") or []
+    return [name for one in named for name, path in whole.items() if path.endswith(f".{one}")]
 
 
 def _saves_the_score(config: dict[str, Any]) -> bool:
@@ -186,15 +200,20 @@ def save_adapter(
         name, revision = str(path_of(base).resolve()), ""
     else:
         name, _, revision = base.partition("@")
+    names = names_of(model.architecture)
     config = adapter_config(
-        fitting(adapter, model.architecture), name, with_score=isinstance(model, RewardModel) and not is_hydra
+        fitting(adapter, model.architecture),
+        name,
+        names=names,
+        with_score=isinstance(model, RewardModel) and not is_hydra,
+        with_experts=model.architecture.experts is not None,
     )
     if revision:
         config["revision"] = revision
 
     def write(draft: Path) -> None:
         write_json(draft / ADAPTER_CONFIG, config)
-        save_file(state, draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_file(names.written(state, model.architecture), draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         copy_tokenizer(tokenizer_dir, draft, chat_template)
         dtype = dtype_name(model.model.embed_tokens.weight.dtype)
         if is_hydra and pad_token is not None:

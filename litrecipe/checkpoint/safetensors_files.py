@@ -36,6 +36,8 @@ FLOATS = {
     "BF16": ("bfloat16", 2, 0x7F80),
 }
 """Types a weight may have: name in the file → torch's name, bytes, the bits that are all set in infinities and NaNs."""
+MASKS = (".attention.bias", ".attn.bias")
+"""Endings of causal masks, which older checkpoints of GPT-NeoX and GPT-2 hold, some as bytes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Entry:
     start: int
     stop: int
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether these are bytes that are no weights."""
+        return self.dtype in ("BOOL", "U8") and self.name.endswith(MASKS)
+
 
 class SafetensorsFile:
     """One file. Raises InputError naming it when it is truncated or its header makes no sense."""
@@ -57,7 +64,7 @@ class SafetensorsFile:
         self.entries = _read_entries(path)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors in the order of the file, in the type they are stored in.
+        """All tensors but masks in the order of the file, in the type they are stored in.
 
         Raises InputError after the last one when the file is not what its manifest or the hub said it is, and at the
         first value that is not finite where neither said anything.
@@ -71,10 +78,12 @@ class SafetensorsFile:
                 raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
                 if handle.readinto(raw.numpy().data) != len(raw):
                     raise InputError(f"{self.path}: it became shorter while it was read: load it again")
-                tensor = raw.view(getattr(torch, FLOATS[entry.dtype][0])).view(entry.shape)
                 if expected:
                     digest.update(raw.numpy().data)
-                elif not _is_finite(raw.numpy(), entry.dtype):
+                if entry.is_mask:
+                    continue
+                tensor = raw.view(getattr(torch, FLOATS[entry.dtype][0])).view(entry.shape)
+                if not expected and not _is_finite(raw.numpy(), entry.dtype):
                     raise InputError(
                         f"{self.path}: {entry.name}: holds values that are not finite: fetch the file again"
                     )
@@ -103,7 +112,7 @@ class SafetensorsWeights:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name → shape."""
-        return {entry.name: entry.shape for file in self.files for entry in file.entries}
+        return {entry.name: entry.shape for file in self.files for entry in file.entries if not entry.is_mask}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, file by file."""
@@ -164,16 +173,20 @@ def _read_entries(path: Path) -> list[Entry]:
             raise InputError(f"{path}: its header is damaged ({error}): fetch it again") from error
     end = 8 + length
     for entry in entries:
-        if entry.dtype not in FLOATS:
+        if entry.dtype not in FLOATS and not entry.is_mask:
             cure = "quantised or converted by another tool; use the original weights"
             raise InputError(f"{path}: {entry.name}: type {entry.dtype}: {cure}")
-        if entry.start != end or entry.stop - entry.start != math.prod(entry.shape) * FLOATS[entry.dtype][1]:
+        if entry.start != end or entry.stop - entry.start != math.prod(entry.shape) * _item_size(entry):
             raise InputError(f"{path}: {entry.name}: its header is damaged: fetch it again")
         end = entry.stop
     if end != size:
         what = "truncated" if size < end else "longer than its header says"
         raise InputError(f"{path}: {what} ({size} bytes, its header says {end}): fetch it again")
     return entries
+
+
+def _item_size(entry: Entry) -> int:
+    return 1 if entry.is_mask else FLOATS[entry.dtype][1]
 
 
 def _is_finite(raw: np.ndarray, dtype: str) -> bool:

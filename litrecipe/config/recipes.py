@@ -6,10 +6,12 @@ from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, G
 from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
 from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.prepare import PrepareRecipe
+from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 
 RECIPES: dict[str, type] = {
     "finetune": FinetuneRecipe,
+    "pretrain": PretrainRecipe,
     "align reward": RewardRecipe,
     "align dpo": DpoRecipe,
     "align ppo": PpoRecipe,

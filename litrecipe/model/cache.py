@@ -28,8 +28,8 @@ class KVCache:
         self, architecture: Architecture, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         self.architecture = architecture
-        empty = torch.empty(2, 0, architecture.num_kv_heads, 0, architecture.head_dim, dtype=dtype, device=device)
-        self.layers = [empty] * architecture.num_layers
+        heads = (architecture.shape(layer).num_kv_heads for layer in range(architecture.num_layers))
+        self.layers = [torch.empty(2, 0, G, 0, architecture.head_dim, dtype=dtype, device=device) for G in heads]
         """L tensors (2, rows, G, slots, D): keys, and values."""
 
     @property

@@ -1,7 +1,7 @@
 """The decoder: one config-driven transformer whose module names are those of Hugging Face's Llama and its cousins.
 
 Shapes: T tokens of a row, P predictions, d hidden size, H query heads, G key/value heads, D head dimension,
-B sequences of a decoding batch, V vocabulary.
+B sequences of a decoding batch, V vocabulary, L layers with a router of E experts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from litrecipe.model.architecture import Activation, Architecture, LayerKind, Norm, Norms, Rope
+from litrecipe.model.architecture import Activation, Architecture, LayerShape, Norm, Norms
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
-from litrecipe.model.head import Entropy, Predictions, predict, soft_cap, widen
+from litrecipe.model.experts import Mixture
+from litrecipe.model.head import Entropy, Predictions, SoftTargets, predict, soft_cap, widen
+from litrecipe.model.rotary import Turn, inverse_frequencies, rotary_tables, rotate
 from litrecipe.model.row import Row, Span
+
+RESIDUAL = ("o_proj", "down_proj")
+"""Endings of the matrices that write into the residual stream."""
 
 
 class Attention(Protocol):
@@ -40,19 +45,33 @@ class Trunk(nn.Module):
         """Compute each layer again in the backward pass instead of keeping its insides."""
         self.model = Backbone(architecture)
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
-        self.frequencies = [inverse_frequencies(rope, architecture.head_dim) for rope in architecture.ropes]
+        self.frequencies = frequencies_of(architecture)
+
+    def read_up_to(self, tokens: int) -> None:
+        """Go by frequencies for sequences of so many tokens, see `Architecture.for_length`."""
+        self.architecture = self.architecture.for_length(tokens)
+        self.frequencies = frequencies_of(self.architecture)
+
+    def reach(self, tokens: int, theta: float | None = None) -> None:
+        """Be trained on sequences of so many tokens from here on, see `Architecture.trained_on`."""
+        self.architecture = self.architecture.trained_on(tokens, theta)
+        self.frequencies = frequencies_of(self.architecture)
 
     def init_weights(self, seed: int) -> None:
-        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
+        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms; see `scaled_init`."""
         generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
+        a = self.architecture
+        smaller = 1 / math.sqrt(2 * a.num_layers) if a.scaled_init else 1.0
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(0, self.architecture.initializer_range, generator=generator)
+            for name, parameter in self.named_parameters():
+                if parameter.ndim >= 2:
+                    share = smaller if name.removesuffix(".weight").endswith(RESIDUAL) else 1.0
+                    parameter.normal_(0, a.initializer_range * share, generator=generator)
             for module in self.modules():
-                if isinstance(module, RMSNorm):
-                    module.weight.fill_(0 if module.kind == "rms_plus_one" else 1)
-                if isinstance(module, nn.Linear) and module.bias is not None:
+                if isinstance(module, RMSNorm | nn.LayerNorm):
+                    counts_from_one = isinstance(module, RMSNorm) and module.kind == "rms_plus_one"
+                    module.weight.fill_(0 if counts_from_one else 1)
+                if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
                     module.bias.zero_()
 
     def compile_blocks(self) -> None:
@@ -65,27 +84,45 @@ class Trunk(nn.Module):
         attention = forests(self.architecture, row.spans, row.tokens.device)
         return self.model.norm(self._hidden(row.tokens, row.positions, attention, places))
 
+    def hidden_and_routing(self, row: Row, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, and what the routers say of all tokens (L, T, E); None where there are none."""
+        attention, logits = forests(self.architecture, row.spans, row.tokens.device), list[Tensor]()
+        hidden = self._hidden(row.tokens, row.positions, attention, places, logits)
+        return self.model.norm(hidden), torch.stack(logits) if logits else None
+
     def _hidden(
-        self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Sequence[Attention],
+        places: Tensor | None = None,
+        routing: list[Tensor] | None = None,
     ) -> Tensor:
         """Output of the last layer, not normalised, at some places (P,), or at all (T, d).
 
-        `attention` is one a layer.
+        `attention` is one a layer. To `routing` what the routers say of all tokens (T, E) is added, layer by layer.
         """
         turns = self.turns(positions)
-        x = self.embedded(tokens)
+        x = self.embedded(tokens, positions)
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            inputs = x, turns[index], attention[index], places if index == last else None
+            inputs: tuple[Any, ...] = x, turns[index], attention[index], places if index == last else None
+            if isinstance(layer, SparseLayer):
+                inputs = *inputs, routing is not None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
+                output = cast(Any, checkpoint(layer, *inputs, use_reentrant=False))
             else:
-                x = layer(*inputs)
+                output = layer(*inputs)
+            x, logits = output if isinstance(layer, SparseLayer) else (output, None)
+            if routing is not None and logits is not None:
+                routing.append(logits)
         return x
 
-    def embedded(self, tokens: Tensor) -> Tensor:
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """(T, d)"""
         x = self.model.embed_tokens(tokens)
+        if self.architecture.learned_positions:
+            x = x + self.model.embed_positions(positions)
         scale = self.architecture.embedding_scale
         # The scale is rounded as the weights are (√3584 in bf16 is 59.75): that is what Gemma was made with.
         return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
@@ -106,6 +143,10 @@ class Decoder(Trunk):
         """Whether predictions bring `log_collisions`."""
         self.with_entropy: Entropy = "none"
         """Whether predictions bring their `entropy`, and with gradient."""
+        self.with_log_z = False
+        """Whether predictions bring `log_z`."""
+        self.with_routing = False
+        """Whether predictions bring `router_logits`."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.tie_weights()
 
@@ -119,15 +160,17 @@ class Decoder(Trunk):
         self.tie_weights()
         super().init_weights(seed)
 
-    def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
-        """Log-probabilities (P,) of the row's targets under logits / temperature."""
-        return self.said(self.hidden(row, row.predict_from), row, temperature)
+    def forward(self, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
+        """Log-probabilities (P,) of the row's targets under logits / temperature, and how far they are from `soft`."""
+        if not self.with_routing:
+            return self.said(self.hidden(row, row.predict_from), row, temperature, soft)
+        hidden, logits = self.hidden_and_routing(row, row.predict_from)
+        return self.said(hidden, row, temperature, soft)._replace(router_logits=logits)
 
-    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0) -> Predictions:
+    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
-        wanted = self.with_collisions, self.with_entropy
-        cap = self.architecture.final_softcap
-        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, softcap=cap)
+        wanted = self.with_collisions, self.with_entropy, self.architecture.final_softcap, self.with_log_z
+        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, soft)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
@@ -146,15 +189,23 @@ class Decoder(Trunk):
         return self.head(self.model.norm(hidden))
 
 
+def frequencies_of(a: Architecture) -> list[tuple[Tensor, float]]:
+    """Of each rotary embedding, see `inverse_frequencies`."""
+    return [inverse_frequencies(rope, a.head_dim, a.longest or a.max_positions) for rope in a.ropes]
+
+
 class Backbone(nn.Module):
     """Holds the weights that Hugging Face names `model.…`; `Trunk` runs them."""
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(architecture.vocab_size, architecture.hidden_size)
-        kinds = (architecture.kind(layer) for layer in range(architecture.num_layers))
-        self.layers = nn.ModuleList(Layer(architecture, kind) for kind in kinds)
-        self.norm = RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, architecture.norm)
+        a = architecture
+        self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
+        if a.learned_positions:
+            self.embed_positions = nn.Embedding(a.max_positions, a.hidden_size)
+        kinds = (SparseLayer if a.experts_of(layer) else Layer for layer in range(a.num_layers))
+        self.layers = nn.ModuleList(kind(a, layer) for layer, kind in enumerate(kinds))
+        self.norm = make_norm(a, a.hidden_size)
 
 
 NORM_NAMES: dict[Norms, tuple[str | None, str | None, str | None, str | None]] = {
@@ -171,39 +222,63 @@ NORM_NAMES: dict[Norms, tuple[str | None, str | None, str | None, str | None]] =
 
 
 class Layer(nn.Module):
-    """x + attention x, then x + mlp x, with norms before them, behind them, or both.
+    """x + attention x, then x + mlp x, or both at once, with norms before them, behind them, or both.
 
     The last layer's output is needed at some places only: there it leaves out all that no place depends on.
     """
 
-    def __init__(self, architecture: Architecture, kind: LayerKind) -> None:
+    def __init__(self, architecture: Architecture, layer: int) -> None:
         super().__init__()
-        self.self_attn = SelfAttention(architecture)
-        self.mlp = MLP(architecture)
-        self.kind = kind
+        shape = architecture.shape(layer)
+        self.self_attn = SelfAttention(architecture, shape)
+        experts, inner = architecture.experts_of(layer), shape.intermediate_size
+        self.mlp = MLP(architecture, inner) if experts is None else Mixture(architecture, experts)
+        self.parallel = architecture.parallel
         self.norm_names = NORM_NAMES[architecture.norms]
         for name in filter(None, self.norm_names):
-            setattr(self, name, RMSNorm(architecture.hidden_size, architecture.rms_norm_eps, architecture.norm))
+            setattr(self, name, make_norm(architecture, architecture.hidden_size))
 
     def forward(self, x: Tensor, turn: Turn | None, attention: Attention, places: Tensor | None = None) -> Tensor:
         """x (T, d) → (T, d), or (P, d) at `places` (P,)."""
         before, behind, before_mlp, behind_mlp = self.norm_names
-        attended = self.self_attn(self._normed(before, x), turn, attention, places)
-        x = at(x, places) + self._normed(behind, attended)
-        return x + self._normed(behind_mlp, self.mlp(self._normed(before_mlp, x)))
+        attended = self._normed(behind, self.self_attn(self._normed(before, x), turn, attention, places))
+        x = at(x, places)
+        after = x + attended
+        read = x if self.parallel else after
+        return after + self._normed(behind_mlp, self.mlp(self._normed(before_mlp, read)))
 
     def _normed(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
 
 
+class SparseLayer(Layer):
+    """A layer whose MLP is a mixture of experts."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        turn: Turn | None,
+        attention: Attention,
+        places: Tensor | None = None,
+        with_routing: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Layer`, and `with_routing` what the router says of all tokens (T, E), wherever the output is wanted."""
+        before, behind, before_mlp, behind_mlp = self.norm_names
+        early, late = (None, places) if with_routing else (places, None)
+        attended = self.self_attn(self._normed(before, x), turn, attention, early)
+        x = at(x, early) + self._normed(behind, attended)
+        y, logits = self.mlp(self._normed(before_mlp, x), late)
+        return at(x, late) + self._normed(behind_mlp, y), logits if with_routing else None
+
+
 class SelfAttention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, shape: LayerShape) -> None:
         super().__init__()
         a = architecture
         self.head_dim = a.head_dim
-        queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
+        queries, keys = shape.num_heads * a.head_dim, shape.num_kv_heads * a.head_dim
         self.widths = queries, keys, keys
         if a.fused:
             self.qkv_proj = nn.Linear(a.hidden_size, sum(self.widths), bias=a.qkv_bias)
@@ -215,7 +290,7 @@ class SelfAttention(nn.Module):
         self.qk_norm = a.qk_norm
         if a.qk_norm != "none":
             sizes = (queries, keys) if a.qk_norm == "whole" else (a.head_dim, a.head_dim)
-            self.q_norm, self.k_norm = (RMSNorm(size, a.rms_norm_eps, a.norm) for size in sizes)
+            self.q_norm, self.k_norm = (make_norm(a, size) for size in sizes)
         self.query_scale = 1.0 if a.query_scalar is None else math.sqrt(a.head_dim / a.query_scalar)
         """Attention divides scores by √D; what they are to be divided by instead is in the queries."""
 
@@ -244,21 +319,25 @@ def at(x: Tensor, places: Tensor | None) -> Tensor:
 
 
 class MLP(nn.Module):
-    """A gated linear unit (2002.05202): down(act(gate x) · up x)."""
+    """A gated linear unit (2002.05202), down(act(gate x) · up x), or down(act(up x))."""
 
-    def __init__(self, architecture: Architecture) -> None:
+    def __init__(self, architecture: Architecture, inner: int) -> None:
         super().__init__()
-        d, inner, bias = architecture.hidden_size, architecture.intermediate_size, architecture.mlp_bias
-        if architecture.fused:
+        d, bias = architecture.hidden_size, architecture.mlp_bias
+        self.gated = architecture.gated
+        if self.gated and architecture.fused:
             self.gate_up_proj = nn.Linear(d, 2 * inner, bias=bias)
         else:
-            self.gate_proj = nn.Linear(d, inner, bias=bias)
+            if self.gated:
+                self.gate_proj = nn.Linear(d, inner, bias=bias)
             self.up_proj = nn.Linear(d, inner, bias=bias)
         self.down_proj = nn.Linear(inner, d, bias=bias)
         self.activation = architecture.activation
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, d) → (T, d)."""
+        if not self.gated:
+            return self.down_proj(activate(self.up_proj(x), self.activation))
         if hasattr(self, "gate_up_proj"):
             gate, up = self.gate_up_proj(x).chunk(2, -1)
         else:
@@ -266,9 +345,13 @@ class MLP(nn.Module):
         return self.down_proj(_Gated.apply(gate, up, self.activation))
 
 
+APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
+"""How torch computes GELU (1606.08415)."""
+
+
 def activate(x: Tensor, activation: Activation) -> Tensor:
-    """SiLU, or GELU by its approximation with tanh (1606.08415)."""
-    return F.silu(x) if activation == "silu" else F.gelu(x, approximate="tanh")
+    """SiLU, GELU, or GELU by its approximation with tanh."""
+    return F.silu(x) if activation == "silu" else F.gelu(x, approximate=APPROXIMATE[activation])
 
 
 class _Gated(torch.autograd.Function):
@@ -289,7 +372,13 @@ class _Gated(torch.autograd.Function):
         aten = torch.ops.aten
         if ctx.activation == "silu":
             return aten.silu_backward(grad * up, gate), grad_up, None
-        return aten.gelu_backward(grad * up, gate, approximate="tanh"), grad_up, None
+        return aten.gelu_backward(grad * up, gate, approximate=APPROXIMATE[ctx.activation]), grad_up, None
+
+
+def make_norm(architecture: Architecture, size: int) -> nn.Module:
+    """A norm of the model's kind."""
+    eps, kind = architecture.norm_eps, architecture.norm
+    return nn.LayerNorm(size, eps) if kind == "layer" else RMSNorm(size, eps, kind)
 
 
 class RMSNorm(nn.Module):
@@ -343,79 +432,3 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if weight.dtype == wide.dtype:
         return (wide * scale).mul_(weight).to(x.dtype), scale
     return (wide * scale).to(x.dtype).mul_(weight), scale
-
-
-Turn = tuple[Tensor, Tensor]
-"""What `rotary_tables` gives."""
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
-    """Angle a position of each of the D / 2 rotated pairs, fp32 on the CPU (RoPE, 2104.09864), and by what what is
-    turned is multiplied.
-
-    `linear` stretches all wavelengths by `factor` (2306.15595). `llama3` (Llama 3.1) stretches those longer than
-    original / low_freq_factor, keeps those shorter than original / high_freq_factor, and goes over in between; `yarn`
-    (2309.00071) goes over from pair to pair, between those that turn `beta_fast` and `beta_slow` times, and lengthens
-    queries and keys.
-    """
-    exponents = torch.arange(0, head_dim, 2, device="cpu").float() / head_dim
-    frequencies = 1.0 / rope.theta**exponents
-    scaling = rope.scaling
-    if scaling is None:
-        return frequencies, 1.0
-    stretched = frequencies / scaling["factor"]
-    if scaling["rope_type"] == "linear":
-        return stretched, 1.0
-    if scaling["rope_type"] == "yarn":
-        kept = yarn_ramp(rope, head_dim)
-        return stretched * (1 - kept) + frequencies * kept, yarn_magnitude(scaling)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * stretched + kept * frequencies, 1.0
-
-
-def yarn_ramp(rope: Rope, head_dim: int) -> Tensor:
-    """How much (D / 2,) of each pair's frequency YaRN keeps: from 1 for the fastest down to 0."""
-    scaling = rope.scaling or {}
-    original = scaling["original_max_position_embeddings"]
-
-    def pair(turns: float) -> float:
-        """The pair that turns so often in the original context."""
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-    low, high = pair(scaling.get("beta_fast", 32)), pair(scaling.get("beta_slow", 1))
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, device="cpu").float() - low) / max(high - low, 0.001)
-    return 1 - ramp.clamp(0, 1)
-
-
-def yarn_magnitude(scaling: dict[str, Any]) -> float:
-    """0.1 ln s + 1, or as the config says."""
-
-    def of(scale: float) -> float:
-        return 0.1 * scale * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
-
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return of(scaling["mscale"]) / of(scaling["mscale_all_dim"])
-    return of(1)
-
-
-def rotary_tables(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> Turn:
-    """cos and ± sin of every position's angles, times the magnitude, (T, 1, D) fp32; the sine is negative in the first
-    half."""
-    angles = positions.float()[:, None, None] * frequencies.to(positions.device)
-    cos, sin = angles.cos(), angles.sin()
-    if magnitude != 1:
-        cos, sin = cos * magnitude, sin * magnitude
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + D/2}) of x (T, H, D) by their positions' angles; in fp32 inside."""
-    wide = widen(x)
-    return torch.addcmul(wide * cos, wide.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)

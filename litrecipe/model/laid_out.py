@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.cache import CacheStep
-from litrecipe.model.decoder import Attention, Decoder, Layer, RMSNorm, Turn, at, normalise, rotate
+from litrecipe.model.decoder import Attention, Decoder, Layer, RMSNorm, at, normalise
+from litrecipe.model.rotary import Turn, rotate
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
@@ -50,7 +51,8 @@ class LaidOut:
         x, last = backbone.embed_tokens(tokens), len(self.layers) - 1
         for index, (layer, turn, attention) in enumerate(zip(self.layers, turns, step.layers, strict=True)):
             x = layer(x, turn, attention, step.places if index == last else None)
-        return self.head(normalise(x, backbone.norm.weight, backbone.norm.eps)[0])
+        norm = cast(RMSNorm, backbone.norm)
+        return self.head(normalise(x, norm.weight, norm.eps)[0])
 
 
 @torch.no_grad()
@@ -69,14 +71,16 @@ def lay_out(model: Decoder) -> LaidOut | None:
 def is_like_llama(a: Architecture) -> bool:
     """Whether layers are made of the parts that `_Layer` knows; windows and missing positions are the attention's."""
     parts = a.norm, a.norms, a.qk_norm, a.activation, a.query_scalar, a.final_softcap, a.embedding_scale
-    return parts == ("rms", "before", "none", "silu", None, None, 1.0)
+    ways = a.gated, a.parallel, a.learned_positions, a.experts is None
+    return (parts, ways) == (("rms", "before", "none", "silu", None, None, 1.0), (True, False, False, True))
 
 
 def size(architecture: Architecture) -> int:
     """Bytes of the copies."""
     a = architecture
-    attention = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim
-    return 4 * a.hidden_size * (a.num_layers * (attention + 3 * a.intermediate_size) + a.vocab_size)
+    shapes = [a.shape(layer) for layer in range(a.num_layers)]
+    layers = sum(2 * (one.num_heads + one.num_kv_heads) * a.head_dim + 3 * one.intermediate_size for one in shapes)
+    return 4 * a.hidden_size * (layers + a.vocab_size)
 
 
 class _Product:
@@ -108,7 +112,7 @@ class _Layer:
         self.o = _Product(attention.o_proj)
         names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
         self.gate_up = _Product(*(getattr(mlp, name) for name in names))
-        self.down = _Product(mlp.down_proj)
+        self.down = _Product(cast(nn.Linear, mlp.down_proj))
         norms = (cast(RMSNorm, norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         self.norms = [(norm.weight, norm.eps) for norm in norms]
         self.head_dim = attention.head_dim

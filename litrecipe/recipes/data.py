@@ -128,5 +128,5 @@ def _no_rows(recipe: DataRecipe) -> InputError:
 
 
 def _tokenizer(recipe: DataRecipe) -> Tokenizer:
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
+    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
     return Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, date=recipe.data.date)

@@ -485,7 +485,7 @@ def test_the_real_models_config(smollm2) -> None:
     *_, files = smollm2
     a = files.architecture
     assert (a.num_layers, a.hidden_size, a.intermediate_size, a.num_heads, a.num_kv_heads) == (30, 576, 1536, 9, 3)
-    assert (a.ropes[0].theta, a.rms_norm_eps, a.max_positions, a.vocab_size) == (1e5, 1e-5, 8192, 49152)
+    assert (a.ropes[0].theta, a.norm_eps, a.max_positions, a.vocab_size) == (1e5, 1e-5, 8192, 49152)
     assert a.tie_embeddings and (a.bos_id, a.eos_ids, a.pad_id) == (1, (2,), 2)
     state = json.loads((files.tokenizer_dir / "tokenizer.json").read_text())
     assert [step["type"] for step in state["pre_tokenizer"]["pretokenizers"]] == ["Digits", "ByteLevel"]
