@@ -20,7 +20,8 @@ from litrecipe.engine.spikes import SpikeGuard
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.flops import training_flops
-from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.objectives.routing import with_routers
+from litrecipe.recipes.distilling import lesson, open_teaching
 from litrecipe.recipes.dry_run_pretrain import show_plan, show_pretraining
 from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, save_trained, task_runner
 
@@ -31,24 +32,31 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
     files = replace(files, architecture=as_asked(recipe, files.architecture, tokenizer))
     if plan:
         return show_plan(recipe, files, tokenizer)
+    teaching = open_teaching(recipe.distil, tokenizer)
     if dry_run:
-        return show_pretraining(recipe, files, tokenizer)
+        return show_pretraining(recipe, files, tokenizer, teaching)
 
     fabric = make_fabric(recipe.fabric)
     stream = open_stream(recipe, tokenizer)
     for line in stream.report():
         say(line)
+    known = identity(recipe, files, tokenizer, None, pretrain=recipe.pretrain)
+    known |= teaching.known_by if teaching else {}
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
+    z_loss = recipe.pretrain.z_loss
+    what = lesson(model, stream.source.samples, stream.val, recipe, teaching, fabric, known, z_loss)
+    if recipe.distil.cache:
+        stream.source.keep(what.train)
     guard = recipe.pretrain
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
-            module=model,
-            objective=CausalLM(),
+            module=what.module,
+            objective=with_routers(what.objective, model, recipe.router),
             source=stream.source,
-            val=stream.val,
+            val=what.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
             measured=lambda metrics: bits_per_byte(metrics, stream.val),
@@ -56,7 +64,7 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
             legs=legs_of(recipe, model, [stage.steps for stage in stream.source.stages]),
             guard=None if guard.spike_sigmas is None else SpikeGuard(guard.spike_sigmas, guard.spike_window),
             flops=None if recipe.adapter.method != "none" else lambda s: training_flops(model.architecture, s),
-            identity=identity(recipe, files, tokenizer, None, pretrain=recipe.pretrain),
+            identity=known,
         )
     )
 

@@ -242,6 +242,28 @@ def test_two_ranks_equal_one(flags: dict[str, Any], tmp_path: Path) -> None:
         assert [step["loss"] for step in records(tmp_path / name, "grad_norm")] == pytest.approx(one, abs=1e-5)
 
 
+def test_a_teacher_whose_answers_are_kept_teaches_as_one_that_is_asked_in_each_step(
+    recipe: Load, tiny_model: Path, varied_model: Path, tmp_path: Path
+) -> None:
+    """The likeliest 16 tokens, over two stages; kept in half precision, so to three digits of a loss near 5."""
+    losses = []
+    for cache in ("true", "false"):
+        asked = recipe(
+            out_dir=tmp_path / cache,
+            distil__teacher=varied_model,
+            distil__method="top_k",
+            distil__top_k=16,
+            distil__cache=cache,
+            distil__alpha=0.3,
+            pretrain__z_loss=1e-3,
+        )
+        assert pretrain.main(asked) == 0
+        steps = records(tmp_path / cache, "grad_norm")
+        losses.append([step["loss"] for step in steps])
+    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
+    assert {"kl", "log_z"} & {name.partition("/")[0] for name in steps[0]}
+
+
 def test_a_spike_is_passed_over_counted_and_said(recipe: Load, tmp_path: Path, monkeypatch, capsys) -> None:
     """One step of 30 has a gradient a thousand times too large, another one that is not finite."""
     plain, calls = CausalLM.__call__, []
