@@ -132,8 +132,14 @@ class Architecture:
     """The same of logits."""
     embedding_scale: float = 1.0
     """By what embedded tokens are multiplied."""
+    residual_scale: float = 1.0
+    """By what attention and MLP are multiplied before they are added to x (Granite, MiniCPM)."""
+    logit_divisor: float = 1.0
+    """By what logits are divided (the same)."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    inner_init: float = 1.0
+    """Share of it that those of the layers' matrices have (muP)."""
     scaled_init: bool = False
     """Whether those that write into the residual stream start smaller, by 1/√(2 layers) (GPT-2)."""
     experts: Experts | None = None

@@ -71,6 +71,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "smollm3": {},
     "smollm3, other layers": {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 5},
+    "granite": {},
+    "granite, multipliers": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 0.25,
+    },
     "gemma": {},
     "gemma, one head": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
