@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from rich.table import Table
@@ -18,24 +19,33 @@ from litrecipe.model.decoder import Decoder
 def architecture_table(a: Architecture) -> Table:
     """Shapes and constants."""
     table = Table("architecture", "", box=None, title_justify="left")
+    shapes = [a.shape(layer) for layer in range(a.num_layers)]
     rows = {
         "family": a.family,
         "layers": a.num_layers,
         "hidden size": a.hidden_size,
-        "MLP size": a.intermediate_size,
-        "heads": f"{a.num_heads} of {a.head_dim}, {a.num_kv_heads} for keys and values",
+        "MLP size": _range(shape.intermediate_size for shape in shapes),
+        "heads": f"{_range(shape.num_heads for shape in shapes)} of {a.head_dim}, "
+        f"{_range(shape.num_kv_heads for shape in shapes)} for keys and values",
         "vocabulary": f"{a.vocab_size:,}, head {'tied to the embedding' if a.tie_embeddings else 'of its own'}",
         "context": f"{a.max_positions:,} tokens",
-        "RoPE": "; ".join(map(_rope, a.ropes)),
+        "RoPE": "; ".join(map(_rope, a.ropes)) or "none: positions are learnt",
     }
     for name, value in rows.items():
         table.add_row(name, str(value))
     return table
 
 
+def _range(numbers: Iterable[int]) -> str:
+    """The one that all layers have, or the least and the most."""
+    least, *_, most = sorted({*numbers}) * 2
+    return str(most) if least == most else f"{least} to {most}"
+
+
 def _rope(rope: Rope) -> str:
     scaling = rope.scaling
-    return f"base {rope.theta:g}" + (f", {scaling['rope_type']} scaling by {scaling['factor']:g}" if scaling else "")
+    said = f"base {rope.theta:g}" + (f", {scaling['rope_type']} scaling by {scaling['factor']:g}" if scaling else "")
+    return said + (f", the first {100 * rope.share:g} % of a head" if rope.share != 1 else "")
 
 
 def parameter_table(files: ModelFiles) -> Table:
@@ -63,7 +73,7 @@ def memory_table(a: Architecture) -> Table:
     table.columns[1].justify = "right"
     for name, linear, rest in (("fp32", 4, 4), ("bf16", 2, 2), ("int8", 1, 2), ("nf4", NF4_BYTES, 2)):
         table.add_row(name, f"{(sizes['linear'] * linear + sizes['rest'] * rest) / 1e9:.3f}", _note(name))
-    cache = 2 * a.num_layers * a.num_kv_heads * a.head_dim * 2
+    cache = 2 * a.cached_numbers
     whole = cache * a.max_positions / 1e9
     table.add_row("KV cache", f"{whole:.3f}", f"bf16, {a.max_positions:,} tokens; {cache:,} bytes a token")
     return table
