@@ -107,6 +107,8 @@ RANGES: dict[str, Range] = {
     "reward.centering_coef": _at_least(0),
     "reward.sft_coef": _at_least(0),
     "reward.measured": _at_least(2),
+    "router.aux_loss_coef": _at_least(0),
+    "router.z_loss_coef": _at_least(0),
     "data.max_length": _at_least(2),
     "optim.lr": ABOVE_0,
     "optim.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of 0 or more, and less than 1"),
