@@ -28,11 +28,13 @@ from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
+from litrecipe.engine.legs import Leg, leg_of
 from litrecipe.engine.optim import Role, make_optimizer, set_rates, trained_parameters
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.schedule import lr_factor
+from litrecipe.engine.spikes import SpikeGuard
 from litrecipe.engine.statistics import completed, with_statistics
 from litrecipe.engine.telling import Teller
 from litrecipe.model.row import Row, Sample, make_row
@@ -71,6 +73,8 @@ class Job:
     save_final: Callable[[Path], None]
     """Writes the finished model into a folder; called on every rank."""
     val: SampleList | None = None
+    measured: Callable[[dict[str, float]], dict[str, float]] = lambda _: {}
+    """What else is told of the held-out data, from its metrics, `loss` among them."""
     evaluate_tasks: Callable[[], dict[str, float]] | None = None
     """Runs `eval.tasks` on the module as it stands; called on every rank."""
     carried: Callable[[], dict[str, nn.Parameter]] = dict
@@ -82,7 +86,15 @@ class Job:
     rests: Callable[[int], Collection[str]] = lambda _: ()
     """Names of the roles that learn nothing in the step after so many."""
     refuses: Callable[[dict[str, float]], str | None] = lambda _: None
-    """Why the optimizer must not take a step of which this is told, in words; the samples are passed over then."""
+    """Why the optimizer must not take a step of which this is told, with `loss` and `grad_norm`, in words; the samples
+    are passed over then."""
+    guard: SpikeGuard | None = None
+    """Refuses steps as well, those among them that are not finite, which are an error otherwise."""
+    legs: Sequence[Leg] = ()
+    """Stages of the run; none: `optim.lr`, `schedule` and `train.micro_batch_tokens` throughout."""
+    flops: Callable[[Sequence[Sample]], float] | None = None
+    """Floating-point operations that a step on some samples asks of the model: the progress line tells the share of
+    what the devices can do."""
     told: Callable[[], dict[str, float]] = dict
     """What else the record of a step says, asked for after it: of the samples' making, for example."""
     after_step: Callable[[int, StepResult], None] | None = None
@@ -171,11 +183,18 @@ class Run:
             identity=job.identity,
             keep=job.recipe.checkpoint.keep,
             writer=self.writer,
+            guard=job.guard,
         )
         seed_rng(self.train_config.seed, self.fabric.global_rank)
         self.at = Counters() if resume is None else self.checkpoints.load(resume)
         started_for = self.at.total_steps
         self.at.total_steps = job.source.total_steps(self.train_config)
+        whole = Leg(
+            "", self.at.total_steps, self.roles[0].lr, job.recipe.schedule, self.train_config.micro_batch_tokens
+        )
+        self.legs = job.legs or [whole]
+        self.leg, _ = leg_of(self.legs, max(0, self.at.step - 1))
+        self.leg.begin()
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.at.step)
             if self.at.step < self.at.total_steps:
@@ -189,10 +208,9 @@ class Run:
                 self.teller.warn(f"the run was to have {started_for} steps, now {self.at.total_steps}: look at train.*")
         else:
             self.teller.say(f"{self.at.total_steps} steps; the run is in {self.dir.path}")
-        for key in ("warmup_steps", "decay_steps"):  # no mistake: a recipe is often tried for a few steps
-            steps = getattr(self.recipe.schedule, key) or 0
-            if steps > self.at.total_steps:
-                self.teller.warn(f"schedule.{key} {steps}: the run ends after {self.at.total_steps} steps")
+        for leg in self.legs:
+            for what in leg.without_room():
+                self.teller.warn(what)
         if self.at.step > self.at.total_steps:
             self.teller.warn(
                 f"step {self.at.step} is beyond {self.at.total_steps}, where train ends: nothing is left to do"
@@ -209,6 +227,7 @@ class Run:
                 self.save_and_stop(signal_number)
             if self.at.step >= self.at.total_steps or self.out_of_time(started):
                 break
+            self.enter(*leg_of(self.legs, self.at.step))
             if self.job.online:
                 self.teller.line.clear()
             try:
@@ -227,7 +246,9 @@ class Run:
             self.at.step += 1
             if self.job.after_step is not None:
                 self.job.after_step(self.at.step, result)
-            self.at.tokens += sum(s.length for s in samples if s.length <= self.train_config.micro_batch_tokens)
+            self.at.tokens += sum(s.length for s in samples if s.length <= self.leg.micro_batch_tokens)
+            if self.job.flops is not None:
+                self.teller.flops += self.job.flops(samples)
             result.metrics.update(self.job.told())
             flight = flight_record(self.at.step, samples, rng, result.loss, result.grad_norm)
             self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight)
@@ -261,7 +282,8 @@ class Run:
         metrics |= ranks.maxima(self.fabric, metric_maxima(losses))
         metrics |= self.tallied(losses)
         rates = self.set_rates()
-        refused = self.job.refuses(metrics)
+        norm = math.hypot(*norms.values())
+        refused = self.refused(metrics | {"loss": total, "grad_norm": norm})
         if refused is None:
             self.optimizer.step()
         else:
@@ -270,12 +292,30 @@ class Run:
         if len(norms) > 1:
             metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
             metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
-        return StepResult(total, math.hypot(*norms.values()), metrics, refused)
+        return StepResult(total, norm, metrics, refused)
+
+    def refused(self, numbers: dict[str, float]) -> str | None:
+        """Why the optimizer does not take a step, if it does not."""
+        by_guard = None if self.job.guard is None else self.job.guard(numbers)
+        return by_guard or self.job.refuses(numbers)
+
+    def enter(self, leg: Leg, begin: int) -> None:
+        """Go over to a leg, unless the run is in it already."""
+        if leg.name and (leg is not self.leg or self.at.step == 0):
+            self.teller.say(f"stage {leg.name}: steps {begin + 1} to {begin + leg.steps}")
+        if leg is self.leg:
+            return
+        self.leg = leg
+        leg.begin()
+        if self.job.guard is not None:
+            self.job.guard.start_anew()
 
     def set_rates(self) -> dict[str, float]:
         """Set the learning rates of the step that comes, and return them by role; the first role's is the run's."""
+        step = self.at.step - leg_of(self.legs, self.at.step)[1]
+        share = self.leg.lr / self.roles[0].lr
         factors = {
-            role.name: lr_factor(role.schedule or self.recipe.schedule, self.at.step, self.at.total_steps)
+            role.name: share * lr_factor(role.schedule or self.leg.schedule, step, self.leg.steps)
             for role in self.roles
         }
         set_rates(self.raw_optimizer, self.recipe.optim, factors)
@@ -334,7 +374,7 @@ class Run:
         objective = self.job.objective
         if not isinstance(objective, StepGlobal):
             return rows
-        budget = self.train_config.micro_batch_tokens
+        budget = self.leg.micro_batch_tokens
         fitting = (sample for sample in map(samples.__getitem__, range(len(samples))) if sample.length <= budget)
         wanted = objective.statistics_samples(list(fitting))
         looked_at = watched(self.packed(wanted, max([budget, *(sample.length for sample in wanted)])))
@@ -343,13 +383,13 @@ class Run:
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
         for sample in samples:
-            if sample.length > self.train_config.micro_batch_tokens:
+            if sample.length > self.leg.micro_batch_tokens:
                 self.at.skipped += 1
                 self.teller.warn(
                     f"{sample.id}: {sample.length} tokens do not fit train.micro_batch_tokens "
-                    f"{self.train_config.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
+                    f"{self.leg.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
                 )
-        return self.packed(samples, self.train_config.micro_batch_tokens)
+        return self.packed(samples, self.leg.micro_batch_tokens)
 
     def packed(self, samples: Sequence[Sample], budget: int) -> list[Row]:
         """This rank's rows of some samples, at least one; those too long for any row are left out."""
@@ -363,7 +403,7 @@ class Run:
 
         The samples of all ranks' `bad` rows are named, or the whole step where no row is known to be bad.
         """
-        if math.isfinite(value):
+        if math.isfinite(value) or self.job.guard is not None:
             return
         of_ranks = self.writer.gather([name for row in bad or [] for name in row.sample_ids])
         names = ", ".join([name for of_rank in of_ranks for name in of_rank] or [sample.id for sample in samples])
@@ -397,8 +437,9 @@ class Run:
                     counts.append(self.job.objective.counts(row))
                 total_counts = ranks.sums(self.fabric, add_up(counts))
                 share = sum(float(step_loss(loss, total_counts)) for loss in losses)
-                metrics["eval_loss"] = ranks.sums(self.fabric, {"loss": share})["loss"]
-                means = quotients(ranks.sums(self.fabric, metric_sums(losses))) | self.tallied(losses)
+                means = ranks.sums(self.fabric, {"loss": share})
+                means |= quotients(ranks.sums(self.fabric, metric_sums(losses))) | self.tallied(losses)
+                means |= self.job.measured(means)
                 metrics |= {f"eval_{name}": value for name, value in means.items()}
             if self.job.evaluate_tasks is not None:
                 # All ranks score the same requests, in lockstep, so none may leave on its own.

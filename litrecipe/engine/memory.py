@@ -58,6 +58,10 @@ class MemoryTable:
     trained: int
     judges: int = 0
     """Reward models beside what is trained."""
+    teacher: int = 0
+    """The frozen model that is learnt from, and what it computes with."""
+    asked: int = 0
+    """The same of one that is asked before anything is learnt."""
     cache: int = 0
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
@@ -70,8 +74,8 @@ class MemoryTable:
         In a step of one row gradients grow while activations are freed, so it holds the larger of the two, not both.
         """
         backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
-        always = self.weights + self.reference + self.judges + self.optimizer + self.exchange
-        return always + max(backward, self.cache + self.laid_out)
+        always = self.weights + self.reference + self.judges + self.teacher + self.optimizer + self.exchange
+        return max(always + max(backward, self.cache + self.laid_out), self.weights + self.asked)
 
 
 def estimate(
@@ -89,7 +93,7 @@ def estimate(
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
     """
     model = meta_model(recipe, architecture)
-    sizes = {name: stored_bytes(name, p, recipe) for name, p in model.named_parameters()}
+    sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
     copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
@@ -143,6 +147,31 @@ def experts_scratch(model: nn.Module) -> int:
     return max(sizes, default=0)
 
 
+def teacher_bytes(
+    teacher: Architecture,
+    dtype: torch.dtype,
+    method: str,
+    row: Row,
+    *,
+    sharded_over: int | None = None,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits."""
+    with torch.device("meta"):
+        model = Decoder(teacher).to(dtype).requires_grad_(False)
+    sizes = {name: stored_bytes(name, p, method) for name, p in model.named_parameters()}
+    weights = sum(sizes.values())
+    if sharded_over:
+        head = model.lm_head.weight
+        weights = weights // sharded_over + gathered(sizes, teacher, blocks=2) + head.numel() * head.element_size()
+    widest = max(teacher.intermediate_size, teacher.hidden_size)
+    return (
+        weights
+        + 2 * head_scratch(model, row, device)
+        + 4 * (len(row.target) * teacher.hidden_size + 6 * len(row.tokens) * widest)
+    )
+
+
 def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
     """What the recipe trains, without memory; a quantised base is a plain one here."""
     kind: type[Trunk] = Decoder
@@ -183,9 +212,9 @@ def faked(row: Row) -> Row:
     return replace(row, **tensors)
 
 
-def stored_bytes(name: str, parameter: nn.Parameter, recipe: TrainingRecipe) -> int:
+def stored_bytes(name: str, parameter: nn.Parameter, method: str) -> int:
     """A parameter as it lies in memory: frozen matrices of the layers may be quantised."""
-    quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[recipe.quantize.method]
+    quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[method]
     is_frozen = not parameter.requires_grad
     return int(
         parameter.numel() * (quantised if is_frozen and can_be_quantised(name, parameter) else parameter.element_size())

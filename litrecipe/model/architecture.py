@@ -134,6 +134,8 @@ class Architecture:
     """By what embedded tokens are multiplied."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    scaled_init: bool = False
+    """Whether those that write into the residual stream start smaller, by 1/√(2 layers) (GPT-2)."""
     experts: Experts | None = None
     """Of the MLPs; None: they are plain ones of `intermediate_size`."""
 
@@ -163,6 +165,18 @@ class Architecture:
         """
         has_two = any(rope.scaling and rope.scaling["rope_type"] == "longrope" for rope in self.ropes)
         return replace(self, longest=tokens) if has_two else self
+
+    def first_layers(self, count: int) -> Architecture:
+        """The same of a model that ends behind so many of its layers."""
+        shapes = self.shapes[:count]
+        largest = zip(LayerShape._fields, map(max, zip(*shapes, strict=True)), strict=True) if shapes else ()
+        return replace(self, num_layers=count, kinds=self.kinds[:count], shapes=shapes, **dict(largest))
+
+    def trained_on(self, tokens: int, theta: float | None = None) -> Architecture:
+        """The same for a model that is trained on sequences of so many tokens: its context is at least that long, and
+        heads turn by the base `theta`, if that is given (those of layers without a window, where there are two)."""
+        ropes = self.ropes if theta is None else (self.ropes[0]._replace(theta=theta), *self.ropes[1:])
+        return replace(self, ropes=ropes, max_positions=max(self.max_positions, tokens)).for_length(tokens)
 
 
 def count_parameters(architecture: Architecture, *, is_reward_model: bool = False, active: bool = False) -> int:

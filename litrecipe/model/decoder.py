@@ -20,9 +20,12 @@ from litrecipe.model.architecture import Activation, Architecture, LayerShape, N
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
 from litrecipe.model.experts import Mixture
-from litrecipe.model.head import Entropy, Predictions, predict, soft_cap, widen
+from litrecipe.model.head import Entropy, Predictions, SoftTargets, predict, soft_cap, widen
 from litrecipe.model.rotary import Turn, inverse_frequencies, rotary_tables, rotate
 from litrecipe.model.row import Row, Span
+
+RESIDUAL = ("o_proj", "down_proj")
+"""Endings of the matrices that write into the residual stream."""
 
 
 class Attention(Protocol):
@@ -49,13 +52,21 @@ class Trunk(nn.Module):
         self.architecture = self.architecture.for_length(tokens)
         self.frequencies = frequencies_of(self.architecture)
 
+    def reach(self, tokens: int, theta: float | None = None) -> None:
+        """Be trained on sequences of so many tokens from here on, see `Architecture.trained_on`."""
+        self.architecture = self.architecture.trained_on(tokens, theta)
+        self.frequencies = frequencies_of(self.architecture)
+
     def init_weights(self, seed: int) -> None:
-        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
+        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms; see `scaled_init`."""
         generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
+        a = self.architecture
+        smaller = 1 / math.sqrt(2 * a.num_layers) if a.scaled_init else 1.0
         with torch.no_grad():
-            for parameter in self.parameters():
+            for name, parameter in self.named_parameters():
                 if parameter.ndim >= 2:
-                    parameter.normal_(0, self.architecture.initializer_range, generator=generator)
+                    share = smaller if name.removesuffix(".weight").endswith(RESIDUAL) else 1.0
+                    parameter.normal_(0, a.initializer_range * share, generator=generator)
             for module in self.modules():
                 if isinstance(module, RMSNorm | nn.LayerNorm):
                     counts_from_one = isinstance(module, RMSNorm) and module.kind == "rms_plus_one"
@@ -132,6 +143,8 @@ class Decoder(Trunk):
         """Whether predictions bring `log_collisions`."""
         self.with_entropy: Entropy = "none"
         """Whether predictions bring their `entropy`, and with gradient."""
+        self.with_log_z = False
+        """Whether predictions bring `log_z`."""
         self.with_routing = False
         """Whether predictions bring `router_logits`."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
@@ -147,18 +160,17 @@ class Decoder(Trunk):
         self.tie_weights()
         super().init_weights(seed)
 
-    def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
-        """Log-probabilities (P,) of the row's targets under logits / temperature."""
+    def forward(self, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
+        """Log-probabilities (P,) of the row's targets under logits / temperature, and how far they are from `soft`."""
         if not self.with_routing:
-            return self.said(self.hidden(row, row.predict_from), row, temperature)
+            return self.said(self.hidden(row, row.predict_from), row, temperature, soft)
         hidden, logits = self.hidden_and_routing(row, row.predict_from)
-        return self.said(hidden, row, temperature)._replace(router_logits=logits)
+        return self.said(hidden, row, temperature, soft)._replace(router_logits=logits)
 
-    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0) -> Predictions:
+    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
-        wanted = self.with_collisions, self.with_entropy
-        cap = self.architecture.final_softcap
-        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, softcap=cap)
+        wanted = self.with_collisions, self.with_entropy, self.architecture.final_softcap, self.with_log_z
+        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, soft)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""

@@ -112,7 +112,7 @@ class _Layer:
         self.o = _Product(attention.o_proj)
         names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
         self.gate_up = _Product(*(getattr(mlp, name) for name in names))
-        self.down = _Product(mlp.down_proj)
+        self.down = _Product(cast(nn.Linear, mlp.down_proj))
         norms = (cast(RMSNorm, norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         self.norms = [(norm.weight, norm.eps) for norm in norms]
         self.head_dim = attention.head_dim

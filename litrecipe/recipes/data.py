@@ -1,4 +1,5 @@
-"""`litrecipe data`: look at training data the way a training run will see it, and learn a tokenizer from texts."""
+"""`litrecipe data`: look at training data the way a training run will see it, learn a tokenizer from texts, and turn
+texts into token shards."""
 
 from __future__ import annotations
 
@@ -12,12 +13,15 @@ from litrecipe.checkpoint.source import open_model
 from litrecipe.config import progress
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data, DataRecipe
+from litrecipe.config.merge import path_of
+from litrecipe.config.prepare import PrepareRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.comparison_report import check_comparisons
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.formats import check_rows, read_conversations
 from litrecipe.data.new_tokenizer import learn_tokenizer, write_tokenizer
 from litrecipe.data.preferences import holds_preferences
+from litrecipe.data.prepare import prepare as prepare_shards
 from litrecipe.data.prepared import Kind
 from litrecipe.data.readers import Mistakes, check_source
 from litrecipe.data.report import check_conversations, render
@@ -56,6 +60,23 @@ def preview(recipe: DataRecipe, n: int) -> int:
     return 0
 
 
+def prepare(recipe: PrepareRecipe) -> int:
+    """Write token shards of texts, or go on where this was interrupted."""
+    prepare_shards(recipe, _tokenizer_of(recipe.tokenizer))
+    return 0
+
+
+def _tokenizer_of(source: str) -> Tokenizer:
+    """That of a folder with nothing but a tokenizer, or of a model."""
+    folder = path_of(source)
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.load(folder)
+    try:
+        return Tokenizer.load(open_model(source).tokenizer_dir)
+    except InputError as error:
+        raise InputError(*(mistake.replace("model.source:", "tokenizer:", 1) for mistake in error.mistakes)) from error
+
+
 def train_tokenizer(texts: str, out: str, vocab_size: int, special: Sequence[str]) -> int:
     """Write a folder with a byte-level BPE learnt from all that is said in `texts`, which is anything `data.train`
     takes."""
@@ -92,5 +113,5 @@ def _no_rows(recipe: DataRecipe) -> InputError:
 
 
 def _tokenizer(recipe: DataRecipe) -> Tokenizer:
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
+    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
     return Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, date=recipe.data.date)

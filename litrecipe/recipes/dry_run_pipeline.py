@@ -86,7 +86,7 @@ def _open(shown: Preview) -> None:
         begin(recipe, dry_run=True)
     elif recipe.tasks:  # otherwise they are all to come
         plan(recipe.tasks)
-        open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
+        open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
 
 
 def _check_rewards(shown: Preview) -> None:

@@ -69,7 +69,8 @@ def export(run: str, out: str) -> int:
     recipe = _recipe_of(folder)
     if checkpoint is None:
         raise InputError(f"{run}: neither a final model nor a complete checkpoint in it: nothing to export yet")
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer).for_length(longest_of(recipe))
+    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
+    files = files.for_length(longest_of(recipe))
     _keep_apart(out, files)
     model = _restore(recipe, files, checkpoint)
     statistics = None
@@ -145,8 +146,9 @@ def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Dec
     else:
         model = load_to_train(load_model, files, recipe)
     parameters = dict(model.named_parameters())
-    of_policy = [name for name in saved.names() if name.startswith("policy.")]
-    names = {name.removeprefix("policy."): name for name in of_policy or saved.names()}
+    # of several models in one the one that is wanted
+    inside = [name for name in saved.names() if name.startswith(("policy.", "student."))]
+    names = {name.removeprefix("policy.").removeprefix("student."): name for name in inside or saved.names()}
     if odd := sorted(names.keys() - parameters.keys()):
         raise InputError(f"{checkpoint}: {odd[0]}: not a weight of the recipe's model: the recipe was changed")
     with torch.no_grad():
