@@ -21,6 +21,7 @@ from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
+from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
 from litrecipe.model.families import names_of, read_architecture
@@ -76,6 +77,11 @@ class ModelFiles:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as it is in memory, (name, tensor), one at a time. Raises InputError when there are none."""
         return names_of(self.architecture).read(self._need_weights().tensors(), self.architecture)
+
+    def for_length(self, tokens: int | None) -> ModelFiles:
+        """The same for a run whose longest sequence has so many tokens, see `Architecture.for_length`; None: as many as
+        the model was made for."""
+        return self if tokens is None else replace(self, architecture=self.architecture.for_length(tokens))
 
     @property
     def is_reward_model(self) -> bool:
@@ -238,6 +244,11 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
         files = replace(files, tokenizer_dir=folder)
     _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
     return files
+
+
+def open_asked(model: Model) -> ModelFiles:
+    """The same of a recipe's `model` group."""
+    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
 
 
 def open_model_as(source: str, key: str) -> ModelFiles:

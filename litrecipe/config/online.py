@@ -284,3 +284,9 @@ def method_of(recipe: OnlineRecipe) -> tuple[str, Online]:
 def sampling_of(recipe: TrainingRecipe) -> tuple[str, Sampling]:
     """Name and values of the group of a recipe that says how completions are sampled."""
     return next((name, value) for name, value in vars(recipe).items() if isinstance(value, Sampling))
+
+
+def longest_of(recipe: TrainingRecipe) -> int:
+    """Tokens of the longest sequence that a recipe may read: a sample, or a prompt with its completion."""
+    sampled = [value.max_new_tokens for value in vars(recipe).values() if isinstance(value, Sampling)]
+    return recipe.data.max_length + max(sampled, default=0)

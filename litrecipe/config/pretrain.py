@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from litrecipe.config.groups import Data, Model, Optim, Train, TrainingRecipe
+from litrecipe.config.groups import Data, Distil, Model, Optim, Train, TrainingRecipe
 
 
 @dataclass
@@ -101,6 +101,7 @@ class PretrainRecipe(TrainingRecipe):
     optim: PretrainOptim = field(default_factory=PretrainOptim)
     train: PretrainTrain = field(default_factory=PretrainTrain)
     pretrain: Pretrain = field(default_factory=Pretrain)
+    distil: Distil = field(default_factory=Distil)
     stages: dict[str, Any] = field(default_factory=dict)
     """Name → the keys in which a stage differs from what stands outside of them, in the order in which they run:
     `{core: {train: {max_tokens: 2e9}}, long: {data: {max_length: 8192}, …}, …}`."""

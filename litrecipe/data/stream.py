@@ -19,7 +19,8 @@ from zlib import crc32
 import numpy as np
 
 from litrecipe.config.errors import InputError
-from litrecipe.data.source import Order
+from litrecipe.data.cache import key_of
+from litrecipe.data.source import Order, SampleList
 from litrecipe.model.row import Sample, Segment
 
 
@@ -49,7 +50,7 @@ class Sequences:
     """
 
     def __init__(self, name: str, documents: Documents, length: int, seed: int, *, attend_across: bool = False) -> None:
-        self.name, self.documents, self.length = name, documents, length
+        self.name, self.documents, self.length, self.seed = name, documents, length, seed
         self.attend_across = attend_across
         self.tokens = int(documents.lengths.sum())
         """Of an epoch."""
@@ -100,6 +101,30 @@ class Sequences:
         if self.attend_across:
             pieces = [np.concatenate(pieces)]
         return Sample(f"{self.name}:{epoch}:{place}", tuple(map(_segment, pieces)))
+
+
+class Beginning:
+    """The first so many sequences of a source: a `SampleList`."""
+
+    def __init__(self, whole: Sequences, count: int) -> None:
+        self.whole, self.count = whole, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.whole[index]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each."""
+        return np.array([self.whole.size(index) for index in range(self.count)])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source's sequences, however many."""
+        whole = self.whole
+        return key_of(whole.key, whole.documents.fingerprint, whole.seed, whole.attend_across)
 
 
 def _segment(tokens: np.ndarray) -> Segment:
@@ -208,6 +233,8 @@ class StreamSource:
         """Sequences that each source has given."""
         self.seen = [dict.fromkeys(stage.mixture.sources, 0) for stage in stages]
         """Tokens that each source has given to each stage."""
+        self.instead: dict[str, SampleList] = {}
+        """By key of a source, its first sequences with what lies beside them."""
 
     def place(self, step: int) -> tuple[int, int]:
         """Stage, and step in it, of a step of the run; beyond the end the last stage's."""
@@ -229,7 +256,7 @@ class StreamSource:
             if name is None:
                 break
             reel = mixture.sources[name]
-            sample = reel[self.cursors[reel.key]]
+            sample = self.instead.get(reel.key, reel)[self.cursors[reel.key]]
             self.cursors[reel.key] += 1
             self.seen[number][name] += sample.length
             samples.append(sample)
@@ -244,6 +271,19 @@ class StreamSource:
     def total_steps(self, _: Any) -> int:
         """Of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    def beginnings(self) -> dict[str, Beginning]:
+        """By key of a source, as many of its sequences as the run takes, and some to spare: reckoned, not drawn."""
+        spent: dict[str, float] = {}
+        found: dict[str, Beginning] = {}
+        for stage in self.stages:
+            taken = stage.mixture.spent(stage.batches.until(stage.steps), spent)
+            for name, reel in stage.mixture.sources.items():
+                spent[reel.key] = spent.get(reel.key, 0.0) + taken[name]
+                # In turn as they come, sources stand less than a round away from their shares, in each stage.
+                spare = len(self.stages) * len(stage.mixture.sources)
+                found[reel.key] = Beginning(reel, math.ceil(spent[reel.key]) + spare)
+        return found
 
     def told(self) -> dict[str, float]:
         """How often each source has been gone through, and if there are several its share of the stage's tokens."""

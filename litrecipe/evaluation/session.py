@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from litrecipe.checkpoint.load import load_model, load_reward_model
-from litrecipe.checkpoint.source import open_model
+from litrecipe.checkpoint.source import open_asked
 from litrecipe.config import groups, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import say
@@ -41,24 +41,36 @@ def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.
 
 
 def open_any(
-    model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric, *, as_judge: bool = False
+    model: groups.Model,
+    quantize: groups.Quantize,
+    fabric: groups.Fabric,
+    *,
+    as_judge: bool = False,
+    longest: int | None = None,
 ) -> Session[Decoder] | Session[RewardModel]:
     """Load a Hugging Face folder, hub id, GGUF file, PEFT adapter folder, or the final model of a run directory.
 
     The model of a run is read as it was trained: on the same date and, where `quantize` says nothing, on a base
-    quantised alike. `as_judge` takes a hydra for the reward model that it is, not for the language model.
+    quantised alike. `as_judge` takes a hydra for the reward model that it is, not for the language model. `longest` are
+    the tokens of the longest sequence that will be read (None: as many as the model was made for).
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
-    files = open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
+    files = open_asked(model)
     if files.is_reward_model or (files.is_hydra and as_judge):
-        return _open(load_reward_model, model, quantize, fabric)
-    return _open(load_model, model, quantize, fabric)
+        return _open(load_reward_model, model, quantize, fabric, longest)
+    return _open(load_model, model, quantize, fabric, longest)
 
 
-def _open(load: Callable[..., M], model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session[M]:
+def _open(
+    load: Callable[..., M],
+    model: groups.Model,
+    quantize: groups.Quantize,
+    fabric: groups.Fabric,
+    longest: int | None = None,
+) -> Session[M]:
     device = _device(fabric)
-    files = open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
+    files = open_asked(model).for_length(longest)
     run = schema.load_run(Path(model.source))
     if run is not None and quantize.method == "none" and run.quantize.method != "none":
         quantize = run.quantize

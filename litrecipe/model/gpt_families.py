@@ -18,26 +18,32 @@ GELU |= dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh
 """GELU and names of its approximation."""
 
 
-# -- GPT-NeoX ---------------------------------------------------------------------------------------------------------
-
-
-def _gpt_neox(config: Config) -> dict[str, Any]:
+def _gpt(config: Config) -> dict[str, Any]:
+    """What GPT-2 and GPT-NeoX have in common. Keys of grouped queries mean nothing to them."""
+    heads = config["num_attention_heads"]
     return {
         "norm": "layer",
         "fused": True,
         "gated": False,
         "mlp_bias": True,
+        "num_kv_heads": heads,
+        "head_dim": config["hidden_size"] // heads,
+    }
+
+
+# -- GPT-NeoX ---------------------------------------------------------------------------------------------------------
+
+
+def _gpt_neox(config: Config) -> dict[str, Any]:
+    return {
+        **_gpt(config),
         "parallel": config["use_parallel_residual"],
         "ropes": (read_rope(config, share=0.25),),
     }
 
 
 def _gpt_neox_keys(a: Architecture) -> Config:
-    return {
-        "rotary_pct": a.ropes[0].share,
-        "use_parallel_residual": a.parallel,
-        "attention_bias": a.o_bias,
-    }
+    return {"rotary_pct": a.ropes[0].share, "use_parallel_residual": a.parallel, "attention_bias": a.o_bias}
 
 
 NEOX_KEYS = {
@@ -83,10 +89,9 @@ def _gpt2(config: Config) -> dict[str, Any]:
     if refused:
         raise InputError(*(f"config.json: {key}: true: only models without it are read" for key in refused))
     return {
-        "norm": "layer",
-        "fused": True,
-        "gated": False,
-        **dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), True),
+        **_gpt(config),
+        "qkv_bias": True,
+        "o_bias": True,
         "learned_positions": True,
         "ropes": (),
         "kinds": (LayerKind(rope=None),) * config["num_hidden_layers"],

@@ -107,8 +107,9 @@ def read_common(
 
 
 def _with_common_keys(config: Config, keys: Mapping[str, str]) -> Config:
-    theirs = {key: config[own] for key, own in keys.items() if own in config}
-    return {key: value for key, value in config.items() if key not in keys.values()} | theirs
+    """A common key that the family calls otherwise means nothing in its configs."""
+    others = {key: value for key, value in config.items() if key not in keys and key not in keys.values()}
+    return others | {key: config[own] for key, own in keys.items() if own in config}
 
 
 def _with_own_key(line: str, keys: Mapping[str, str]) -> str:
@@ -147,7 +148,7 @@ def _read(
     if mistakes:
         raise InputError(*mistakes)
     heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
+    kv_heads = fields.pop("num_kv_heads", config.get("num_key_value_heads") or heads)
     if heads % kv_heads:
         raise InputError(f"config.json: num_key_value_heads: {kv_heads}: must divide num_attention_heads {heads}")
     eos = config.get("eos_token_id")

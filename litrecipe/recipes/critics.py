@@ -12,7 +12,7 @@ from litrecipe.checkpoint.reward import vocabulary
 from litrecipe.checkpoint.source import ModelFiles, open_model_as
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
-from litrecipe.config.online import PpoRecipe
+from litrecipe.config.online import PpoRecipe, longest_of
 from litrecipe.config.progress import say
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.critic import Critic, critic_as, critic_beside
@@ -91,7 +91,7 @@ def misfit(judge: ModelFiles, files: ModelFiles, adapter: Adapter | None) -> str
 def make_critic(policy: Decoder, start: ModelFiles | None, files: ModelFiles, recipe: PpoRecipe) -> Critic:
     """The critic of a policy, see `start_of_critic`. From a reward model it keeps the units of its rewards."""
     if start is not None and adapter_of(recipe, files) is None:
-        return critic_as(load_reward_model(start, dtype=precision_of(recipe)))
+        return critic_as(load_reward_model(start.for_length(longest_of(recipe)), dtype=precision_of(recipe)))
     critic = critic_beside(policy, joined=recipe.ppo.layout == "joined")
     if recipe.ppo.layout == "hydra":
         _put(critic, files.score())
@@ -114,6 +114,7 @@ def _shapes(architecture: Architecture) -> Architecture:
     return replace(
         architecture,
         max_positions=0,
+        longest=None,
         tie_embeddings=False,
         bos_id=None,
         eos_ids=(),

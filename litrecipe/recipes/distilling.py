@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,7 @@ from litrecipe.config.groups import Distil, Quantize, TrainingRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.cache import cache_folder, key_of
 from litrecipe.data.remembered import KnownSamples, WithExtras, Witness, remembered
-from litrecipe.data.source import SampleList
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.checkpoints import refuse_other_run
-from litrecipe.engine.rundir import RunDir
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.row import Row
 from litrecipe.model.teacher import TEACHER_IDS, TEACHER_LOGPS, StudentAndTeacher, Teacher
@@ -62,6 +59,14 @@ class Teaching:
         given, is_top_1 = self.distil.alpha, self.distil.method == "top_1"
         return given if given is not None else 0.1 if is_top_1 else 0.0
 
+    def check_reach(self, longest: int) -> None:
+        """Raises InputError for samples that are longer than the teacher's context."""
+        if longest > (context := self.files.architecture.max_positions):
+            raise InputError(
+                f"data.max_length: {longest}: the context of distil.teacher {self.distil.teacher} is {context} tokens: "
+                "give that or less"
+            )
+
     def load(self, recipe: TrainingRecipe) -> Teacher:
         """The teacher, frozen; in bf16 where anything is: its weights do not move, so that no rounding adds up."""
         quantize = Quantize(method=self.distil.quantize)
@@ -74,19 +79,9 @@ class Teaching:
         return teacher
 
 
-@dataclass
-class Lesson:
-    """What a language model is trained on."""
-
-    module: nn.Module
-    """The model, with its teacher beside it where it has one."""
-    objective: CausalLM
-    train: SampleList
-    val: SampleList | None
-
-
-def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
-    """The teacher, once it is sure that it can read what the student reads; None where there is none.
+def open_teaching(distil: Distil, tokenizer: Tokenizer, longest: int) -> Teaching | None:
+    """The teacher, once it is sure that it can read what the student reads, samples of up to `longest` tokens; None
+    where there is none.
 
     Raises InputError for a reward model, and for another tokenizer: what the two say of a token could not be compared.
     """
@@ -98,39 +93,27 @@ def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
         raise InputError(f"{said}: is {what}: give a language model")
     if Tokenizer.load(files.tokenizer_dir).text_fingerprint != tokenizer.text_fingerprint:
         raise InputError(f"{said}: has another tokenizer than the model that is trained: give one of the same family")
-    return Teaching(distil, files, tokenizer.size)
+    return Teaching(distil, files.for_length(longest), tokenizer.size)
 
 
-def lesson(
-    student: Decoder,
-    train: KnownSamples,
-    val: KnownSamples | None,
-    recipe: TrainingRecipe,
-    teaching: Teaching | None,
-    fabric: Fabric,
-    known: dict[str, str],
-    z_loss: float = 0.0,
-) -> Lesson:
-    """Module, objective and samples of a student that is ready to be trained; a teacher whose answers are kept is asked
-    now, unless the checkpoint to go on from is of a run that is not `known` by the same.
-
-    Several processes must call it together.
-    """
+def what_learns(
+    student: Decoder, recipe: TrainingRecipe, teaching: Teaching | None, z_loss: float = 0.0
+) -> tuple[nn.Module, CausalLM]:
+    """What is trained, the student that is ready for it or that with its teacher beside it, and on what."""
     student.with_log_z = z_loss > 0
     if teaching is None:
-        return Lesson(student, CausalLM(z_loss), train, val)
+        return student, CausalLM(z_loss)
     distil = teaching.distil
-    objective = Distillation(teaching.alpha, distil.temperature, z_loss)
-    shape: dict[str, Any] = {"temperature": distil.temperature, "hard": distil.method == "top_1"}
-    if not distil.cache:
-        return Lesson(StudentAndTeacher(student, teaching.load(recipe), **shape), objective, train, val)
-    refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
-    remember = remembering(teaching, recipe, fabric)
-    return Lesson(StudentAndTeacher(student, **shape), objective, remember(train), val and remember(val))
+    teacher = None if distil.cache else teaching.load(recipe)
+    module = StudentAndTeacher(student, teacher, temperature=distil.temperature, hard=distil.method == "top_1")
+    return module, Distillation(teaching.alpha, distil.temperature, z_loss)
 
 
 def remembering(teaching: Teaching, recipe: TrainingRecipe, fabric: Fabric) -> Callable[[KnownSamples], WithExtras]:
-    """What gives samples the teacher's answers, from disk where it was asked before."""
+    """What gives samples the teacher's answers, from disk where it was asked before.
+
+    Each of several processes must call it: they share the work.
+    """
     teacher = teaching.load(recipe).to(fabric.device)
     known_by = [teaching.weights, teaching.distil.quantize, teaching.distil.temperature, teaching.k, teaching.tokens]
     known_by += [recipe.fabric.precision, fabric.device.type]

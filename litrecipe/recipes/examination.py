@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
-from litrecipe.config.online import OnlineRecipe, Rewards, Sampling
+from litrecipe.config.online import OnlineRecipe, Rewards, Sampling, longest_of
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import Ranks
@@ -59,7 +59,9 @@ def judge_of(
         return None
     budget = recipe.train.micro_batch_tokens
     try:
-        sources = make_sources(config, tokenizer, recipe.fabric, fabric.device, budget=budget, own=own)
+        sources = make_sources(
+            config, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe), own=own
+        )
         check_columns_of([one.source for one in sources], prompts.val)
     except InputError as error:
         raise InputError(*(line.replace(KEY, "eval.sources", 1) for line in error.mistakes)) from error

@@ -9,14 +9,25 @@ from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.groups import FinetuneRecipe, TrainingRecipe
 from litrecipe.data.prepared import Prepared
-from litrecipe.data.source import RecordedSource
+from litrecipe.data.source import RecordedSource, SampleList
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
-from litrecipe.recipes.distilling import Teaching, lesson, open_teaching
+from litrecipe.engine.rundir import RunDir
+from litrecipe.recipes.distilling import Teaching, open_teaching, remembering, what_learns
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, prepared, save_trained, task_runner
+from litrecipe.recipes.training import (
+    begin,
+    identity,
+    load_to_train,
+    longest_of,
+    make_ready,
+    prepared,
+    save_trained,
+    task_runner,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
     files, tokenizer = begin(recipe, dry_run=dry_run)
-    teaching = open_teaching(recipe.distil, tokenizer)
+    teaching = open_teaching(recipe.distil, tokenizer, longest_of(recipe))
     if dry_run:
         return show(recipe, files, tokenizer, SUPERVISED, teaching)
 
@@ -42,18 +53,27 @@ def tune(
     teaching: Teaching | None = None,
 ) -> int:
     """Train the recipe's model on conversations, and on what a teacher says of them."""
-    known = identity(recipe, files, tokenizer, data.train) | (teaching.known_by if teaching else {})
+    known = identity(recipe, files, tokenizer, data.train)
+    train: SampleList = data.train
+    val: SampleList | None = data.val
+    if teaching:
+        known |= teaching.known_by
+        teaching.check_reach(max(data.train.lengths))
+        if teaching.distil.cache:
+            refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
+            remember = remembering(teaching, recipe, fabric)
+            train, val = remember(data.train), data.val and remember(data.val)
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
-    what = lesson(model, data.train, data.val, recipe, teaching, fabric, known)
+    module, objective = what_learns(model, recipe, teaching)
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
-            module=what.module,
-            objective=what.objective,
-            source=RecordedSource(what.train, recipe.train),
-            val=what.val,
+            module=module,
+            objective=objective,
+            source=RecordedSource(train, recipe.train),
+            val=val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
             identity=known,

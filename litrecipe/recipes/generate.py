@@ -23,6 +23,7 @@ def main(recipe: GenerateRecipe) -> int:
     except RowError as error:
         raise InputError(f"prompt: {error}") from error
 
+    session.model.read_up_to(len(ids) + recipe.generate.max_new_tokens)
     streaming = sys.stdout.isatty()
     start = time.perf_counter()
     [answer] = complete(session.model, session.tokenizer, [ids], recipe.generate, on_text=_show if streaming else None)

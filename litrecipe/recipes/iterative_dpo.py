@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.config.online import longest_of
 from litrecipe.config.progress import warn
 from litrecipe.config.rounds import IterativeDpoRecipe
 from litrecipe.data.tokenizer import Tokenizer
@@ -110,10 +111,10 @@ def has_fresh_adapter(recipe: IterativeDpoRecipe, files: ModelFiles) -> bool:
 
 def judging(recipe: IterativeDpoRecipe, tokenizer: Tokenizer, fabric: Fabric) -> list[Weighted]:
     """What scores completions: the judge, by how often one wins, or the reward sources."""
-    config, budget = recipe.iterative_dpo, recipe.train.micro_batch_tokens
+    config, budget, longest = recipe.iterative_dpo, recipe.train.micro_batch_tokens, longest_of(recipe)
     if config.judge is None:
-        return make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget)
-    judge = make_judge(config.judge, tokenizer, recipe.fabric, fabric.device, budget=budget)
+        return make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest)
+    judge = make_judge(config.judge, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest)
     return [Weighted(WinRates(config.judge, judge, config.candidates), 1.0)]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.config.online import Online, OnlineRecipe, method_of
+from litrecipe.config.online import Online, OnlineRecipe, longest_of, method_of
 from litrecipe.config.progress import say, warn
 from litrecipe.data.prepared import prepare
 from litrecipe.data.source import RecordedSource
@@ -78,7 +78,9 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     known = known_by(recipe, files, tokenizer, prompts)
     policy = load_to_train(load_model, files, recipe)
     own = chosen.own_source(policy, tokenizer, fabric.device)
-    sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, own=own)
+    sources = make_sources(
+        recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe), own=own
+    )
     judge = judge_of(recipe, tokenizer, prompts, fabric, own)
     module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
     make_ready(policy, recipe)

@@ -12,43 +12,58 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.pretraining import HeldOut, open_stream
+from litrecipe.data.source import SampleList
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.engine.legs import Leg
+from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.spikes import SpikeGuard
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.flops import training_flops
-from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.recipes.distilling import open_teaching, remembering, what_learns
 from litrecipe.recipes.dry_run_pretrain import show_plan, show_pretraining
-from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, save_trained, task_runner
+from litrecipe.recipes.training import begin, identity, load_to_train, longest_of, make_ready, save_trained, task_runner
 
 
 def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -> int:
     """Build model, stream and objective, and hand them to `fit`."""
     files, tokenizer = begin(recipe, dry_run=dry_run or plan)
     files = replace(files, architecture=as_asked(recipe, files.architecture, tokenizer))
+    teaching = open_teaching(recipe.distil, tokenizer, longest_of(recipe))
     if plan:
         return show_plan(recipe, files, tokenizer)
     if dry_run:
-        return show_pretraining(recipe, files, tokenizer)
+        return show_pretraining(recipe, files, tokenizer, teaching)
 
     fabric = make_fabric(recipe.fabric)
     stream = open_stream(recipe, tokenizer)
     for line in stream.report():
         say(line)
+    val: SampleList | None = stream.val
+    known = identity(recipe, files, tokenizer, None, pretrain=recipe.pretrain)
+    if teaching:
+        known |= teaching.known_by
+        teaching.check_reach(longest_of(recipe))
+        if teaching.distil.cache:
+            refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
+            remember = remembering(teaching, recipe, fabric)
+            stream.source.instead = {key: remember(some) for key, some in stream.source.beginnings().items()}
+            val = stream.val and remember(stream.val)
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
+    module, objective = what_learns(model, recipe, teaching, recipe.pretrain.z_loss)
     guard = recipe.pretrain
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
-            module=model,
-            objective=CausalLM(),
+            module=module,
+            objective=objective,
             source=stream.source,
-            val=stream.val,
+            val=val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
             measured=lambda metrics: bits_per_byte(metrics, stream.val),
@@ -56,7 +71,7 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
             legs=legs_of(recipe, model, [stage.steps for stage in stream.source.stages]),
             guard=None if guard.spike_sigmas is None else SpikeGuard(guard.spike_sigmas, guard.spike_window),
             flops=None if recipe.adapter.method != "none" else lambda s: training_flops(model.architecture, s),
-            identity=identity(recipe, files, tokenizer, None, pretrain=recipe.pretrain),
+            identity=known,
         )
     )
 

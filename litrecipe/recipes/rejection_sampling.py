@@ -18,7 +18,7 @@ from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
-from litrecipe.config.online import LoraAdapter
+from litrecipe.config.online import LoraAdapter, longest_of
 from litrecipe.config.progress import say
 from litrecipe.config.rounds import RejectionSampling, RejectionSamplingRecipe
 from litrecipe.data.prompts import Prompt, PromptSet
@@ -111,7 +111,9 @@ def answer(
 ) -> None:
     """Let the model that training will start from answer; it is gone before that is loaded."""
     budget = recipe.train.micro_batch_tokens
-    sources = make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget)
+    sources = make_sources(
+        recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe)
+    )
     scorer = Scorer(sources, recipe.rewards, recipe.rejection_sampling, Ranks(fabric).agree)
     bare = replace(recipe, adapter=LoraAdapter(method="none"))
     policy = load_to_train(load_model, files, bare).to(fabric.device).eval()

@@ -209,12 +209,18 @@ class FunctionJudge:
 
 
 def make_judge(
-    spec: str, tokenizer: Tokenizer, fabric: groups.Fabric, device: torch.device | str, *, budget: int = 8192
+    spec: str,
+    tokenizer: Tokenizer,
+    fabric: groups.Fabric,
+    device: torch.device | str,
+    *,
+    budget: int = 8192,
+    longest: int | None = None,
 ) -> Judge:
     """`function:MODULE:NAME`, or any reward source, as a judge; see `make_sources`."""
     if spec.startswith(FUNCTION):
         return FunctionJudge(spec, find_function(spec))
-    return ScoreJudge(make_source(spec, tokenizer, fabric, device, budget=budget))
+    return ScoreJudge(make_source(spec, tokenizer, fabric, device, budget=budget, longest=longest))
 
 
 def _sigmoid(x: float) -> float:

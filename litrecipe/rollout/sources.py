@@ -234,18 +234,22 @@ def make_sources(
     device: torch.device | str,
     *,
     budget: int = 8192,
+    longest: int | None = None,
     own: RewardSource | None = None,
 ) -> list[Weighted]:
     """The sources of a recipe; reward models are loaded once, frozen, onto `device`.
 
-    `tokenizer` is the policy's; `own` is what `hydra` stands for. Raises InputError with all that is wrong with the
+    `tokenizer` is the policy's, `longest` are the tokens of the run's longest sequence; `own` is what `hydra` stands
+    for. Raises InputError with all that is wrong with the
     specs before any model is loaded.
     """
     light = light_sources(config)
     if own is not None:
         light[HYDRA] = own
     return [
-        Weighted(light.get(spec) or load_source(spec, tokenizer, fabric, device, budget=budget), weight)
+        Weighted(
+            light.get(spec) or load_source(spec, tokenizer, fabric, device, budget=budget, longest=longest), weight
+        )
         for spec, weight in config.sources.items()
     ]
 
@@ -268,16 +272,28 @@ def light_sources(config: Rewards) -> dict[str, RewardSource]:
 
 
 def make_source(
-    spec: str, tokenizer: Tokenizer, fabric: groups.Fabric, device: torch.device | str, *, budget: int = 8192
+    spec: str,
+    tokenizer: Tokenizer,
+    fabric: groups.Fabric,
+    device: torch.device | str,
+    *,
+    budget: int = 8192,
+    longest: int | None = None,
 ) -> RewardSource:
     """One source; see `make_sources`."""
     if spec.startswith(MODEL):
-        return load_source(spec, tokenizer, fabric, device, budget=budget)
+        return load_source(spec, tokenizer, fabric, device, budget=budget, longest=longest)
     return _light_source(spec)
 
 
 def load_source(
-    spec: str, tokenizer: Tokenizer, fabric: groups.Fabric, device: torch.device | str, *, budget: int = 8192
+    spec: str,
+    tokenizer: Tokenizer,
+    fabric: groups.Fabric,
+    device: torch.device | str,
+    *,
+    budget: int = 8192,
+    longest: int | None = None,
 ) -> ModelSource:
     """The reward model of `model:SOURCE`, in the precision of `fabric`; raises InputError where there is none."""
     alone = replace(
@@ -290,7 +306,7 @@ def load_source(
     )
     try:
         model = groups.Model(source=spec.removeprefix(MODEL))
-        session = open_any(model, groups.Quantize(), alone, as_judge=True)
+        session = open_any(model, groups.Quantize(), alone, as_judge=True, longest=longest)
     except InputError as error:
         raise InputError(*(f"{KEY}: {line.removeprefix('model.source: ')}" for line in error.mistakes)) from error
     if not isinstance(session.model, RewardModel):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from openelm import OPENELM, OpenElm
 
 from litrecipe.config.errors import InputError
-from litrecipe.model.architecture import LayerKind, Rope, count_parameters
+from litrecipe.model.architecture import Architecture, LayerKind, Rope, count_parameters
 from litrecipe.model.cache import CacheStep, KVCache
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.families import FAMILIES, read_architecture, to_hf_config
+from litrecipe.model.families import FAMILIES, names_of, read_architecture, to_hf_config
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row
 
@@ -32,12 +33,21 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.1, 2.0, 5.0, 9.0]}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
     "mistral, window": {"sliding_window": 9},
     "phi3": {},
     "phi3, window": {"sliding_window": 9, "num_key_value_heads": 4},
+    "phi3, part of a head": {"partial_rotary_factor": 0.5, "sliding_window": 9},
+    "phi3, long": {"rope_scaling": LONG, "original_max_position_embeddings": 16},
+    "phi3, short": {"rope_scaling": {**LONG, "attention_factor": 0.7}, "original_max_position_embeddings": 64},
+    "phi3, long in part": {
+        "rope_scaling": {name: values[:2] if name != "type" else values for name, values in LONG.items()},
+        "original_max_position_embeddings": 16,
+        "partial_rotary_factor": 0.5,
+    },
     "qwen2": {},
     "qwen2, tied": {"tie_word_embeddings": True},
     "qwen2, yarn": {"rope_scaling": YARN},
@@ -62,6 +72,13 @@ CASES: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "linear", "factor": 8.0},
         "rope_local_base_freq": 100.0,
     },
+    "gpt_neox": {},
+    "gpt_neox, one after the other": {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_act": "gelu_new"},
+    "gpt_neox, no biases": {"attention_bias": False, "rotary_emb_base": 500, "tie_word_embeddings": True},
+    "gpt2": {},
+    "gpt2, other scores": {"scale_attn_weights": False, "activation_function": "gelu", "n_inner": 40},
+    "gpt2, head of its own": {"tie_word_embeddings": False},
+    "openelm": {},
 }
 
 
@@ -70,25 +87,41 @@ def family_of(case: str) -> str:
 
 
 def theirs_of(case: str, **change: Any) -> Any:
-    """transformers' model of a case, with weights that all matter."""
+    """transformers' model of a case, or what stands in for it, with weights that all matter."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if family_of(case) == "openelm":
+        return with_weights(OpenElm(OPENELM))
     given = SMALL | CASES[case] | change
     if family_of(case) in ("phi3", "qwen2", "olmo2", "smollm3", "llama") and given["head_dim"] == 8:
         del given["head_dim"]  # the size of a head follows from the others
     config = AutoConfig.for_model(family_of(case), **given)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return with_weights(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+
+
+def with_weights(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3, generator=generator)
     return model
 
 
+LONGEST = 40
+"""Tokens of the longest sequence."""
+
+
 def ours_of(theirs: Any) -> Decoder:
-    """The same weights under the same names."""
-    model = Decoder(read_architecture(json.loads(json.dumps(theirs.config.to_dict(), default=str))))
-    model.load_state_dict(theirs.state_dict())
+    """The same weights."""
+    architecture = read_architecture(json.loads(json.dumps(theirs.config.to_dict(), default=str)))
+    model = Decoder(architecture.for_length(LONGEST))
+    absent = model.load_state_dict(as_in_memory(theirs.state_dict(), architecture), strict=False)
+    assert not absent.unexpected_keys and set(absent.missing_keys) <= {"lm_head.weight"}  # where that is tied
     return model
+
+
+def as_in_memory(tensors: dict[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Tensors of transformers' model under our names, in our layouts."""
+    return dict(names_of(architecture).read(tensors.items(), architecture))
 
 
 @pytest.fixture(params=CASES)
@@ -103,17 +136,19 @@ def test_all_families_are_here() -> None:
 def test_logits_and_gradients_equal_transformers(case: str) -> None:
     theirs = theirs_of(case)
     ours = ours_of(theirs)
-    tokens = torch.randint(0, SMALL["vocab_size"], (40,), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, SMALL["vocab_size"], (LONGEST,), generator=torch.Generator().manual_seed(1))
     got, right = ours.logits(tokens), theirs(tokens[None]).logits[0]
     assert right.abs().max() > 1
     torch.testing.assert_close(got, right, atol=1e-4, rtol=0)
     direction = torch.randn(right.shape, generator=torch.Generator().manual_seed(2))
     (got * direction).sum().backward()
     (right * direction).sum().backward()
-    for name, parameter in theirs.named_parameters():
-        if parameter.grad is not None and parameter.grad.any():
-            apart = (ours.get_parameter(name).grad - parameter.grad).norm() / parameter.grad.norm()
-            assert apart < 2e-5, name
+    gradients = {name: one.grad for name, one in theirs.named_parameters() if one.grad is not None and one.grad.any()}
+    found = {name: one.grad for name, one in ours.named_parameters() if one.grad is not None and one.grad.any()}
+    for name, gradient in as_in_memory(gradients, ours.architecture).items():
+        apart = (found.pop(name) - gradient).norm() / gradient.norm()
+        assert apart < 2e-5, name
+    assert not found
 
 
 def test_a_left_padded_batch_of_theirs_equals_our_rows(case: str) -> None:
@@ -179,6 +214,10 @@ def test_written_configs_mean_the_same_to_us_and_to_transformers(case: str) -> N
     architecture = read_architecture(theirs.config.to_dict())
     written = json.loads(json.dumps(to_hf_config(architecture)))
     assert read_architecture(written) == architecture
+    if isinstance(theirs, OpenElm):  # its own keys mean what they meant
+        assert {key: written[key] for key in OPENELM} == OPENELM
+        assert "qkv_multipliers" not in written
+        return
     config = AutoConfig.for_model(**written)
     assert read_architecture(config.to_dict()) == architecture
     assert [type(theirs).__name__] == written["architectures"]
@@ -260,6 +299,10 @@ def test_smollm3_leaves_out_every_fourth() -> None:
     assert a.ropes[0].theta == 2e6
 
 
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "layer_norm_epsilon": 1e-5}
+"""What a config of GPT-2 needs."""
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -272,11 +315,22 @@ def test_smollm3_leaves_out_every_fourth() -> None:
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "config.json: use_bidirectional"),
         ({"model_type": "mistral", "sliding_window": "wide"}, "config.json: sliding_window: 'wide': must be a whole"),
         (
-            {"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0]}},
-            "config.json: rope_scaling.rope",
+            {"model_type": "phi3", "rope_scaling": {**YARN, "type": "linear"}},
+            "config.json: rope_scaling.short_factor: No",
         ),
-        ({"model_type": "phi3", "rope_scaling": YARN}, "config.json: rope_scaling.type: yarn: only models without"),
-        ({"model_type": "phi3", "partial_rotary_factor": 0.75}, "config.json: partial_rotary_factor: 0.75: heads"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "config.json: rope_scaling.ro",
+        ),
+        ({"model_type": "phi3", "rope_scaling": {**LONG, "long_factor": [1.0]}}, "config.json: rope_scaling.long_fac"),
+        ({"model_type": "phi3", "rope_scaling": {**LONG, "short_factor": [0] * 4}}, "config.json: rope_scaling.short_"),
+        ({"model_type": "phi3", "partial_rotary_factor": 1.5}, "config.json: partial_rotary_factor: 1.5: must be a"),
+        ({"model_type": "llama", "partial_rotary_factor": 0.75}, "config.json: partial_rotary_factor: 0.75: all of a"),
+        ({"model_type": "gpt_neox", "layer_norm_eps": 1e-5, "rotary_pct": "x"}, "config.json: rotary_pct: 'x': must"),
+        ({"model_type": "gpt_neox"}, "config.json: layer_norm_eps: missing"),
+        ({"model_type": "gpt2", "n_embd": 8, "n_layer": 0}, "config.json: n_layer: 0: must be a whole number above 0"),
+        ({"model_type": "gpt2", **GPT2, "add_cross_attention": True}, "config.json: add_cross_attention: true: only"),
+        ({"model_type": "gpt2", **GPT2, "activation_function": "relu"}, "config.json: activation_function: relu: only"),
         ({"model_type": "qwen2", "rope_scaling": {**YARN, "beta_fast": "x"}}, "config.json: rope_scaling.beta_fast"),
     ],
 )
