@@ -192,7 +192,8 @@ def _check_tensors(files: ModelFiles, model: Trunk) -> None:
         expected.pop(SCORE, None)
     if "lm_head.weight" not in expected:
         found.pop("lm_head.weight", None)
-    said = names_of(files.architecture).in_files
+    names = names_of(files.architecture)
+    said, expected = names.in_files, names.parted(expected)
     mistakes = [f"{said(name)}: missing" for name in expected if name not in found]
     mistakes += [f"{said(name)}: unexpected" for name in found if name not in expected]
     mistakes += [
@@ -210,7 +211,7 @@ def _fill(model: Trunk, files: ModelFiles, dtype: torch.dtype, device: torch.dev
     """Put every tensor into the module it belongs to, a score in fp32; quantise a layer with its last tensor."""
     names = {name for name, _ in model.named_parameters()}
     waiting = Counter(_layer(name) for name in names)
-    for name, tensor in track(files.tensors(), "loading weights", total=len(files.shapes)):
+    for name, tensor in track(files.tensors(), "loading weights", total=len(names)):
         if name not in names:
             continue
         owner, _, leaf = name.rpartition(".")

@@ -160,6 +160,9 @@ class ModelFiles:
         kind = f"{a.family} reward model" if self.is_reward_model else a.family
         kind += " with a score beside its language model" if self.is_hydra else ""
         line = f"{self.source}: {kind}, {size:,} parameters in {a.num_layers} layers of {a.hidden_size}"
+        if a.experts is not None:
+            active = count_parameters(a, is_reward_model=self.is_reward_model, active=True)
+            line += f", {active:,} of them at work on a token"
         return line + (f", with a {self.adapter.kind} adapter" if self.adapter else "")
 
     def _need_weights(self) -> Weights:

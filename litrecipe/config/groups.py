@@ -207,6 +207,20 @@ class Reward:
 
 
 @dataclass
+class Router:
+    """What the routers of mixtures of experts are held to; other models have none."""
+
+    aux_loss_coef: float | None = None
+    """Weight of the loss that keeps experts equally busy, E Σ f_e P_e (default: that of the model's config.json; 0
+    under an adapter, which leaves routers as they are)."""
+    balance: Literal["hf", "layer"] = "hf"
+    """`hf` takes the experts' shares over all layers together, as transformers does; `layer` is the mean over layers,
+    which then cannot make up for each other. Either is the number of chosen experts where all are used alike."""
+    z_loss_coef: float = 0.0
+    """Weight of the mean logsumexp(router logits)² over tokens and layers (ST-MoE: 0.001)."""
+
+
+@dataclass
 class Optim:
     """The optimizer."""
 
@@ -366,6 +380,7 @@ class TrainingRecipe:
 class FinetuneRecipe(TrainingRecipe):
     """Supervised fine-tuning: full, LoRA or DoRA, on a plain or quantised base."""
 
+    router: Router = field(default_factory=Router)
     out_dir: str = "runs/finetune"
     distil: Distil = field(default_factory=Distil)
 

@@ -30,9 +30,11 @@ from litrecipe.config.files import locked, read_json
 from litrecipe.config.prepare import PrepareRecipe, parse_size
 from litrecipe.config.progress import Line, duration, say
 from litrecipe.data.cache import key_of
+from litrecipe.data.contamination import check_against, evaluation_inputs, read_evaluation_texts
 from litrecipe.data.documents import Cursor, Document, Documents, Read
+from litrecipe.data.duplicates import Duplicates, Mark, Marks, marks_from_json, marks_to_json
 from litrecipe.data.encoding import Encoded, Encoder, encode_all
-from litrecipe.data.readers import Mistakes
+from litrecipe.data.readers import Mistakes, check_sources
 from litrecipe.data.shard_files import Chunk, ChunkWriter, write_index
 from litrecipe.data.tokenizer import Tokenizer
 
@@ -108,15 +110,18 @@ def prepare(recipe: PrepareRecipe, tokenizer: Tokenizer, split: str = "train") -
     Raises InputError with all mistakes of the texts that it met, or where `out` holds something else.
     """
     out = Path(recipe.out).expanduser()
+    check_sources({"sources": recipe.sources}, split)
+    check_against(recipe.decontaminate)
     documents = Documents(recipe.sources, recipe.columns.get("text", "text"), recipe.txt, split)
     about = _settings(recipe, tokenizer, documents)
     draft = out.with_name(f"{out.name}.part")
     try:
         draft.mkdir(parents=True, exist_ok=True)
         with locked(draft / ".lock", f"prepares {out}"):
+            draft.mkdir(exist_ok=True)  # another process may have had the lock, and finished
             if (found := _finished(out, about["key"])) is None:
                 _Preparation(recipe, tokenizer, documents, about, draft).run()
-                (draft / ".lock").unlink()
+                (draft / ".lock").unlink(missing_ok=True)
                 replace_folder(draft, out)
                 found = read_json(out / MANIFEST)
             else:
@@ -167,7 +172,8 @@ def _settings(recipe: PrepareRecipe, tokenizer: Tokenizer, documents: Documents)
         "eos": eos,
     }
     sources = [one.describe() for one in documents.inputs]
-    texts = [(one["source"], Path(one["file"]).name, one["sha256"]) for one in sources]
+    against = [one.describe() for one in evaluation_inputs(recipe.decontaminate)]
+    texts = [(one["source"], Path(one["file"]).name, one["sha256"]) for one in [*sources, *against]]
     return {
         "kind": KIND,
         "version": VERSION,
@@ -175,6 +181,7 @@ def _settings(recipe: PrepareRecipe, tokenizer: Tokenizer, documents: Documents)
         "tokenizer": {"source": recipe.tokenizer} | made_by,
         "settings": keys,
         "sources": sources,
+        "decontaminated": {"against": against},
     }
 
 
@@ -186,7 +193,17 @@ class _Preparation:
     ) -> None:
         self.recipe, self.documents, self.about, self.draft = recipe, documents, about, draft
         bos, eos = bos_and_eos(recipe, tokenizer)
-        self.encoder = Encoder(tokenizer, bos, eos)
+        features: dict[str, Any] = {}
+        if recipe.decontaminate.against:
+            texts = features["contamination"] = read_evaluation_texts(recipe.decontaminate)
+            about["decontaminated"] |= {"texts": texts.texts, "too_short": texts.too_short}
+        if recipe.dedup.exact or recipe.dedup.near:
+            features["marks"] = Marks(recipe.dedup)
+        self.features = list(features)
+        self.encoder = Encoder(tokenizer, bos, eos, list(features.values()))
+        self.duplicates = Duplicates(recipe.dedup)
+        self.marks: list[Mark] = []
+        """Of the documents since the last shard."""
         self.around = len(bos) + len(eos)
         self.state = self._resumed()
         self.writer = ChunkWriter(draft, parse_size(recipe.shard_size), len(self.state.chunks))
@@ -194,12 +211,19 @@ class _Preparation:
         self.line = Line()
         self.seen_bytes = 0
         """Of text, in this process."""
+        self.first_byte = documents.bytes
+        """Of the files, after the first batch of this process."""
 
     def _resumed(self) -> State:
         """What an interrupted preparation of the same left behind; all else in the draft is removed."""
         path = self.draft / STATE
         if path.is_file() and (self.draft / self.about["key"]).is_file():
             state = State.read(path)
+            number = 0
+            for shard in range(len(state.chunks) if "marks" in self.features else 0):
+                for mark in marks_from_json(read_json(self._marks_file(shard))["marks"]):
+                    self.duplicates.keep(number, mark)
+                    number += 1
             with (self.draft / SKIPPED).open("ab") as file:
                 file.truncate(state.skipped_bytes)
             say(f"goes on after {state.counts.documents:,} documents, {state.counts.tokens:,} tokens")
@@ -210,6 +234,9 @@ class _Preparation:
         (self.draft / SKIPPED).touch()
         (self.draft / self.about["key"]).touch()
         return State(inputs=[{"documents": 0, "tokens": 0, "text_bytes": 0} for _ in self.documents.inputs])
+
+    def _marks_file(self, shard: int) -> Path:
+        return self.draft / f"marks-{shard}.json"
 
     def run(self) -> None:
         """Read, tokenise and write what is still to do."""
@@ -263,26 +290,40 @@ class _Preparation:
                 self._skip("unreadable" if event.why else "empty", event.where, event.why)
             else:
                 tokens = encoded.tokens[stops[place] - encoded.lengths[place] : stops[place]]
-                self._keep_or_skip(read, event, tokens)
+                found = {name: of_all[place] for name, of_all in zip(self.features, encoded.features, strict=True)}
+                self._keep_or_skip(read, event, tokens, **found)
                 place += 1
             self.state.cursor = read.after
             if self.writer.is_full:
                 self._close_shard()
 
-    def _keep_or_skip(self, read: Read, document: Document, tokens: np.ndarray) -> None:
+    def _keep_or_skip(
+        self, read: Read, document: Document, tokens: np.ndarray, contamination: str = "", marks: Mark | None = None
+    ) -> None:
         length, size = len(tokens) - self.around, len(document.text.encode())
         self.seen_bytes += size
         shortest, longest = self.recipe.min_tokens, self.recipe.max_tokens
+        reason, why = "", f"{length} tokens"
         if length < shortest:
-            self._skip("too_short", document.where, f"{length} tokens", document.text)
+            reason = "too_short"
         elif longest is not None and length > longest:
-            self._skip("too_long", document.where, f"{length} tokens", document.text)
-        else:
-            self.writer.add(tokens, document.where)
-            for counts in (self.state.counts.__dict__, self.state.inputs[read.input]):
-                counts["documents"] += 1
-                counts["tokens"] += len(tokens)
-                counts["text_bytes"] += size
+            reason = "too_long"
+        elif contamination:
+            reason, why = "contaminated", contamination
+        elif marks is not None and (duplicate := self.duplicates.original(marks)):
+            reason, original = duplicate
+            why = f"of document {original} in the shards"
+        if reason:
+            self._skip(reason, document.where, why, document.text)
+            return
+        if marks is not None:
+            self.duplicates.keep(self.state.counts.documents, marks)
+            self.marks.append(marks)
+        self.writer.add(tokens, document.where)
+        for counts in (self.state.counts.__dict__, self.state.inputs[read.input]):
+            counts["documents"] += 1
+            counts["tokens"] += len(tokens)
+            counts["text_bytes"] += size
 
     def _skip(self, reason: str, where: str, why: str, text: str = "") -> None:
         """Count it, and write it down."""
@@ -297,6 +338,10 @@ class _Preparation:
     def _close_shard(self) -> None:
         """Write what fills a shard, and then that it is written."""
         if not self.writer.is_empty:
+            if "marks" in self.features:
+                kept = json.dumps({"marks": marks_to_json(self.marks)})
+                write_text(self._marks_file(self.writer.chunks), kept)
+                self.marks.clear()
             self.state.chunks.append(self.writer.write())
             self.state.config = self.writer.config
         self.skipped.flush()
@@ -307,9 +352,10 @@ class _Preparation:
     def _show(self, read: Read) -> None:
         """How far it is, how fast, and how long it will take."""
         seconds, total = self.line.seconds, max(1, self.documents.bytes)
-        share = min(1.0, read.bytes / total)
+        self.first_byte = min(self.first_byte, read.bytes)
+        share, now = min(1.0, read.bytes / total), (read.bytes - self.first_byte) / total
         speed = self.seen_bytes / seconds / 1e6
-        left = f" · {duration(seconds * (1 - share) / share)} left" if share else ""
+        left = f" · {duration(seconds * (1 - share) / now)} left" if now else ""
         counts = self.state.counts
         done = f"{counts.documents:,} documents, {counts.tokens:,} tokens"
         self.line.show(f"preparing · {100 * share:.0f} % · {done} · {speed:.1f} MB/s{left}")
@@ -318,8 +364,8 @@ class _Preparation:
         """The index, the manifest, and none of what was for going on."""
         state, draft = self.state, self.draft
         self.line.clear()
-        for name in (STATE, self.about["key"]):
-            (draft / name).unlink(missing_ok=True)
+        for path in (draft / STATE, draft / self.about["key"], *draft.glob("marks-*.json")):
+            path.unlink(missing_ok=True)
         write_index(draft, state.chunks, state.config)
         entries = {chunk.info["filename"]: _entry(chunk) for chunk in state.chunks}
         entries |= {name: describe_file(draft / name) for name in ("index.json", SKIPPED)}

@@ -6,23 +6,43 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.data.shards import Shards, open_shards
-from litrecipe.data.stream import Batches, Beginning, Mixture, Sequences, Stage, StreamSource
+from litrecipe.data.stream import Batches, Mixture, Sequences, Stage, StreamSource
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.model.row import Sample
 
 ONE = "train"
 """Name of the source where a recipe has one, as `data.train`."""
 
 
-class HeldOut(Beginning):
-    """The first sequences of a held-out source."""
+@dataclass(frozen=True)
+class HeldOut:
+    """The first sequences of a held-out source, a `SampleList`."""
 
-    def __init__(self, whole: Sequences, count: int, bytes_per_token: float | None) -> None:
-        super().__init__(whole, count)
-        self.bytes_per_token = bytes_per_token
-        """UTF-8 bytes that a token stands for on average; None where it is not known."""
+    whole: Sequences
+    count: int
+    bytes_per_token: float | None
+    """UTF-8 bytes that a token stands for on average; None where it is not known."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.whole[index]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each."""
+        return self.whole.lengths[: self.count]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the samples and their order."""
+        return f"{self.whole.key}:{self.whole.attend_across}:{self.count}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cache
 from glob import escape
@@ -149,10 +149,11 @@ def check_source(key: str, source: str) -> None:
     check_sources({key: source})
 
 
-def check_sources(sources: dict[str, str], split: str = "train") -> None:
+def check_sources(sources: Mapping[str, str | list[str]], split: str = "train") -> None:
     """Raise InputError naming the recipe's keys whose sources cannot be found; their rows are not read."""
     mistakes = []
-    for key, source in sources.items():
+    several = {key: [given] if isinstance(given, str) else given for key, given in sources.items()}
+    for key, source in ((key, source) for key, given in several.items() for source in given):
         try:
             if source.startswith("toy:"):
                 ToySource.parse(source)

@@ -21,8 +21,12 @@ from litrecipe.config.errors import InputError
 INDEX = "index.json"
 WORD = 4
 """Bytes of a number of a chunk's head."""
-DTYPES = {"no_header_tensor:15": np.int32, "no_header_tensor:17": np.int64, "no_header_tensor:20": np.uint16}
-"""litdata's names of the token types that are read."""
+DTYPES = {
+    f"no_header_tensor:{number}": dtype
+    for dtype, numbers in ((np.int32, (15, 16)), (np.int64, (17, 18)), (np.uint16, (20,)))
+    for number in numbers
+}
+"""litdata's names of the token types that are read; some have two."""
 LARGEST = 2**32 - 1
 """Bytes of a chunk, as its offsets are 32 bits wide."""
 

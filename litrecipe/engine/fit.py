@@ -29,25 +29,35 @@ from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
 from litrecipe.engine.legs import Leg, leg_of
-from litrecipe.engine.optim import Role, make_optimizer, set_rates, trained_parameters
+from litrecipe.engine.optim import (
+    Role,
+    Treatment,
+    make_optimizer,
+    plain_treatment,
+    set_rates,
+    trained_parameters,
+)
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.engine.spikes import SpikeGuard
-from litrecipe.engine.statistics import with_statistics
+from litrecipe.engine.statistics import completed, with_statistics
 from litrecipe.engine.telling import Teller
 from litrecipe.model.row import Row, Sample, make_row
 from litrecipe.objectives.loss import (
     Loss,
     Objective,
+    OfOwnRows,
     StepGlobal,
+    Tallying,
     add_up,
     detached,
     metric_maxima,
     metric_sums,
     quotients,
     step_loss,
+    tally,
 )
 
 if TYPE_CHECKING:
@@ -87,6 +97,8 @@ class Job:
     are passed over then."""
     guard: SpikeGuard | None = None
     """Refuses steps as well, those among them that are not finite, which are an error otherwise."""
+    treatment: Callable[[str, nn.Parameter], Treatment] = plain_treatment
+    """How a weight is dealt with by the optimizer, by its name."""
     legs: Sequence[Leg] = ()
     """Stages of the run; none: `optim.lr`, `schedule` and `train.micro_batch_tokens` throughout."""
     flops: Callable[[Sequence[Sample]], float] | None = None
@@ -165,7 +177,7 @@ class Run:
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.roles = job.roles or [Role("", job.recipe.optim.lr, self.train_config.grad_clip)]
-        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles)
+        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles, job.treatment)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.lr = 0.0
         self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
@@ -263,11 +275,13 @@ class Run:
 
     def train_step(self, samples: list[Sample]) -> StepResult:
         """One optimizer step on the whole of `samples`, whose cut into rows and ranks changes nothing."""
-        rows = list(self.with_statistics(self.rows_of_this_rank(samples), samples))
+        rows = self.rows_of_this_rank(samples)
+        at_once = len(rows) == 1 and isinstance(self.job.objective, OfOwnRows)
+        rows = rows if at_once else list(self.with_statistics(rows, samples))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
         sharded = self.recipe.fabric.strategy == "fsdp"
-        losses = [self.learn(row, counts, exchange=sharded or row is rows[-1]) for row in rows]
+        losses = [self.learn(row, counts, exchange=sharded or row is rows[-1], at_once=at_once) for row in rows]
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
@@ -275,6 +289,7 @@ class Run:
         norms = {role.name: self.clip(role, samples) for role in self.roles}
         metrics = quotients(ranks.sums(self.fabric, metric_sums(losses)))
         metrics |= ranks.maxima(self.fabric, metric_maxima(losses))
+        metrics |= self.tallied(losses)
         rates = self.set_rates()
         norm = math.hypot(*norms.values())
         refused = self.refused(metrics | {"loss": total, "grad_norm": norm})
@@ -330,13 +345,25 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(parameters, role.grad_clip, norm)
         return float(norm)
 
-    def learn(self, row: Row, counts: dict[str, float], exchange: bool) -> Loss:
+    def tallied(self, losses: list[Loss]) -> dict[str, float]:
+        """What the objective makes of what adds up over the step's rows."""
+        if not isinstance(self.job.objective, Tallying):
+            return {}
+        return self.job.objective.tell(ranks.tensor_sums(self.fabric, tally(losses)))
+
+    def learn(self, row: Row, counts: dict[str, float], exchange: bool, at_once: bool = False) -> Loss:
         """Forward and backward of one row; the ranks `exchange` their gradients now, or with a later row.
+
+        `at_once`: it is the only one of this rank, and tells itself what the objective must know of the step.
 
         The loss comes back without its graph: the next row's activations would have to go around what is left of it.
         """
         with self.fabric.no_backward_sync(self.module, enabled=not exchange):
-            loss = self.job.objective(self.module(row), row)
+            output = self.module(row)
+            if at_once and isinstance(self.job.objective, StepGlobal):
+                mine = self.job.objective.statistics(output, row)
+                (row,) = completed([row], [mine], self.job.objective, self.fabric.global_rank, self.writer.gather)
+            loss = self.job.objective(output, row)
             # Gradients are averaged over the ranks, the loss is a sum over them.
             self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
         return detached(loss)
@@ -420,7 +447,7 @@ class Run:
                 total_counts = ranks.sums(self.fabric, add_up(counts))
                 share = sum(float(step_loss(loss, total_counts)) for loss in losses)
                 means = ranks.sums(self.fabric, {"loss": share})
-                means |= quotients(ranks.sums(self.fabric, metric_sums(losses)))
+                means |= quotients(ranks.sums(self.fabric, metric_sums(losses))) | self.tallied(losses)
                 means |= self.job.measured(means)
                 metrics |= {f"eval_{name}": value for name, value in means.items()}
             if self.job.evaluate_tasks is not None:

@@ -20,6 +20,7 @@ from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.experts import ExpertMLPs
 from litrecipe.model.head import block_size
 from litrecipe.model.hydra import Hydra, of_best
 from litrecipe.model.reward import RewardModel
@@ -107,6 +108,8 @@ def estimate(
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
     widest = max(architecture.intermediate_size, architecture.hidden_size)
+    if experts := architecture.experts:
+        widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
@@ -115,7 +118,7 @@ def estimate(
         optimizer=optimizer,
         exchange=exchange,
         activations=activations,
-        scratch=head_scratch(model, row, device) + 6 * len(row.tokens) * widest * 4,
+        scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
         parameters=parameters,
@@ -132,6 +135,16 @@ def head_scratch(model: nn.Module, row: Row, device: torch.device | str) -> int:
     predictions, head = len(read.target), decoder.lm_head.weight
     block = 4 * predictions * min(block_size(predictions, device), len(head))
     return 2 * block + (head.numel() * head.element_size() if head.requires_grad else 0)
+
+
+def experts_scratch(model: nn.Module) -> int:
+    """The gradient of one layer's experts, where they are trained, before it is added."""
+    sizes = (
+        sum(p.numel() * p.element_size() for p in part.parameters(recurse=False) if p.requires_grad)
+        for part in model.modules()
+        if isinstance(part, ExpertMLPs)
+    )
+    return max(sizes, default=0)
 
 
 def teacher_bytes(
@@ -201,9 +214,16 @@ def faked(row: Row) -> Row:
 
 def stored_bytes(name: str, parameter: nn.Parameter, method: str) -> int:
     """A parameter as it lies in memory: frozen matrices of the layers may be quantised."""
-    is_linear = LAYERS in name and parameter.ndim == 2 and not parameter.requires_grad
     quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[method]
-    return int(parameter.numel() * (quantised if is_linear else parameter.element_size()))
+    is_frozen = not parameter.requires_grad
+    return int(
+        parameter.numel() * (quantised if is_frozen and can_be_quantised(name, parameter) else parameter.element_size())
+    )
+
+
+def can_be_quantised(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix of a layer, or several, and no router's."""
+    return LAYERS in name and parameter.ndim >= 2 and not name.endswith("mlp.gate.weight")
 
 
 def gathered(sizes: dict[str, int], architecture: Architecture, blocks: int) -> int:

@@ -1,6 +1,7 @@
 """From hidden states to log-probabilities of their targets, without ever holding all logits.
 
-Shapes: P predictions, d hidden size, V vocabulary, v of its tokens at a time.
+Shapes: P predictions, d hidden size, V vocabulary, v of its tokens at a time; T tokens, L layers with a router of E
+experts.
 
 With z = W h / τ, log p(t) = z_t - logsumexp(z), whose gradient towards h is (W_t - Σ_v p_v W_v) / τ. The sums over the
 vocabulary are taken block by block, scaled by the highest logit so far (1805.02867): a block's logits are used up while
@@ -50,6 +51,9 @@ class Predictions(NamedTuple):
     """(P,) float32 KL(q ‖ p) in nats of what a teacher says, with gradient; None without a teacher."""
     teacher_entropy: Tensor | None = None
     """(P,) float32 entropy of q in nats, without gradient. With `kl` it makes the cross-entropy -Σ_v q_v log p_v."""
+    router_logits: Tensor | None = None
+    """(L, T, E) float32, what the router of each layer that has one says of every token of the row, targets or not;
+    None unless asked for."""
 
 
 class Comparison(Protocol):
@@ -119,8 +123,7 @@ def in_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the precision of autocast, where that is on."""
     if not torch.is_autocast_enabled(hidden.device.type):
         return hidden, weight
-    dtype = torch.get_autocast_dtype(hidden.device.type)
-    return hidden.to(dtype), weight.to(dtype)
+    return hidden.to(product_dtype(hidden)), weight.to(product_dtype(hidden))
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
@@ -145,6 +148,12 @@ def block_size(predictions: int, device: torch.device | str) -> int:
 def widen(x: Tensor) -> Tensor:
     """x in fp32, or as it is where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What the products with `x` are computed in: autocast's dtype where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Block(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,17 @@ from litrecipe.config.groups import Distil, Quantize, TrainingRecipe
 from litrecipe.config.progress import say
 from litrecipe.data.cache import cache_folder, key_of
 from litrecipe.data.remembered import KnownSamples, WithExtras, Witness, remembered
+from litrecipe.data.source import SampleList
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.checkpoints import refuse_other_run
+from litrecipe.engine.rundir import RunDir
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.row import Row
 from litrecipe.model.teacher import TEACHER_IDS, TEACHER_LOGPS, StudentAndTeacher, Teacher
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.distillation import Distillation
 from litrecipe.recipes.known import start
+from litrecipe.recipes.training import longest_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -69,8 +73,8 @@ class Teaching:
 
     def load(self, recipe: TrainingRecipe) -> Teacher:
         """The teacher, frozen; in bf16 where anything is: its weights do not move, so that no rounding adds up."""
-        quantize = Quantize(method=self.distil.quantize)
-        teacher = load_teacher(self.files, dtype=teacher_dtype(recipe), quantize=quantize)
+        quantize, files = Quantize(method=self.distil.quantize), self.files.for_length(longest_of(recipe))
+        teacher = load_teacher(files, dtype=teacher_dtype(recipe), quantize=quantize)
         teacher.k = self.k
         teacher.temperature, teacher.tokens = self.distil.temperature, self.tokens
         if recipe.fabric.compile:
@@ -79,9 +83,19 @@ class Teaching:
         return teacher
 
 
-def open_teaching(distil: Distil, tokenizer: Tokenizer, longest: int) -> Teaching | None:
-    """The teacher, once it is sure that it can read what the student reads, samples of up to `longest` tokens; None
-    where there is none.
+@dataclass
+class Lesson:
+    """What a language model is trained on."""
+
+    module: nn.Module
+    """The model, with its teacher beside it where it has one."""
+    objective: CausalLM
+    train: SampleList
+    val: SampleList | None
+
+
+def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
+    """The teacher, once it is sure that it can read what the student reads; None where there is none.
 
     Raises InputError for a reward model, and for another tokenizer: what the two say of a token could not be compared.
     """
@@ -93,20 +107,36 @@ def open_teaching(distil: Distil, tokenizer: Tokenizer, longest: int) -> Teachin
         raise InputError(f"{said}: is {what}: give a language model")
     if Tokenizer.load(files.tokenizer_dir).text_fingerprint != tokenizer.text_fingerprint:
         raise InputError(f"{said}: has another tokenizer than the model that is trained: give one of the same family")
-    return Teaching(distil, files.for_length(longest), tokenizer.size)
+    return Teaching(distil, files, tokenizer.size)
 
 
-def what_learns(
-    student: Decoder, recipe: TrainingRecipe, teaching: Teaching | None, z_loss: float = 0.0
-) -> tuple[nn.Module, CausalLM]:
-    """What is trained, the student that is ready for it or that with its teacher beside it, and on what."""
+def lesson(
+    student: Decoder,
+    train: KnownSamples,
+    val: KnownSamples | None,
+    recipe: TrainingRecipe,
+    teaching: Teaching | None,
+    fabric: Fabric,
+    known: dict[str, str],
+    z_loss: float = 0.0,
+) -> Lesson:
+    """Module, objective and samples of a student that is ready to be trained; a teacher whose answers are kept is asked
+    now, unless the checkpoint to go on from is of a run that is not `known` by the same.
+
+    Several processes must call it together.
+    """
     student.with_log_z = z_loss > 0
     if teaching is None:
-        return student, CausalLM(z_loss)
+        return Lesson(student, CausalLM(z_loss), train, val)
+    teaching.check_reach(max(train.lengths))
     distil = teaching.distil
-    teacher = None if distil.cache else teaching.load(recipe)
-    module = StudentAndTeacher(student, teacher, temperature=distil.temperature, hard=distil.method == "top_1")
-    return module, Distillation(teaching.alpha, distil.temperature, z_loss)
+    objective = Distillation(teaching.alpha, distil.temperature, z_loss)
+    shape: dict[str, Any] = {"temperature": distil.temperature, "hard": distil.method == "top_1"}
+    if not distil.cache:
+        return Lesson(StudentAndTeacher(student, teaching.load(recipe), **shape), objective, train, val)
+    refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
+    remember = remembering(teaching, recipe, fabric)
+    return Lesson(StudentAndTeacher(student, **shape), objective, remember(train), val and remember(val))
 
 
 def remembering(teaching: Teaching, recipe: TrainingRecipe, fabric: Fabric) -> Callable[[KnownSamples], WithExtras]:

@@ -7,22 +7,20 @@ from typing import TYPE_CHECKING
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.config.groups import FinetuneRecipe, TrainingRecipe
+from litrecipe.config.groups import FinetuneRecipe, Router, TrainingRecipe
 from litrecipe.data.prepared import Prepared
-from litrecipe.data.source import RecordedSource, SampleList
+from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
-from litrecipe.engine.rundir import RunDir
-from litrecipe.recipes.distilling import Teaching, open_teaching, remembering, what_learns
+from litrecipe.objectives.routing import with_routers
+from litrecipe.recipes.distilling import Teaching, lesson, open_teaching
 from litrecipe.recipes.dry_run import show
 from litrecipe.recipes.training import (
     begin,
     identity,
     load_to_train,
-    longest_of,
     make_ready,
     prepared,
     save_trained,
@@ -36,7 +34,7 @@ if TYPE_CHECKING:
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
     files, tokenizer = begin(recipe, dry_run=dry_run)
-    teaching = open_teaching(recipe.distil, tokenizer, longest_of(recipe))
+    teaching = open_teaching(recipe.distil, tokenizer)
     if dry_run:
         return show(recipe, files, tokenizer, SUPERVISED, teaching)
 
@@ -53,27 +51,19 @@ def tune(
     teaching: Teaching | None = None,
 ) -> int:
     """Train the recipe's model on conversations, and on what a teacher says of them."""
-    known = identity(recipe, files, tokenizer, data.train)
-    train: SampleList = data.train
-    val: SampleList | None = data.val
-    if teaching:
-        known |= teaching.known_by
-        teaching.check_reach(max(data.train.lengths))
-        if teaching.distil.cache:
-            refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
-            remember = remembering(teaching, recipe, fabric)
-            train, val = remember(data.train), data.val and remember(data.val)
+    known = identity(recipe, files, tokenizer, data.train) | (teaching.known_by if teaching else {})
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
-    module, objective = what_learns(model, recipe, teaching)
+    router = recipe.router if isinstance(recipe, FinetuneRecipe) else Router()
+    what = lesson(model, data.train, data.val, recipe, teaching, fabric, known)
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
-            module=module,
-            objective=objective,
-            source=RecordedSource(train, recipe.train),
-            val=val,
+            module=what.module,
+            objective=with_routers(what.objective, model, router),
+            source=RecordedSource(what.train, recipe.train),
+            val=what.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
             identity=known,

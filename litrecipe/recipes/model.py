@@ -131,7 +131,7 @@ def info(src: str) -> int:
     files = open_model(src)
     console = progress.console()
     console.print(files.describe(), soft_wrap=True, highlight=False)
-    for table in (architecture_table(files.architecture), parameter_table(files), memory_table(files.architecture)):
+    for table in (architecture_table(files.architecture), parameter_table(files), memory_table(files)):
         console.print(table)
     return 0
 

@@ -17,11 +17,10 @@ from litrecipe.checkpoint.source import open_model
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import FinetuneRecipe
-from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.data import remembered
 from litrecipe.engine.recorder import diff
 from litrecipe.engine.rundir import read_records
-from litrecipe.recipes import finetune, pretrain
+from litrecipe.recipes import finetune
 from litrecipe.recipes.model import export
 
 Records = list[dict[str, Any]]
@@ -165,6 +164,19 @@ def test_teachers_that_cannot_teach(make: Callable[..., FinetuneRecipe], tiny_mo
             finetune.main(make(distil__teacher=teacher), dry_run=True)
 
 
+def test_a_teacher_must_reach_as_far_as_the_data(
+    make: Callable[..., FinetuneRecipe], teacher_model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(teacher_model, short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 60}
+    (short / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=r"^data\.max_length: \d+: the context of distil\.teacher .*short is 60 tokens"
+    ):
+        finetune.main(make(distil__teacher=short))
+
+
 def test_another_chat_template_is_no_other_tokenizer(
     make: Callable[..., FinetuneRecipe], teacher_model: Path, tmp_path: Path
 ) -> None:
@@ -186,65 +198,3 @@ def test_the_memory_table_has_the_teacher(
 
     assert gigabytes("teacher") >= 0.001
     assert gigabytes("asked", **TOP, distil__cache=True) >= 0.001
-
-
-# -- pretraining ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pretrain_alike(
-    tiny_model: Path, teacher_model: Path, tmp_path: Path
-) -> Callable[..., tuple[Records, PretrainRecipe]]:
-    """Two stages on two sources of made-up documents; returns the records and the recipe."""
-    for name, count in (("a", 40), ("b", 30), ("val", 5)):
-        rows = [{"text": f"{name} {n} " + "the quick fox " * (n % 7 + 1)} for n in range(count)]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def run(out: str, **flags: object) -> tuple[Records, PretrainRecipe]:
-        given = {
-            "model.source": tiny_model / "config.json",
-            "model.tokenizer": tiny_model,
-            "distil.teacher": teacher_model,
-            "data.sources": f"{{a: {tmp_path}/a.jsonl, b: {tmp_path}/b.jsonl}}",
-            "data.val": tmp_path / "val.jsonl",
-            "data.max_length": 32,
-            "data.cache_dir": tmp_path / "cache",
-            "data.workers": 1,
-            "optim.lr": 1e-2,
-            "checkpoint.every": 2,
-            "train.micro_batch_tokens": 128,
-            "train.global_batch_size": 4,
-            "pretrain.z_loss": 1e-3,
-            "stages.short.train.max_steps": 3,
-            "stages.long.train.max_steps": 2,
-            "stages.long.data.max_length": 64,
-            "log.loggers": [],
-            "fabric.accelerator": "cpu",
-            "out_dir": tmp_path / out,
-        } | {key.replace("__", "."): value for key, value in flags.items()}
-        recipe = schema.load(PretrainRecipe, [], [(key, str(value)) for key, value in given.items()])
-        assert pretrain.main(recipe) == 0
-        return read_records(tmp_path / out / "metrics.jsonl"), recipe
-
-    return run
-
-
-def test_a_stream_of_documents_is_learnt_from_a_teacher(
-    pretrain_alike: Callable[..., tuple[Records, PretrainRecipe]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Live or kept, in all stages; stopped between them it goes on as if it had not been, and asks nothing again."""
-    monkeypatch.setattr(remembered, "PART", 7)
-    live, _ = pretrain_alike("live", **TOP)
-    kept, recipe = pretrain_alike("kept", **TOP, distil__cache=True)
-    for name in ("loss", "grad_norm", "kl", "z_loss", "eval_kl", "eval_bits_per_byte"):
-        assert column(kept, name) and column(kept, name) == pytest.approx(column(live, name), rel=1e-5), name
-    for record in live[:5]:
-        expected = record["kl"] + record["teacher_entropy"] + 1e-3 * record["z_loss"]
-        assert record["loss"] == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr(remembered, "_said", None)
-    shutil.rmtree(tmp_path / "kept" / "checkpoints" / "step-00000005")
-    (tmp_path / "kept" / "final").rename(tmp_path / "unbroken")
-    pretrain_alike("kept", **TOP, distil__cache=True, checkpoint__resume="auto")
-    again = [tmp_path / name / "model.safetensors" for name in ("unbroken", "kept/final")]
-    assert again[0].read_bytes() == again[1].read_bytes()
-    assert pretrain.main(recipe, dry_run=True) == 0
