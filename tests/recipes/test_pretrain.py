@@ -247,7 +247,7 @@ def test_two_ranks_equal_one(flags: dict[str, Any], tmp_path: Path) -> None:
 def test_a_teacher_whose_answers_are_kept_teaches_as_one_that_is_asked_in_each_step(
     recipe: Load, tiny_model: Path, varied_model: Path, tmp_path: Path
 ) -> None:
-    """The likeliest 16 tokens, over two stages; kept in half precision, so to three digits of a loss near 5."""
+    """The likeliest 16 tokens, over two stages. What is kept is fp32, so only sums in another order differ."""
     losses = []
     for cache in ("true", "false"):
         asked = recipe(
@@ -262,7 +262,7 @@ def test_a_teacher_whose_answers_are_kept_teaches_as_one_that_is_asked_in_each_s
         assert pretrain.main(asked) == 0
         steps = records(tmp_path / cache, "grad_norm")
         losses.append([step["loss"] for step in steps])
-    assert losses[0] == pytest.approx(losses[1], abs=5e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert {"kl", "log_z"} & {name.partition("/")[0] for name in steps[0]}
 
 
