@@ -41,12 +41,8 @@ class Trunk(nn.Module):
         """Compute each layer again in the backward pass instead of keeping its insides."""
         self.model = Backbone(architecture)
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
-        self.frequencies = frequencies_of(architecture)
-
-    def read_up_to(self, tokens: int) -> None:
-        """Go by frequencies for sequences of so many tokens, see `Architecture.for_length`."""
-        self.architecture = self.architecture.for_length(tokens)
-        self.frequencies = frequencies_of(self.architecture)
+        longest = architecture.longest or architecture.max_positions
+        self.frequencies = [inverse_frequencies(rope, architecture.head_dim, longest) for rope in architecture.ropes]
 
     def init_weights(self, seed: int) -> None:
         """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
@@ -153,11 +149,6 @@ class Decoder(Trunk):
         """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
         hidden = self._hidden(tokens, step.positions, step.layers, step.places)
         return self.head(self.model.norm(hidden))
-
-
-def frequencies_of(a: Architecture) -> list[tuple[Tensor, float]]:
-    """Of each rotary embedding, see `inverse_frequencies`."""
-    return [inverse_frequencies(rope, a.head_dim, a.longest or a.max_positions) for rope in a.ropes]
 
 
 class Backbone(nn.Module):
