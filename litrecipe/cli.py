@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ class RecipeVerb:
     """Answers SIGTERM and SIGUSR1 with exit code 85, from its first moment on."""
     options: dict[str, Option] = dataclasses.field(default_factory=dict)
     """Options that are no keys of the recipe."""
+    words: str = ""
+    """The key, a list, of words that belong to no flag."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,13 @@ CONVERSATIONS, PREFERENCES = "data.formats:read_conversations", "data.preference
 PROMPTS = "data.openings:read_prompts"
 
 VERBS: dict[str, RecipeVerb | PlainVerb] = {
+    "pretrain": RecipeVerb(
+        "train a model on text, from nothing or on, in stages",
+        "pretrain:PretrainRecipe",
+        "recipes.pretrain:main",
+        preemptible=True,
+        options={**DRY_RUN, "plan": (bool, False, "show how many tokens would be best for this model; train nothing")},
+    ),
     "finetune": RecipeVerb(
         "fine-tune a model: full, LoRA or DoRA",
         "groups:FinetuneRecipe",
@@ -154,14 +164,25 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         "recipes.data:preview",
         options={"n": (int, 3, "how many samples")},
     ),
+    "data prepare": RecipeVerb(
+        "turn text into token shards for pretraining",
+        "prepare:PrepareRecipe",
+        "recipes.data:prepare",
+        preemptible=True,
+        words="sources",
+    ),
     "data train-tokenizer": PlainVerb(
         "learn a byte-level BPE tokenizer from texts, for models from scratch",
         "recipes.data:train_tokenizer",
         {
-            "texts": {"help": "whatever `data.train` takes"},
+            "texts": {"nargs": "+", "help": "whatever `data.train` takes"},
             "out": OUT,
             "--vocab_size": {"type": int, "default": 32000, "help": "ids at most (default: 32000)"},
             "--special": {"nargs": "+", "default": [], "help": "control tokens of a chat template"},
+            "--split_digits": {"action": "store_true", "help": "make each digit a token of its own"},
+            "--chat": {"action": "store_true", "help": "ChatML's control tokens and template"},
+            "--min_frequency": {"type": int, "default": 0, "help": "merge no pairs that are seen less often"},
+            "--column": {"default": "text", "help": "the column of text, where rows are texts (default: text)"},
         },
     ),
     "model import": PlainVerb(
@@ -260,7 +281,7 @@ def help_of(group: str) -> str:
         [
             f"usage: litrecipe {group or 'VERB '}...",
             "",
-            "Fine-tune, align and evaluate language models from one YAML recipe.",
+            "Pretrain, fine-tune, align and evaluate language models from one YAML recipe.",
             "",
             *two_columns(verbs.items(), max(map(len, verbs))),
             "",
@@ -322,7 +343,7 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
     from litrecipe.config import schema, stop
 
     kind = found(f"config.{verb.kind}")
-    line = Line(schema.keys(kind), verb.options)
+    line = Line(schema.keys(kind), verb.options, verb.words)
     line.read(argv)
     if line.help is not None:
         print(_help(name, kind, verb, line.help))
@@ -335,7 +356,7 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         raise InputError(*line.mistakes, *error.mistakes) from None
     if line.mistakes:
         raise InputError(*line.mistakes)
-    if hasattr(recipe, "stages"):
+    if hasattr(recipe, "wanted"):
         look_at_stages(recipe)
     elif verb.rows:
         look_at_rows(recipe.data, verb.rows)
@@ -389,6 +410,8 @@ def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
     options = {"--config RECIPE": "a file, or a name of `litrecipe recipes ls`; may be repeated, later ones win"}
     for option, (_, default, words) in verb.options.items():
         options[f"--{option}"] = words if default is False else f"{words} (default: {default})"
+    if verb.words:
+        options[f"{verb.words.upper()} ..."] = f"short for --{verb.words}"
     if "model" in groups:
         options["--model M"] = "short for --model.source M"
     options["--help [GROUP]"] = "this, or the keys of one group"
@@ -398,8 +421,10 @@ def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
 class Line:
     """A command line taken apart: recipes, flags, and options that are no keys."""
 
-    def __init__(self, keys: dict[str, Any], options: dict[str, Option]) -> None:
+    def __init__(self, keys: dict[str, Any], options: dict[str, Option], words: str = "") -> None:
+        """`words` is the key of words that belong to no flag, if they have one."""
         self.keys = keys
+        self.words = words
         self.kinds = {option: kind for option, (kind, _, _) in options.items()}
         self.options = {option: default for option, (_, default, _) in options.items()}
         self.configs: list[str] = []
@@ -410,11 +435,15 @@ class Line:
     def read(self, argv: list[str]) -> None:
         """Go through the line once; what is wrong is added to `mistakes`."""
         rest = list(reversed(argv))
+        words = []
         while rest:
             word = rest.pop()
             if word in ("-h", "--help"):
                 self.help = rest.pop() if rest and not rest[-1].startswith("-") else ""
                 return
+            if not word.startswith("--") and self.words:
+                words.append(word)
+                continue
             if not word.startswith("--"):
                 self.mistakes.append(f"{word}: belongs to no flag: a recipe is given as `--config {word}`")
                 continue
@@ -434,6 +463,8 @@ class Line:
             if not equals:
                 value = rest.pop() if has_value else "true"
             self._take(name, value)
+        if words:
+            self.flags.append((self.words, json.dumps(words)))
 
     def _misspelt(self, name: str) -> str | None:
         """The flag that a word is likely to stand for, if it is neither a flag nor a key."""

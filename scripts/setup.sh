@@ -36,7 +36,7 @@ install() {
 echo "setup: installing torch"
 install "$(grep '^torch==' constraints.txt)" hatchling
 echo "setup: installing litrecipe and its extras"
-install --no-build-isolation --editable '.[eval,gguf,loggers,rewards,dev]'
+install --no-build-isolation --editable '.[dedup,eval,gguf,loggers,rewards,dev]'
 
 # A torchvision that does not fit torch breaks every `import torchmetrics` and with it Lightning and transformers.
 # litrecipe does not need it, so a broken one is removed and a working one left alone.

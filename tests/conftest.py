@@ -122,6 +122,16 @@ def varied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def teacher_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A larger model than the tiny one with its tokenizer, a larger table and clear preferences."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    write_tiny_tokenizer(folder)
+    larger = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 328, "initializer_range": 0.2}
+    write_random_model(folder, TINY_CONFIG | larger, seed=2)
+    return folder
+
+
 @pytest.fixture
 def litrecipe():
     """Run the program as a user would; returns the finished process with its output as text."""

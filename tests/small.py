@@ -1,10 +1,13 @@
-"""Decoders so small that a test takes no time. Any test may import this: conftest.py puts this folder on the path."""
+"""Decoders so small that a test takes no time, and who counts what is computed. Any test may import this: conftest.py
+puts this folder on the path."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from litrecipe.config.groups import Quantize
 from litrecipe.model.decoder import Decoder
@@ -48,3 +51,21 @@ def decoder(quantized: str = "none", *, seed: int = 0, spread: float | None = No
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference, by the largest value."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+class Largest(TorchDispatchMode):
+    """Most elements of any tensor made, products with something of size V, and logits that are kept beside their
+    exponentials."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.products, self.kept = 0, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        self.products += func.overloadpacket is torch.ops.aten.mm
+        self.kept += func.overloadpacket is torch.ops.aten.exp and result.ndim == 2
+        return result

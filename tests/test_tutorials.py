@@ -58,7 +58,7 @@ def test_every_command_is_read(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert cli.run(words) == 0, words
             continue
         kind = cli.found(f"config.{verb.kind}")
-        line = cli.Line(schema.keys(kind), verb.options)
+        line = cli.Line(schema.keys(kind), verb.options, verb.words)
         line.read(words[len(found.split()) :])
         assert line.mistakes == [], words
         configs = [name for name in line.configs if name in hub_names() or not name.endswith(".yaml")]

@@ -6,13 +6,12 @@ each layer is quantised as soon as it is complete, so the peak is the finished m
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 import torch
 from torch import nn
 
-from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.checkpoint.source import ModelFiles, layer_of
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.config.progress import track
@@ -21,6 +20,7 @@ from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.families import names_of
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
+from litrecipe.model.teacher import Teacher
 
 SHOWN = 10
 """Wrong tensors named in one error."""
@@ -51,6 +51,17 @@ def load_model(
     if settings:
         _adapt(model, files, settings, seed)
     return model
+
+
+def load_teacher(files: ModelFiles, *, dtype: torch.dtype = torch.float32, quantize: Quantize | None = None) -> Teacher:
+    """The same decoder, frozen, as one that is asked; an adapter in `files` is a part of it."""
+    with torch.device("meta"):
+        model = Teacher(files.architecture)
+    _put_weights(model, files, dtype, "cpu", quantize or Quantize(), "pretrained", seed=0)
+    model.tie_weights()
+    if files.adapter:
+        _adapt(model, files, files.adapter.settings, seed=0)
+    return model.requires_grad_(False).eval()
 
 
 def load_reward_model(
@@ -181,7 +192,8 @@ def _check_tensors(files: ModelFiles, model: Trunk) -> None:
         expected.pop(SCORE, None)
     if "lm_head.weight" not in expected:
         found.pop("lm_head.weight", None)
-    said = names_of(files.architecture).in_files
+    names = names_of(files.architecture)
+    said, expected = names.in_files, names.parted(expected)
     mistakes = [f"{said(name)}: missing" for name in expected if name not in found]
     mistakes += [f"{said(name)}: unexpected" for name in found if name not in expected]
     mistakes += [
@@ -199,7 +211,7 @@ def _fill(model: Trunk, files: ModelFiles, dtype: torch.dtype, device: torch.dev
     """Put every tensor into the module it belongs to, a score in fp32; quantise a layer with its last tensor."""
     names = {name for name, _ in model.named_parameters()}
     waiting = Counter(_layer(name) for name in names)
-    for name, tensor in track(files.tensors(), "loading weights", total=len(files.shapes)):
+    for name, tensor in track(files.tensors(), "loading weights", total=len(names)):
         if name not in names:
             continue
         owner, _, leaf = name.rpartition(".")
@@ -213,8 +225,8 @@ def _fill(model: Trunk, files: ModelFiles, dtype: torch.dtype, device: torch.dev
 
 def _layer(name: str) -> str:
     """`model.layers.3` of a tensor in it, empty for all others."""
-    match = re.match(r"model\.layers\.\d+", name)
-    return match[0] if match else ""
+    number = layer_of(name)
+    return "" if number is None else f"model.layers.{number}"
 
 
 def _quantize(module: nn.Module, quantize: Quantize) -> None:

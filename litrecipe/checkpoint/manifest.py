@@ -110,9 +110,9 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(handle.fileno())
 
 
-def write_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """The last file of a folder: what `describe_file` says of the others, by name."""
-    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "files": entries}, indent=1))
+def write_manifest(folder: Path, entries: dict[str, dict[str, Any]], about: dict[str, Any] | None = None) -> None:
+    """The last file of a folder: what `describe_file` says of the others, by name, after what it is `about`."""
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, **(about or {}), "files": entries}, indent=1))
 
 
 def is_disk_full(error: OSError) -> bool:

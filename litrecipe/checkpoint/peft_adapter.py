@@ -13,7 +13,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
 from litrecipe.config.groups import Adapter
 from litrecipe.config.merge import path_of
-from litrecipe.model.architecture import SCORE, Architecture
+from litrecipe.model.architecture import EXPERTS, PROJECTIONS, SCORE, Architecture
 from litrecipe.model.families import names_of
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ NOT_READ = (
     "alpha_pattern",
     "modules_to_save",
     "exclude_modules",
-    "target_parameters",
     "layers_to_transform",
     "layer_replication",
     "trainable_token_indices",
@@ -95,7 +94,7 @@ class AdapterFiles:
             r=config["r"],
             alpha=config["lora_alpha"],
             dropout=config.get("lora_dropout") or 0.0,
-            targets=sorted(targets),
+            targets=sorted([*targets, *_expert_targets(config)]),
             rslora=config.get("use_rslora", False),
         )
 
@@ -127,6 +126,9 @@ def read_adapter(folder: Path) -> AdapterFiles:
         for key, value in (("lora_alpha", config.get("lora_alpha")), ("lora_dropout", config.get("lora_dropout") or 0))
         if not isinstance(value, int | float)
     ]
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or len(_expert_targets(config)) != len(parameters):
+        mistakes.append(wrong("target_parameters", f"only {EXPERTS}.{f' and {EXPERTS}.'.join(PROJECTIONS)} are read"))
     if not isinstance(targets, list):
         mistakes.append(wrong("target_modules", "only a list of names is read: write the names of the layers there"))
     if config.get("init_lora_weights", True) not in STARTS:
@@ -148,6 +150,13 @@ def read_adapter(folder: Path) -> AdapterFiles:
             '["score"]'
         )
     return adapter
+
+
+def _expert_targets(config: dict[str, Any]) -> list[str]:
+    """The projections of experts among peft's `target_parameters`, which any end of their names may tell."""
+    whole = {name: f".{EXPERTS}.{name}" for name in PROJECTIONS}
+    named = config.get("target_parameters") or []
+    return [name for one in named for name, path in whole.items() if path.endswith(f".{one}")]
 
 
 def _saves_the_score(config: dict[str, Any]) -> bool:
@@ -197,6 +206,7 @@ def save_adapter(
         name,
         names=names,
         with_score=isinstance(model, RewardModel) and not is_hydra,
+        with_experts=model.architecture.experts is not None,
     )
     if revision:
         config["revision"] = revision

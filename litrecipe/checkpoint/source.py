@@ -7,6 +7,7 @@ A source is a Hugging Face folder, a hub id, a GGUF file, a PEFT adapter folder,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -20,9 +21,11 @@ from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
+from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
 from litrecipe.model.families import names_of, read_architecture
+from litrecipe.model.names import Names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +41,9 @@ SOURCES = "a Hugging Face folder, a hub id, a GGUF file, an adapter folder, a ru
 class Weights(Protocol):
     """Tensors with the names of Hugging Face's files, wherever they are stored."""
 
-    paths: list[Path]
+    @property
+    def paths(self) -> list[Path]:
+        """The files."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -137,7 +142,9 @@ class ModelFiles:
         """
         if self.weights is None:
             return sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
-        stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.weights.paths]
+        stamps: list[Any] = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in self.weights.paths]
+        if isinstance(self.weights, FirstLayers):
+            stamps.append(self.weights.layers)
         memory = user_cache() / "weights" / sha256(json.dumps(stamps).encode()).hexdigest()[:32]
         with locked(memory.with_suffix(".lock"), "reads the same weights"):
             if not memory.is_file():
@@ -153,6 +160,9 @@ class ModelFiles:
         kind = f"{a.family} reward model" if self.is_reward_model else a.family
         kind += " with a score beside its language model" if self.is_hydra else ""
         line = f"{self.source}: {kind}, {size:,} parameters in {a.num_layers} layers of {a.hidden_size}"
+        if a.experts is not None:
+            active = count_parameters(a, is_reward_model=self.is_reward_model, active=True)
+            line += f", {active:,} of them at work on a token"
         return line + (f", with a {self.adapter.kind} adapter" if self.adapter else "")
 
     def _need_weights(self) -> Weights:
@@ -172,13 +182,64 @@ def _digest(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
+@dataclass(frozen=True)
+class FirstLayers:
+    """Weights without the layers behind the first so many."""
+
+    whole: Weights
+    layers: int
+    names: Names
+
+    @property
+    def paths(self) -> list[Path]:
+        """Those of all weights."""
+        return self.whole.paths
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Weights`."""
+        return {name: shape for name, shape in self.whole.shapes.items() if self._has(name)}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Weights`."""
+        return ((name, tensor) for name, tensor in self.whole.tensors() if self._has(name))
+
+    def stored(self, name: str) -> bytes:
+        """See `Weights`."""
+        return self.whole.stored(name)
+
+    def _has(self, name: str) -> bool:
+        number = layer_of(self.names.in_memory(name))
+        return number is None or number < self.layers
+
+
+def layer_of(name: str) -> int | None:
+    """Number of the layer that a tensor is in, by its name in memory; None for all that is outside of layers."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def first_layers(files: ModelFiles, layers: int) -> ModelFiles:
+    """A smaller model that inherits embedding, head, last norm and the first layers of a larger one (Inheritune,
+    2404.08634, algorithm 1). Raises InputError where there are not so many, and for an adapter."""
+    said, whole = f"model.inherit_layers: {layers}", files.architecture
+    if layers > whole.num_layers:
+        raise InputError(f"{said}: {files.source} has {whole.num_layers}: give at most that")
+    if files.adapter:
+        raise InputError(f"{said}: {files.source} is an adapter: `litrecipe model merge` it first")
+    weights = FirstLayers(files.weights, layers, names_of(whole)) if files.weights else None
+    return replace(files, architecture=whole.first_layers(layers), weights=weights, head=None)
+
+
+def open_model(source: str, *, tokenizer: str | None = None, layers: int | None = None) -> ModelFiles:
     """Find a model and read its configuration; tensors are read only when they are asked for.
 
-    `tokenizer` is a folder with `tokenizer.json` that replaces the model's own. Raises InputError naming the file when
-    something is missing, damaged, or does not fit.
+    `tokenizer` is a folder with `tokenizer.json` that replaces the model's own; of the model only the first `layers`
+    are taken. Raises InputError naming the file when something is missing, damaged, or does not fit.
     """
     files = _open(source)
+    if layers is not None:
+        files = first_layers(files, layers)
     if tokenizer is not None:
         folder = path_of(tokenizer)
         if not (folder / "tokenizer.json").is_file():
@@ -186,6 +247,20 @@ def open_model(source: str, *, tokenizer: str | None = None) -> ModelFiles:
         files = replace(files, tokenizer_dir=folder)
     _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
     return files
+
+
+def open_asked(model: Model) -> ModelFiles:
+    """The same of a recipe's `model` group."""
+    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
+
+
+def open_model_as(source: str, key: str) -> ModelFiles:
+    """The same of a model that another key names: mistakes are said of that, with what stands before the source there,
+    such as `ppo.critic: `."""
+    try:
+        return open_model(source)
+    except InputError as error:
+        raise InputError(*(line.replace("model.source: ", key, 1) for line in error.mistakes)) from error
 
 
 def _open(source: str, *, is_base: bool = False) -> ModelFiles:

@@ -13,6 +13,7 @@ from litrecipe.config.groups import (
     REFERENCE_FREE,
     SORTING,
     Data,
+    Distil,
     Dpo,
     DpoLoss,
     DpoRecipe,
@@ -25,6 +26,8 @@ from litrecipe.config.merge import SCHEMA_VERSION
 from litrecipe.config.online import OnlineRecipe
 from litrecipe.config.online_checks import ONLINE_RANGES, check_online
 from litrecipe.config.pipeline import PipelineRecipe
+from litrecipe.config.prepare import PREPARE_RANGES, PrepareRecipe, check_prepare, missing_of_prepare
+from litrecipe.config.pretrain import PretrainRecipe, check_pretrain
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.config.rounds_checks import ROUNDS_RANGES, check_iterative_dpo, check_rejection_sampling
 
@@ -43,10 +46,17 @@ def check(recipe: Any) -> Iterator[Mistake]:
             reset(plausible, key)
     if isinstance(recipe, PipelineRecipe):  # its stages are looked at one by one
         return
+    if isinstance(recipe, PrepareRecipe):
+        yield from check_prepare(plausible)
+        return
     yield from _combinations(plausible)
     if isinstance(recipe, TrainingRecipe):
         yield from _texts(recipe)
         yield from _training_combinations(plausible)
+        if distil := _get(plausible, "distil"):
+            yield from _distil_combinations(distil, plausible.fabric.strategy)
+    if isinstance(recipe, PretrainRecipe):
+        yield from check_pretrain(plausible)
     if isinstance(recipe, DpoRecipe | RewardRecipe):
         yield from _preference_rows(recipe)
     if isinstance(recipe, RewardRecipe) and recipe.eval.tasks:
@@ -103,11 +113,29 @@ RANGES: dict[str, Range] = {
     "dpo.undesirable_weight": ABOVE_0,
     "dpo.ref_alpha": (lambda value: 0 < value <= 1, "a number above 0, and at most 1"),
     "dpo.ref_every": _at_least(1),
+    "distil.alpha": SHARE,
+    "distil.temperature": ABOVE_0,
+    "distil.top_k": _at_least(1),
+    "model.inherit_layers": _at_least(1),
     "reward.label_smoothing": BELOW_HALF,
     "reward.centering_coef": _at_least(0),
     "reward.sft_coef": _at_least(0),
     "reward.measured": _at_least(2),
+    "router.aux_loss_coef": _at_least(0),
+    "router.z_loss_coef": _at_least(0),
     "data.max_length": _at_least(2),
+    "data.temperature": ABOVE_0,
+    "data.val_tokens": _at_least(1),
+    "data.workers": _at_least(1),
+    "model.init_std": ABOVE_0,
+    "model.rope_theta": ABOVE_0,
+    "optim.mup_base_width": _at_least(1),
+    "pretrain.z_loss": _at_least(0),
+    "pretrain.spike_sigmas": ABOVE_0,
+    "pretrain.spike_window": _at_least(8),
+    "train.initial_batch_size": _at_least(1),
+    "train.batch_warmup_steps": _at_least(0),
+    "schedule.half_life_steps": _at_least(1),
     "optim.lr": ABOVE_0,
     "optim.betas": (lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers of 0 or more, and less than 1"),
     "optim.eps": ABOVE_0,
@@ -142,6 +170,7 @@ RANGES: dict[str, Range] = {
     "schema_version": (lambda value: value == SCHEMA_VERSION, f"{SCHEMA_VERSION}, the version this litrecipe knows"),
     **ONLINE_RANGES,
     **ROUNDS_RANGES,
+    **PREPARE_RANGES,
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 
@@ -151,10 +180,13 @@ def _missing(recipe: Any) -> Iterator[Mistake]:
         if not recipe.out_dir:
             yield "out_dir", "''", "give the folder of the pipeline"
         return
+    if isinstance(recipe, PrepareRecipe):
+        yield from missing_of_prepare(recipe)
+        return
     if not recipe.model.source:
         yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"
     if isinstance(recipe, TrainingRecipe):
-        if not recipe.data.train:
+        if not recipe.data.train and not getattr(recipe.data, "sources", None):
             yield "data.train", "missing", "give a data file or folder, a hub id, or `toy:units?n=512&seed=0`"
         if not recipe.out_dir:
             yield "out_dir", "''", "give the folder of the run"
@@ -204,6 +236,12 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
         yield "quantize.method", quantize, "quantised weights cannot be trained: add adapter.method lora, or use none"
     if quantize == "int8" and strategy == "fsdp":
         yield "quantize.method", quantize, "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
+    if recipe.model.inherit_layers is not None and recipe.model.init == "random":
+        cure = "fresh weights inherit nothing: use model.init pretrained, or remove it"
+        yield "model.inherit_layers", recipe.model.inherit_layers, cure
+    if recipe.model.inherit_layers is not None and method != "none":
+        cure = "an adapter would name the whole model as its base: train all weights, with adapter.method none"
+        yield "model.inherit_layers", recipe.model.inherit_layers, cure
     if recipe.optim.name.endswith("8bit") and strategy == "fsdp":
         yield "optim.name", recipe.optim.name, "8-bit optimizers cannot be sharded: use adamw, or fabric.strategy ddp"
     if recipe.optim.adam_style == "tf" and recipe.optim.name == "sgd":
@@ -211,6 +249,13 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
     if recipe.schedule.decay_steps is not None and recipe.schedule.name != "wsd":
         cure = f"{recipe.schedule.name} decays over the whole run: remove it, or use schedule.name wsd"
         yield "schedule.decay_steps", recipe.schedule.decay_steps, cure
+    if recipe.schedule.decay != "linear" and recipe.schedule.name != "wsd":
+        yield "schedule.decay", recipe.schedule.decay, "only schedule.name wsd knows it: remove it, or use that"
+    half_life, is_halved = recipe.schedule.half_life_steps, recipe.schedule.decay == "exponential"
+    if is_halved and half_life is None:
+        yield "schedule.half_life_steps", "missing", "give the steps in which the rate halves"
+    if half_life is not None and not is_halved:
+        yield "schedule.half_life_steps", half_life, "only schedule.decay exponential knows it: remove it"
     yield from _without_effect(recipe)
 
 
@@ -276,6 +321,23 @@ def _dpo_combinations(dpo: Dpo) -> Iterator[Mistake]:
         yield "dpo.reference", dpo.reference, f"{losses[0]} has no reference: remove it"
 
 
+def _distil_combinations(distil: Distil, strategy: str) -> Iterator[Mistake]:
+    for key in ("method", "alpha", "temperature", "top_k", "cache", "quantize"):
+        value = getattr(distil, key)
+        if value != getattr(Distil, key) and distil.teacher is None:
+            yield f"distil.{key}", value, "there is no teacher: give distil.teacher, or remove it"
+    if distil.teacher is None:
+        return
+    if distil.top_k != Distil.top_k and distil.method != "top_k":
+        yield "distil.top_k", distil.top_k, "only distil.method top_k knows it: remove it, or use that"
+    if distil.temperature != 1 and distil.method == "top_1":
+        yield "distil.temperature", distil.temperature, "the likeliest token is the same at any: remove it"
+    if distil.cache and distil.method == "full":
+        yield "distil.cache", True, "whole distributions are not kept on disk: use distil.method top_k, or remove it"
+    if distil.quantize == "int8" and strategy == "fsdp" and not distil.cache:
+        yield "distil.quantize", "int8", "int8 weights cannot be sharded: use nf4, or fabric.strategy ddp"
+
+
 def _without_effect(recipe: TrainingRecipe) -> Iterator[Mistake]:
     """Keys that others overrule."""
     data, train = recipe.data, recipe.train
@@ -285,7 +347,8 @@ def _without_effect(recipe: TrainingRecipe) -> Iterator[Mistake]:
         cure = "there is nothing to measure: give data.val, data.val_fraction or eval.tasks, or remove it"
         yield "eval.every", recipe.eval.every, cure
     # The default of data.max_length is nobody's wish: then fit counts and tells the samples it leaves out.
-    if data.max_length > train.micro_batch_tokens and data.max_length != Data.max_length:
+    is_cut_to_fit = isinstance(recipe, PretrainRecipe)  # all its sequences are that long
+    if data.max_length > train.micro_batch_tokens and data.max_length != Data.max_length and not is_cut_to_fit:
         cure = f"train.micro_batch_tokens {train.micro_batch_tokens} leaves out longer samples: raise it, or lower this"
         yield "data.max_length", data.max_length, cure
 

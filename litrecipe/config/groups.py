@@ -11,6 +11,7 @@ from typing import Literal
 
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
+Decay = Literal["linear", "sqrt", "cosine", "exponential"]
 Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 DpoLoss = Literal[
     "sigmoid",
@@ -39,6 +40,7 @@ REFERENCE_FREE: tuple[DpoLoss, ...] = ("simpo", "cpo", "orpo")
 SORTING: frozenset[DpoLoss] = frozenset({"aot", "aot_unpaired"})
 """Losses that hold sorted values of the whole step against each other: of pairs only."""
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+DistilMethod = Literal["full", "top_k", "top_1"]
 Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -52,6 +54,9 @@ class Model:
     hub."""
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` loads weights; `random` builds the `config.json` of `source` from scratch."""
+    inherit_layers: int | None = None
+    """Only so many of the first layers of `source`, with its embedding, head and last norm: the start of a smaller
+    model (Inheritune, 2404.08634)."""
     tokenizer: str | None = None
     """A folder with `tokenizer.json` when it is not beside the model; also `hub:…`."""
     chat_template: str | None = None
@@ -158,6 +163,28 @@ class Dpo:
 
 
 @dataclass
+class Distil:
+    """Learning from a teacher: what it says at each place, besides the token that stands there."""
+
+    teacher: str | None = None
+    """A language model with the same tokenizer, in any form that `model.source` takes; it stays as it is."""
+    method: DistilMethod = "full"
+    """What of the teacher is learnt: `full`, its distribution over the whole vocabulary (Gemma 2, 2408.00118); `top_k`,
+    its `top_k` likeliest tokens and how much is left for all others; `top_1`, its likeliest token (AFM, 2407.21075)."""
+    alpha: float | None = None
+    """Weight of the tokens of the data; the teacher has the rest (default: 0, and 0.1 for `top_1`)."""
+    temperature: float = 1.0
+    """Divides the logits of both for what is learnt of the teacher (1503.02531); not those of the data's tokens."""
+    top_k: int = 64
+    """`top_k`: how many tokens."""
+    cache: bool = False
+    """Ask the teacher once, and keep its answers on disk for all epochs and runs (`top_k` and `top_1`): about six
+    bytes for each of the k tokens at each place (eight from a vocabulary of 65,537 on)."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """How the teacher's weights are quantised."""
+
+
+@dataclass
 class Reward:
     """The reward model's loss (Bradley-Terry)."""
 
@@ -177,6 +204,20 @@ class Reward:
     chosen answers of `data.train`)."""
     measured: int = 256
     """At most this many of them."""
+
+
+@dataclass
+class Router:
+    """What the routers of mixtures of experts are held to; other models have none."""
+
+    aux_loss_coef: float | None = None
+    """Weight of the loss that keeps experts equally busy, E Σ f_e P_e (default: that of the model's config.json; 0
+    under an adapter, which leaves routers as they are)."""
+    balance: Literal["hf", "layer"] = "hf"
+    """`hf` takes the experts' shares over all layers together, as transformers does; `layer` is the mean over layers,
+    which then cannot make up for each other. Either is the number of chosen experts where all are used alike."""
+    z_loss_coef: float = 0.0
+    """Weight of the mean logsumexp(router logits)² over tokens and layers (ST-MoE: 0.001)."""
 
 
 @dataclass
@@ -208,6 +249,10 @@ class Schedule:
     """Steps of linear warm-up from 0."""
     decay_steps: int | None = None
     """`wsd`: steps of the final decay (default: a tenth of the run); the others decay over the whole run."""
+    decay: Decay = "linear"
+    """`wsd`: the curve of its decay; `sqrt` is 1 - √x, `exponential` halves every `half_life_steps`."""
+    half_life_steps: int | None = None
+    """`exponential`: steps in which the rate halves."""
     min_lr_ratio: float = 0.0
     """The final rate as a share of the peak."""
 
@@ -335,7 +380,9 @@ class TrainingRecipe:
 class FinetuneRecipe(TrainingRecipe):
     """Supervised fine-tuning: full, LoRA or DoRA, on a plain or quantised base."""
 
+    router: Router = field(default_factory=Router)
     out_dir: str = "runs/finetune"
+    distil: Distil = field(default_factory=Distil)
 
 
 @dataclass
@@ -368,6 +415,7 @@ class RewardRecipe(TrainingRecipe):
 class DataRecipe(TrainingRecipe):
     """Any recipe that trains, of which the data is looked at."""
 
+    distil: Distil = field(default_factory=Distil)
     dpo: Dpo = field(default_factory=Dpo)
     reward: Reward = field(default_factory=Reward)
 

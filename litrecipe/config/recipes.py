@@ -5,10 +5,13 @@ from __future__ import annotations
 from litrecipe.config.groups import DpoRecipe, EvaluateRecipe, FinetuneRecipe, GenerateRecipe, RewardRecipe
 from litrecipe.config.online import GrpoRecipe, PpoRecipe, RlooRecipe
 from litrecipe.config.pipeline import PipelineRecipe
+from litrecipe.config.prepare import PrepareRecipe
+from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 
 RECIPES: dict[str, type] = {
     "finetune": FinetuneRecipe,
+    "pretrain": PretrainRecipe,
     "align reward": RewardRecipe,
     "align dpo": DpoRecipe,
     "align ppo": PpoRecipe,
@@ -17,6 +20,7 @@ RECIPES: dict[str, type] = {
     "align iterative-dpo": IterativeDpoRecipe,
     "align rejection-sampling": RejectionSamplingRecipe,
     "align pipeline": PipelineRecipe,
+    "data prepare": PrepareRecipe,
     "evaluate": EvaluateRecipe,
     "generate": GenerateRecipe,
     "chat": GenerateRecipe,

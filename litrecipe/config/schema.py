@@ -14,9 +14,10 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.groups import TrainingRecipe
 from litrecipe.config.merge import Mistakes, Node, merge, read_recipe
 from litrecipe.config.pipeline import FINAL, PipelineRecipe, Stage
+from litrecipe.config.pretrain import PretrainRecipe, stage_keys
 from litrecipe.config.recipes import RECIPES
-from litrecipe.config.stages import read_pipeline
-from litrecipe.config.walk import Walk, describe, held_against, keys
+from litrecipe.config.stages import read_pipeline, recipe_of
+from litrecipe.config.walk import Walk, describe, keys
 
 __all__ = ["Walk", "describe", "dump", "keys", "kind_of", "load", "load_run", "parse_duration"]
 
@@ -44,7 +45,7 @@ def load(
     if kind is PipelineRecipe:
         recipe = read_pipeline(tree, mistakes, whole=whole)
     else:
-        recipe, _ = held_against(kind, tree, mistakes, whole=whole)
+        recipe, _ = recipe_of(kind, tree, mistakes, whole=whole)
     if mistakes:
         raise InputError(*mistakes)
     return cast(Recipe, recipe)
@@ -93,16 +94,22 @@ for _kind in (list, tuple):
 
 def dump(recipe: Any) -> str:
     """A recipe as YAML with all its keys; read back, it gives an equal recipe."""
+    text = yaml.dump(_tree(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    return str(text)
+
+
+def _tree(recipe: Any) -> dict[str, Any]:
     keys = dataclasses.asdict(recipe)
     if isinstance(recipe, PipelineRecipe):
         keys["stages"] = {name: _of_stage(stage) for name, stage in recipe.stages.items()}
-    text = yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return str(text)
+    if isinstance(recipe, PretrainRecipe):
+        keys["stages"] = {name: stage_keys(stage) for name, stage in recipe.stages.items()}
+    return keys
 
 
 def _of_stage(stage: Stage) -> dict[str, Any]:
     """Verb and keys, but for those that the pipeline decides."""
-    found = {name: value for name, value in dataclasses.asdict(stage.recipe).items() if name not in GIVEN_TO_STAGES}
+    found = {name: value for name, value in _tree(stage.recipe).items() if name not in GIVEN_TO_STAGES}
     if "checkpoint" in found:
         del found["checkpoint"]["resume"]
     return {"verb": stage.verb} | found

@@ -1,14 +1,19 @@
-"""From the stages of a merged pipeline to the recipes of their verbs; all mistakes of all stages are told at once."""
+"""From merged recipes with stages, a pipeline's or a pretraining's, to dataclasses; all mistakes of all stages are told
+at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import Mistakes, Node, overlay, show
 from litrecipe.config.pipeline import FINAL, NAME, PipelineRecipe, Stage
+from litrecipe.config.pretrain import OF_A_STAGE, PretrainRecipe
 from litrecipe.config.recipes import RECIPES
-from litrecipe.config.walk import held_against, nearest
+from litrecipe.config.walk import Walk, held_against, leaves, nearest
+
+Recipe = TypeVar("Recipe")
 
 VERBS = {verb: kind for verb, kind in RECIPES.items() if issubclass(kind, TrainingRecipe | EvaluateRecipe)}
 """What a stage may be."""
@@ -67,9 +72,54 @@ def _read(name: str, node: Node, seed: int, names: list[str], mistakes: Mistakes
     recipe = Node({inner: child for inner, child in node.value.items() if inner != "verb"}, node.where)
     if issubclass(kind, TrainingRecipe):
         recipe = overlay(Node({"train": Node({"seed": Node(seed, text=str(seed))})}), recipe)
-    found, where = held_against(kind, recipe, mistakes, prefix=f"{key}.", where=node.where)
+    found, where = recipe_of(kind, recipe, mistakes, prefix=f"{key}.", where=node.where)
     places = {inner.removeprefix(f"{key}."): place for inner, place in where.items()}
     return Stage(verb.text, found, places | {"": node.where})
+
+
+def recipe_of(
+    kind: type[Recipe], tree: Node, mistakes: Mistakes, *, whole: bool = True, prefix: str = "", where: str = ""
+) -> tuple[Recipe, dict[str, str]]:
+    """As `held_against`, with the stages of a pretraining: each is a recipe of its own, which says what all stages say
+    where it says nothing."""
+    nodes = tree.value.get("stages")
+    if kind is not PretrainRecipe or nodes is None:
+        return held_against(kind, tree, mistakes, whole=whole, prefix=prefix, where=where)
+    if not nodes.is_group:
+        mistakes.append(f"{nodes.where}{prefix}stages: {show(nodes)}: give stages by name: {{core: {{…}}, …}}")
+        nodes = Node({})
+    outside = Node({name: node for name, node in tree.value.items() if name != "stages"}, tree.where)
+    before = len(mistakes)
+    whole = whole and not mistakes.unread
+    alone = whole and not nodes.value
+    recipe, places = held_against(kind, outside, mistakes, whole=alone, prefix=prefix, where=where)
+    is_right = len(mistakes) == before
+    for name, node in nodes.value.items():
+        key = f"{prefix}stages.{name}"
+        if not NAME.fullmatch(name):
+            mistakes.append(f"{node.where}{key}: no name for a stage: use letters, digits, - and _")
+        elif not node.is_group:
+            mistakes.append(f"{node.where}{key}: {show(node)}: is a group: give the keys in which the stage differs")
+        elif is_right:
+            mistakes += _foreign(node, key)
+            merged = overlay(outside, node)
+            recipe.stages[name], _ = held_against(  # type: ignore[attr-defined]
+                kind, merged, mistakes, whole=whole, prefix=f"{key}.", where=node.where
+            )
+        else:  # what it would be laid over is wrong: look at its own values only
+            walk = Walk(kind, f"{key}.")
+            walk.group(kind, node, f"{key}.")
+            mistakes += walk.mistakes
+    return recipe, places
+
+
+def _foreign(stage: Node, key: str) -> Iterator[str]:
+    """Keys of a stage that must be the same in all of them."""
+    known = {f"{key}.{group}.{name}" for group, names in OF_A_STAGE.items() for name in names}
+    whole = Walk(PretrainRecipe, f"{key}.").keys
+    for name, leaf in leaves(key, stage):
+        if name in whole and name not in known:
+            yield f"{leaf.where}{name}: {show(leaf)}: is the same in all stages: write it outside of them"
 
 
 def _misplaced(pipeline: PipelineRecipe, names: list[str]) -> Iterator[str]:

@@ -87,7 +87,7 @@ class Walk:
         return kind()
 
     def _unknown(self, key: str, node: Node) -> None:
-        for name, leaf in _leaves(key, node):
+        for name, leaf in leaves(key, node):
             self.mistakes.append(f"{leaf.where}{name}: {show(leaf)}: no such key: {self._hint(name, leaf)}")
 
     def _hint(self, name: str, node: Node) -> str:
@@ -106,10 +106,11 @@ class Walk:
         return f"there are {', '.join(of_group or [*groups, *outside])}"
 
 
-def _leaves(key: str, node: Node) -> Iterator[tuple[str, Node]]:
+def leaves(key: str, node: Node) -> Iterator[tuple[str, Node]]:
+    """Full name and node of every key of a tree; the tree's own name is `key`."""
     if node.is_group and node.value:
         for name, child in node.value.items():
-            yield from _leaves(f"{key}.{name}", child)
+            yield from leaves(f"{key}.{name}", child)
     else:
         yield key, node
 

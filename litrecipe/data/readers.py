@@ -8,7 +8,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from fnmatch import fnmatch
 from functools import cache
 from glob import escape
@@ -23,11 +23,15 @@ from litrecipe.config.files import nearest
 from litrecipe.config.progress import say
 from litrecipe.data.toy import ToySource, toy_rows
 
+Watch = Callable[[BinaryIO], object]
+"""Is told the file that is read, as it lies on the disk, so that `tell()` says how far reading is."""
 Located = tuple[dict[str, Any], str]
 """A row and where it stands: `file:line`, or `file:row` for JSON and Parquet (both count from 1)."""
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 COMPRESSIONS = (".gz", ".zst")
+PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are in memory at once."""
 NOT_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|requirements)(?![a-z]).*\.txt.*|dataset_(dict|infos?)\.json", re.I
 )
@@ -73,7 +77,7 @@ def read_rows(source: str, mistakes: Mistakes | None = None, split: str = "train
         yield from toy_rows(source)
     else:
         for path in find_files(source, split):
-            yield from _read_file(path, gathered)
+            yield from read_file(path, gathered)
     if mistakes is None:
         gathered.raise_if_any()
 
@@ -86,9 +90,15 @@ def source_hash(source: str) -> str:
         return digest.hexdigest()
     folder, names = _locate(source)
     for name in names:
-        stat = (folder / name).stat()
-        digest.update(f"{name}\0{stat.st_size}\0{_file_hash(folder / name, stat.st_size, stat.st_mtime_ns)}\0".encode())
+        path = folder / name
+        digest.update(f"{name}\0{path.stat().st_size}\0{file_hash(path)}\0".encode())
     return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Digest of a file's content, read once a process as long as size and time stay what they are."""
+    stat = path.stat()
+    return _file_hash(path, stat.st_size, stat.st_mtime_ns)
 
 
 @cache
@@ -139,10 +149,11 @@ def check_source(key: str, source: str) -> None:
     check_sources({key: source})
 
 
-def check_sources(sources: dict[str, str], split: str = "train") -> None:
+def check_sources(sources: Mapping[str, str | list[str]], split: str = "train") -> None:
     """Raise InputError naming the recipe's keys whose sources cannot be found; their rows are not read."""
     mistakes = []
-    for key, source in sources.items():
+    several = {key: [given] if isinstance(given, str) else given for key, given in sources.items()}
+    for key, source in ((key, source) for key, given in several.items() for source in given):
         try:
             if source.startswith("toy:"):
                 ToySource.parse(source)
@@ -242,22 +253,36 @@ def _hub_listing(repo: str, revision: str | None) -> list[str] | None:
         return None
 
 
-def _read_file(path: Path, mistakes: Mistakes) -> Iterator[Located]:
+def read_file(
+    path: Path, mistakes: Mistakes, *, whole_text: bool = False, watch: Watch | None = None
+) -> Iterator[Located]:
+    """The rows of one file; `whole_text` makes one row of a .txt file, its text as it stands."""
     kind = _kind(path.name)
     if kind == ".parquet":
-        yield from _read_parquet(path, mistakes)
+        yield from _read_parquet(path, mistakes, watch)
     elif kind == ".json":
-        yield from _read_json(path, mistakes)
+        yield from _read_json(path, mistakes, watch)
+    elif kind == ".txt" and whole_text:
+        if (text := read_text(path, mistakes, watch)) is not None:
+            yield {"text": text}, f"{path}:1"
     else:
-        yield from _read_lines(path, mistakes, plain_text=kind == ".txt")
+        yield from _read_lines(path, mistakes, plain_text=kind == ".txt", watch=watch)
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix.lower() == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"))
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_ZstFile(path))
-    return path.open("rb")
+def _open(path: Path, watch: Watch | None = None) -> BinaryIO:
+    suffix = path.suffix.lower()
+    file: Any
+    if suffix == ".gz":
+        file = gzip.GzipFile(path, "rb")
+        raw = file.fileobj
+    elif suffix == ".zst":
+        file = _ZstFile(path)
+        raw = file.compressed
+    else:
+        file = raw = path.open("rb")
+    if watch is not None:
+        watch(raw)
+    return file if file is raw else io.BufferedReader(file)
 
 
 class _ZstFile(io.RawIOBase):
@@ -266,7 +291,7 @@ class _ZstFile(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         import zstandard
 
-        self._file = path.open("rb")
+        self.compressed = path.open("rb")
         self._new_frame = zstandard.ZstdDecompressor().decompressobj
         self._frame = self._new_frame()
         self._inside_frame = False
@@ -277,7 +302,7 @@ class _ZstFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            chunk = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(1 << 18)
+            chunk = (self._frame.unused_data if self._frame.eof else b"") or self.compressed.read(1 << 18)
             if not chunk:
                 if self._inside_frame:
                     raise EOFError
@@ -292,7 +317,7 @@ class _ZstFile(io.RawIOBase):
         return len(taken)
 
     def close(self) -> None:
-        self._file.close()
+        self.compressed.close()
         super().close()
 
 
@@ -303,11 +328,11 @@ def _read_errors() -> tuple[type[Exception], ...]:
     return (EOFError, gzip.BadGzipFile, zlib.error, ZstdError)
 
 
-def _read_lines(path: Path, mistakes: Mistakes, plain_text: bool) -> Iterator[Located]:
+def _read_lines(path: Path, mistakes: Mistakes, plain_text: bool, watch: Watch | None) -> Iterator[Located]:
     """JSONL, or text with a row a line; empty lines count but give no row."""
     number = 0
     try:
-        with _open(path) as file:
+        with _open(path, watch) as file:
             for number, raw in enumerate(file, start=1):
                 where = f"{path}:{number}"
                 text = _decode(raw, number == 1, where, mistakes)
@@ -368,20 +393,29 @@ def _excerpt(value: Any) -> str:
     return text if len(text) <= 40 else text[:39] + "…"
 
 
-def _read_json(path: Path, mistakes: Mistakes) -> Iterator[Located]:
-    """A list of objects, or an object that holds one such list (as `{"data": […]}`)."""
+def read_text(path: Path, mistakes: Mistakes, watch: Watch | None = None) -> str | None:
+    """The whole of a file as text, with its line ends as they are; None where it cannot be read."""
     try:
-        with _open(path) as file:
+        with _open(path, watch) as file:
             raw = file.read()
     except _read_errors() as error:
         mistakes.add(f"{path}:1: {_broken(error)}")
-        return
+        return None
     try:
-        document = json.loads(raw.decode("utf-8-sig"))
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         mistakes.add(f"{path}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8: save the file as UTF-8")
+        return None
+
+
+def _read_json(path: Path, mistakes: Mistakes, watch: Watch | None) -> Iterator[Located]:
+    """A list of objects, or an object that holds one such list (as `{"data": […]}`)."""
+    text = read_text(path, mistakes, watch)
+    if text is None:
         return
+    try:
+        document = json.loads(text)
     except json.JSONDecodeError as error:
         cure = "one object a line belongs into a .jsonl file" if error.msg == "Extra data" else "mend the JSON"
         mistakes.add(f"{path}:{error.lineno}: not valid JSON ({error.msg} at column {error.colno}): {cure}")
@@ -402,17 +436,18 @@ def _read_json(path: Path, mistakes: Mistakes) -> Iterator[Located]:
             mistakes.add(f"{path}:{number}: {_excerpt(row)}: a row must be a JSON object")
 
 
-def _read_parquet(path: Path, mistakes: Mistakes) -> Iterator[Located]:
+def _read_parquet(path: Path, mistakes: Mistakes, watch: Watch | None) -> Iterator[Located]:
     import pyarrow
     from pyarrow import parquet
 
     number = 0
     try:
-        source = io.BytesIO(_open(path).read()) if path.suffix.lower() in COMPRESSIONS else path
-        for batch in parquet.ParquetFile(source).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield row, f"{path}:{number}"
+        with _open(path, watch) as file:
+            source = io.BytesIO(file.read()) if path.suffix.lower() in COMPRESSIONS else file
+            for batch in parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{path}:{number}"
     except _read_errors() as error:
         mistakes.add(f"{path}:1: {_broken(error)}")
     except (pyarrow.ArrowException, OSError, ValueError) as error:

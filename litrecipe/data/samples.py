@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import cached_property
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class SampleSet:
         self._arrays = {name: _map(self.folder / f"{name}.bin", np.dtype(marker["dtypes"][name])) for name in ARRAYS}
         self._extras = {
             name: (
-                _map(self.folder / f"extra-{name}.bin", FLOAT),
+                _map(self.folder / f"extra-{name}.bin", np.dtype(marker["dtypes"].get(f"extra-{name}", FLOAT))),
                 _map(self.folder / f"extra-{name}-starts.bin", PLACE),
             )
             for name in marker.get("extras", [])
@@ -126,9 +127,10 @@ class SampleSet:
 def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], dict[str, Any]]) -> None:
     ids: list[str] = []
     segment_starts, segment_parents, sample_starts = [0], [], [0]
-    extras: dict[str, list[np.ndarray]] = {}
+    extras: dict[str, _Extra] = {}
     weight_dtype = ARRAYS["weights"]
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "weights.bin").open("wb") as weights:
+    with ExitStack() as files:
+        tokens, weights = (files.enter_context((folder / f"{name}.bin").open("wb")) for name in ("tokens", "weights"))
         for sample in samples:
             for segment in sample.segments:
                 if weight_dtype == np.uint8 and not np.isin(segment.weights, (0, 1)).all():
@@ -139,21 +141,38 @@ def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], di
                 segment_parents.append(segment.parent)
             sample_starts.append(len(segment_parents))
             ids.append(sample.id)
-            for name, extra in sample.extra.items():
-                extras.setdefault(name, []).append(np.asarray(extra, dtype=FLOAT))
+            for name, values in sample.extra.items():
+                if name not in extras:
+                    extras[name] = _Extra(files.enter_context((folder / f"extra-{name}.bin").open("wb")), values)
+                extras[name].add(values)
     small = {"segment_starts": segment_starts, "segment_parents": segment_parents, "sample_starts": sample_starts}
-    for name, values in small.items():
-        np.array(values, dtype=ARRAYS[name]).tofile(folder / f"{name}.bin")
-    for name, pieces in extras.items():
-        np.concatenate(pieces).tofile(folder / f"extra-{name}.bin")
-        np.cumsum(np.array([0, *map(len, pieces)], dtype=PLACE)).tofile(folder / f"extra-{name}-starts.bin")
+    for name, numbers in small.items():
+        np.array(numbers, dtype=ARRAYS[name]).tofile(folder / f"{name}.bin")
+    for name, extra in extras.items():
+        np.array(extra.starts, dtype=PLACE).tofile(folder / f"extra-{name}-starts.bin")
     (folder / IDS).write_text(json.dumps(ids), encoding="utf-8")
-    files = _hash_files(folder)
+    hashes = _hash_files(folder)
     dtypes = {name: str(dtype) for name, dtype in ARRAYS.items()} | {"weights": str(weight_dtype)}
-    content = {name: digest for name, digest in files.items() if name != IDS}
+    dtypes |= {f"extra-{name}": str(extra.dtype) for name, extra in extras.items()}
+    content = {name: digest for name, digest in hashes.items() if name != IDS}
     fingerprint = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": files, "extras": list(extras)}
+    marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": hashes, "extras": list(extras)}
     (folder / MARKER).write_text(json.dumps({**marker, "seal": _seal(marker)}, indent=1), encoding="utf-8")
+
+
+class _Extra:
+    """A file that an extra of all samples is written into."""
+
+    def __init__(self, file: BinaryIO, first: np.ndarray) -> None:
+        """The `first` sample's values say what kind of numbers they are: integers of a size, or float32."""
+        self.file = file
+        self.dtype = first.dtype if np.issubdtype(first.dtype, np.integer) else FLOAT
+        self.starts = [0]
+
+    def add(self, values: np.ndarray) -> None:
+        """Those of the next sample."""
+        self.file.write(np.asarray(values, dtype=self.dtype).tobytes())
+        self.starts.append(self.starts[-1] + len(values))
 
 
 def _widen(folder: Path, weights: Any) -> np.dtype[Any]:

@@ -53,16 +53,20 @@ class SampleList(Protocol):
 class Order:
     """In which order recorded things are gone through, epoch after epoch: a pure function of (seed, epoch, index)."""
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, *seed: int) -> None:
         self.count, self.seed = count, seed
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
     def __getitem__(self, cursor: int) -> int:
         """The cursor-th of the run."""
         epoch, place = divmod(cursor, self.count)
+        return int(self.of_epoch(epoch)[place])
+
+    def of_epoch(self, epoch: int) -> np.ndarray:
+        """(count,) all of an epoch."""
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count))
-        return int(self._epoch[1][place])
+            self._epoch = (epoch, np.random.default_rng([*self.seed, epoch]).permutation(self.count))
+        return self._epoch[1]
 
 
 class RecordedSource:

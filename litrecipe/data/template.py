@@ -132,6 +132,17 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return "".join(texts)
 
 
+class Guard:
+    """Puts a WRITTEN mark inside every control token of a text."""
+
+    def __init__(self, control_tokens: Iterable[str]) -> None:
+        tokens = "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or "(?!)"
+        self._token_start = re.compile(f"(?={tokens})(.)", re.DOTALL)
+
+    def __call__(self, text: str) -> str:
+        return self._token_start.sub(rf"\1{WRITTEN}", text)
+
+
 class ChatTemplate:
     """Renders messages as `transformers` does for the same template and special tokens.
 
@@ -152,8 +163,7 @@ class ChatTemplate:
         self.tells_time = "strftime_now" in source
         self.marks_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._special_tokens = special_tokens
-        tokens = "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or "(?!)"
-        self._token_start = re.compile(f"(?={tokens})(.)", re.DOTALL)
+        self.guard = Guard(control_tokens)
         environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         moment = datetime.combine(today, time()) if today else datetime.now()
         environment.globals.update(raise_exception=_raise_exception, strftime_now=moment.strftime)
@@ -222,10 +232,6 @@ class ChatTemplate:
         if isinstance(value, list):
             return [self._guard(item) for item in value]
         return value
-
-    def guard(self, text: str) -> str:
-        """Text with a WRITTEN mark inside every control token."""
-        return self._token_start.sub(rf"\1{WRITTEN}", text)
 
 
 def _bracketed(text: str) -> Rendered:

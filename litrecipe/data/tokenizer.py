@@ -45,6 +45,8 @@ class Tokenizer:
         """Take over `backend`. `special_tokens`: `bos_token`, … → text. `more_eos_ids` end an answer besides EOS."""
         added = backend.get_added_tokens_decoder()
         serialised = backend.to_str()
+        self.text_fingerprint = sha256(serialised.encode()).hexdigest()
+        """Changes with whatever changes the ids of plain text; no chat template does."""
         self.backend = _dropping_marks(backend)
         self.special_tokens = special_tokens
         self.control_ids = frozenset(id for id, token in added.items() if token.special)
@@ -66,6 +68,12 @@ class Tokenizer:
             parts.append(str(today or datetime.date.today()))
         self.fingerprint = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         """Changes with whatever changes ids or masks."""
+        self.size = max(backend.get_vocab().values(), default=-1) + 1
+        """How many ids there are."""
+        state = json.loads(serialised)
+        plain = [state[part] for part in ("model", "normalizer", "pre_tokenizer", "added_tokens")]
+        self.text_fingerprint = sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        """Changes with whatever changes the ids of plain text."""
 
     @classmethod
     def load(cls, folder: str | Path, chat_template: str | None = None, date: str | None = None) -> Tokenizer:

@@ -18,6 +18,7 @@ from litrecipe.data.source import StepSource
 from litrecipe.engine.optim import load_optimizer_state, optimizer_state
 from litrecipe.engine.rng import capture_rng, restore_rng
 from litrecipe.engine.rundir import RunDir
+from litrecipe.engine.spikes import SpikeGuard
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -59,6 +60,7 @@ class Checkpoints:
     keep: int
     """How many checkpoints are left when a new one is complete."""
     writer: training_state.Writer
+    guard: SpikeGuard | None = None
     saved_at: int | None = None
     """The step of the newest checkpoint of this run."""
 
@@ -69,6 +71,7 @@ class Checkpoints:
         state = {
             **asdict(at),
             "source": self.source.state_dict(),
+            "guard": None if self.guard is None else self.guard.state_dict(),
             "optimizer": self.optimizer_kind,
             "identity": self.identity,
             "world_size": self.fabric.world_size,
@@ -96,6 +99,8 @@ class Checkpoints:
             mistakes += error.mistakes
         if mistakes:
             raise InputError(*mistakes)
+        if self.guard is not None and state.get("guard"):
+            self.guard.load_state_dict(state["guard"])
         with torch.no_grad():
             for name, parameter in self.changed.items():
                 piece, _ = training_state.local_piece(parameter.data)

@@ -169,6 +169,16 @@ def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     return dict(zip(names, total.tolist(), strict=True))
 
 
+def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Each tensor summed over the ranks, which must all bring the same names and shapes."""
+    if fabric.world_size == 1 or not values:
+        return values
+    flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
+    torch.distributed.all_reduce(flat)
+    parts = flat.split([values[name].numel() for name in sorted(values)])
+    return {name: part.view(values[name].shape) for name, part in zip(sorted(values), parts, strict=True)}
+
+
 def maxima(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     """Each value's maximum over the ranks; some may bring fewer names than others."""
     of_ranks = gather(fabric, values)

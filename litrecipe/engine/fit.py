@@ -28,24 +28,36 @@ from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
-from litrecipe.engine.optim import Role, make_optimizer, set_rates, trained_parameters
+from litrecipe.engine.legs import Leg, leg_of
+from litrecipe.engine.optim import (
+    Role,
+    Treatment,
+    make_optimizer,
+    plain_treatment,
+    set_rates,
+    trained_parameters,
+)
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.schedule import lr_factor
-from litrecipe.engine.statistics import with_statistics
+from litrecipe.engine.spikes import SpikeGuard
+from litrecipe.engine.statistics import completed, with_statistics
 from litrecipe.engine.telling import Teller
 from litrecipe.model.row import Row, Sample, make_row
 from litrecipe.objectives.loss import (
     Loss,
     Objective,
+    OfOwnRows,
     StepGlobal,
+    Tallying,
     add_up,
     detached,
     metric_maxima,
     metric_sums,
     quotients,
     step_loss,
+    tally,
 )
 
 if TYPE_CHECKING:
@@ -68,6 +80,8 @@ class Job:
     save_final: Callable[[Path], None]
     """Writes the finished model into a folder; called on every rank."""
     val: SampleList | None = None
+    measured: Callable[[dict[str, float]], dict[str, float]] = lambda _: {}
+    """What else is told of the held-out data, from its metrics, `loss` among them."""
     evaluate_tasks: Callable[[], dict[str, float]] | None = None
     """Runs `eval.tasks` on the module as it stands; called on every rank."""
     carried: Callable[[], dict[str, nn.Parameter]] = dict
@@ -79,7 +93,17 @@ class Job:
     rests: Callable[[int], Collection[str]] = lambda _: ()
     """Names of the roles that learn nothing in the step after so many."""
     refuses: Callable[[dict[str, float]], str | None] = lambda _: None
-    """Why the optimizer must not take a step of which this is told, in words; the samples are passed over then."""
+    """Why the optimizer must not take a step of which this is told, with `loss` and `grad_norm`, in words; the samples
+    are passed over then."""
+    guard: SpikeGuard | None = None
+    """Refuses steps as well, those among them that are not finite, which are an error otherwise."""
+    treatment: Callable[[str, nn.Parameter], Treatment] = plain_treatment
+    """How a weight is dealt with by the optimizer, by its name."""
+    legs: Sequence[Leg] = ()
+    """Stages of the run; none: `optim.lr`, `schedule` and `train.micro_batch_tokens` throughout."""
+    flops: Callable[[Sequence[Sample]], float] | None = None
+    """Floating-point operations that a step on some samples asks of the model: the progress line tells the share of
+    what the devices can do."""
     told: Callable[[], dict[str, float]] = dict
     """What else the record of a step says, asked for after it: of the samples' making, for example."""
     after_step: Callable[[int, StepResult], None] | None = None
@@ -153,7 +177,7 @@ class Run:
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.roles = job.roles or [Role("", job.recipe.optim.lr, self.train_config.grad_clip)]
-        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles)
+        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles, job.treatment)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.lr = 0.0
         self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
@@ -168,11 +192,18 @@ class Run:
             identity=job.identity,
             keep=job.recipe.checkpoint.keep,
             writer=self.writer,
+            guard=job.guard,
         )
         seed_rng(self.train_config.seed, self.fabric.global_rank)
         self.at = Counters() if resume is None else self.checkpoints.load(resume)
         started_for = self.at.total_steps
         self.at.total_steps = job.source.total_steps(self.train_config)
+        whole = Leg(
+            "", self.at.total_steps, self.roles[0].lr, job.recipe.schedule, self.train_config.micro_batch_tokens
+        )
+        self.legs = job.legs or [whole]
+        self.leg, _ = leg_of(self.legs, max(0, self.at.step - 1))
+        self.leg.begin()
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.at.step)
             if self.at.step < self.at.total_steps:
@@ -186,10 +217,9 @@ class Run:
                 self.teller.warn(f"the run was to have {started_for} steps, now {self.at.total_steps}: look at train.*")
         else:
             self.teller.say(f"{self.at.total_steps} steps; the run is in {self.dir.path}")
-        for key in ("warmup_steps", "decay_steps"):  # no mistake: a recipe is often tried for a few steps
-            steps = getattr(self.recipe.schedule, key) or 0
-            if steps > self.at.total_steps:
-                self.teller.warn(f"schedule.{key} {steps}: the run ends after {self.at.total_steps} steps")
+        for leg in self.legs:
+            for what in leg.without_room():
+                self.teller.warn(what)
         if self.at.step > self.at.total_steps:
             self.teller.warn(
                 f"step {self.at.step} is beyond {self.at.total_steps}, where train ends: nothing is left to do"
@@ -206,6 +236,7 @@ class Run:
                 self.save_and_stop(signal_number)
             if self.at.step >= self.at.total_steps or self.out_of_time(started):
                 break
+            self.enter(*leg_of(self.legs, self.at.step))
             if self.job.online:
                 self.teller.line.clear()
             try:
@@ -224,7 +255,9 @@ class Run:
             self.at.step += 1
             if self.job.after_step is not None:
                 self.job.after_step(self.at.step, result)
-            self.at.tokens += sum(s.length for s in samples if s.length <= self.train_config.micro_batch_tokens)
+            self.at.tokens += sum(s.length for s in samples if s.length <= self.leg.micro_batch_tokens)
+            if self.job.flops is not None:
+                self.teller.flops += self.job.flops(samples)
             result.metrics.update(self.job.told())
             flight = flight_record(self.at.step, samples, rng, result.loss, result.grad_norm)
             self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight)
@@ -242,11 +275,13 @@ class Run:
 
     def train_step(self, samples: list[Sample]) -> StepResult:
         """One optimizer step on the whole of `samples`, whose cut into rows and ranks changes nothing."""
-        rows = list(self.with_statistics(self.rows_of_this_rank(samples), samples))
+        rows = self.rows_of_this_rank(samples)
+        at_once = len(rows) == 1 and isinstance(self.job.objective, OfOwnRows)
+        rows = rows if at_once else list(self.with_statistics(rows, samples))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
         sharded = self.recipe.fabric.strategy == "fsdp"
-        losses = [self.learn(row, counts, exchange=sharded or row is rows[-1]) for row in rows]
+        losses = [self.learn(row, counts, exchange=sharded or row is rows[-1], at_once=at_once) for row in rows]
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
@@ -254,8 +289,10 @@ class Run:
         norms = {role.name: self.clip(role, samples) for role in self.roles}
         metrics = quotients(ranks.sums(self.fabric, metric_sums(losses)))
         metrics |= ranks.maxima(self.fabric, metric_maxima(losses))
+        metrics |= self.tallied(losses)
         rates = self.set_rates()
-        refused = self.job.refuses(metrics)
+        norm = math.hypot(*norms.values())
+        refused = self.refused(metrics | {"loss": total, "grad_norm": norm})
         if refused is None:
             self.optimizer.step()
         else:
@@ -264,12 +301,30 @@ class Run:
         if len(norms) > 1:
             metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
             metrics |= {f"lr/{name}": rate for name, rate in rates.items()}
-        return StepResult(total, math.hypot(*norms.values()), metrics, refused)
+        return StepResult(total, norm, metrics, refused)
+
+    def refused(self, numbers: dict[str, float]) -> str | None:
+        """Why the optimizer does not take a step, if it does not."""
+        by_guard = None if self.job.guard is None else self.job.guard(numbers)
+        return by_guard or self.job.refuses(numbers)
+
+    def enter(self, leg: Leg, begin: int) -> None:
+        """Go over to a leg, unless the run is in it already."""
+        if leg.name and (leg is not self.leg or self.at.step == 0):
+            self.teller.say(f"stage {leg.name}: steps {begin + 1} to {begin + leg.steps}")
+        if leg is self.leg:
+            return
+        self.leg = leg
+        leg.begin()
+        if self.job.guard is not None:
+            self.job.guard.start_anew()
 
     def set_rates(self) -> dict[str, float]:
         """Set the learning rates of the step that comes, and return them by role; the first role's is the run's."""
+        step = self.at.step - leg_of(self.legs, self.at.step)[1]
+        share = self.leg.lr / self.roles[0].lr
         factors = {
-            role.name: lr_factor(role.schedule or self.recipe.schedule, self.at.step, self.at.total_steps)
+            role.name: share * lr_factor(role.schedule or self.leg.schedule, step, self.leg.steps)
             for role in self.roles
         }
         set_rates(self.raw_optimizer, self.recipe.optim, factors)
@@ -290,13 +345,25 @@ class Run:
             torch.nn.utils.clip_grads_with_norm_(parameters, role.grad_clip, norm)
         return float(norm)
 
-    def learn(self, row: Row, counts: dict[str, float], exchange: bool) -> Loss:
+    def tallied(self, losses: list[Loss]) -> dict[str, float]:
+        """What the objective makes of what adds up over the step's rows."""
+        if not isinstance(self.job.objective, Tallying):
+            return {}
+        return self.job.objective.tell(ranks.tensor_sums(self.fabric, tally(losses)))
+
+    def learn(self, row: Row, counts: dict[str, float], exchange: bool, at_once: bool = False) -> Loss:
         """Forward and backward of one row; the ranks `exchange` their gradients now, or with a later row.
+
+        `at_once`: it is the only one of this rank, and tells itself what the objective must know of the step.
 
         The loss comes back without its graph: the next row's activations would have to go around what is left of it.
         """
         with self.fabric.no_backward_sync(self.module, enabled=not exchange):
-            loss = self.job.objective(self.module(row), row)
+            output = self.module(row)
+            if at_once and isinstance(self.job.objective, StepGlobal):
+                mine = self.job.objective.statistics(output, row)
+                (row,) = completed([row], [mine], self.job.objective, self.fabric.global_rank, self.writer.gather)
+            loss = self.job.objective(output, row)
             # Gradients are averaged over the ranks, the loss is a sum over them.
             self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
         return detached(loss)
@@ -316,7 +383,7 @@ class Run:
         objective = self.job.objective
         if not isinstance(objective, StepGlobal):
             return rows
-        budget = self.train_config.micro_batch_tokens
+        budget = self.leg.micro_batch_tokens
         fitting = (sample for sample in map(samples.__getitem__, range(len(samples))) if sample.length <= budget)
         wanted = objective.statistics_samples(list(fitting))
         looked_at = watched(self.packed(wanted, max([budget, *(sample.length for sample in wanted)])))
@@ -325,13 +392,13 @@ class Run:
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
         for sample in samples:
-            if sample.length > self.train_config.micro_batch_tokens:
+            if sample.length > self.leg.micro_batch_tokens:
                 self.at.skipped += 1
                 self.teller.warn(
                     f"{sample.id}: {sample.length} tokens do not fit train.micro_batch_tokens "
-                    f"{self.train_config.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
+                    f"{self.leg.micro_batch_tokens}: skipped ({self.at.skipped} so far)"
                 )
-        return self.packed(samples, self.train_config.micro_batch_tokens)
+        return self.packed(samples, self.leg.micro_batch_tokens)
 
     def packed(self, samples: Sequence[Sample], budget: int) -> list[Row]:
         """This rank's rows of some samples, at least one; those too long for any row are left out."""
@@ -345,7 +412,7 @@ class Run:
 
         The samples of all ranks' `bad` rows are named, or the whole step where no row is known to be bad.
         """
-        if math.isfinite(value):
+        if math.isfinite(value) or self.job.guard is not None:
             return
         of_ranks = self.writer.gather([name for row in bad or [] for name in row.sample_ids])
         names = ", ".join([name for of_rank in of_ranks for name in of_rank] or [sample.id for sample in samples])
@@ -379,8 +446,9 @@ class Run:
                     counts.append(self.job.objective.counts(row))
                 total_counts = ranks.sums(self.fabric, add_up(counts))
                 share = sum(float(step_loss(loss, total_counts)) for loss in losses)
-                metrics["eval_loss"] = ranks.sums(self.fabric, {"loss": share})["loss"]
-                means = quotients(ranks.sums(self.fabric, metric_sums(losses)))
+                means = ranks.sums(self.fabric, {"loss": share})
+                means |= quotients(ranks.sums(self.fabric, metric_sums(losses))) | self.tallied(losses)
+                means |= self.job.measured(means)
                 metrics |= {f"eval_{name}": value for name, value in means.items()}
             if self.job.evaluate_tasks is not None:
                 # All ranks score the same requests, in lockstep, so none may leave on its own.

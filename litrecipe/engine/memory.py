@@ -20,6 +20,7 @@ from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
 from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.experts import ExpertMLPs
 from litrecipe.model.head import block_size
 from litrecipe.model.hydra import Hydra, of_best
 from litrecipe.model.reward import RewardModel
@@ -57,6 +58,10 @@ class MemoryTable:
     trained: int
     judges: int = 0
     """Reward models beside what is trained."""
+    teacher: int = 0
+    """The frozen model that is learnt from, and what it computes with."""
+    asked: int = 0
+    """The same of one that is asked before anything is learnt."""
     cache: int = 0
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
@@ -69,8 +74,8 @@ class MemoryTable:
         In a step of one row gradients grow while activations are freed, so it holds the larger of the two, not both.
         """
         backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
-        always = self.weights + self.reference + self.judges + self.optimizer + self.exchange
-        return always + max(backward, self.cache + self.laid_out)
+        always = self.weights + self.reference + self.judges + self.teacher + self.optimizer + self.exchange
+        return max(always + max(backward, self.cache + self.laid_out), self.weights + self.asked)
 
 
 def estimate(
@@ -88,7 +93,7 @@ def estimate(
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
     """
     model = meta_model(recipe, architecture)
-    sizes = {name: stored_bytes(name, p, recipe) for name, p in model.named_parameters()}
+    sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
     copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
@@ -103,6 +108,8 @@ def estimate(
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
     widest = max(architecture.intermediate_size, architecture.hidden_size)
+    if experts := architecture.experts:
+        widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
@@ -111,7 +118,7 @@ def estimate(
         optimizer=optimizer,
         exchange=exchange,
         activations=activations,
-        scratch=head_scratch(model, row, device) + 6 * len(row.tokens) * widest * 4,
+        scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
         parameters=parameters,
@@ -128,6 +135,41 @@ def head_scratch(model: nn.Module, row: Row, device: torch.device | str) -> int:
     predictions, head = len(read.target), decoder.lm_head.weight
     block = 4 * predictions * min(block_size(predictions, device), len(head))
     return 2 * block + (head.numel() * head.element_size() if head.requires_grad else 0)
+
+
+def experts_scratch(model: nn.Module) -> int:
+    """The gradient of one layer's experts, where they are trained, before it is added."""
+    sizes = (
+        sum(p.numel() * p.element_size() for p in part.parameters(recurse=False) if p.requires_grad)
+        for part in model.modules()
+        if isinstance(part, ExpertMLPs)
+    )
+    return max(sizes, default=0)
+
+
+def teacher_bytes(
+    teacher: Architecture,
+    dtype: torch.dtype,
+    method: str,
+    row: Row,
+    *,
+    sharded_over: int | None = None,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits."""
+    with torch.device("meta"):
+        model = Decoder(teacher).to(dtype).requires_grad_(False)
+    sizes = {name: stored_bytes(name, p, method) for name, p in model.named_parameters()}
+    weights = sum(sizes.values())
+    if sharded_over:
+        head = model.lm_head.weight
+        weights = weights // sharded_over + gathered(sizes, teacher, blocks=2) + head.numel() * head.element_size()
+    widest = max(teacher.intermediate_size, teacher.hidden_size)
+    return (
+        weights
+        + 2 * head_scratch(model, row, device)
+        + 4 * (len(row.target) * teacher.hidden_size + 6 * len(row.tokens) * widest)
+    )
 
 
 def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
@@ -170,11 +212,18 @@ def faked(row: Row) -> Row:
     return replace(row, **tensors)
 
 
-def stored_bytes(name: str, parameter: nn.Parameter, recipe: TrainingRecipe) -> int:
+def stored_bytes(name: str, parameter: nn.Parameter, method: str) -> int:
     """A parameter as it lies in memory: frozen matrices of the layers may be quantised."""
-    is_linear = LAYERS in name and parameter.ndim == 2 and not parameter.requires_grad
-    quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[recipe.quantize.method]
-    return int(parameter.numel() * (quantised if is_linear else parameter.element_size()))
+    quantised = {"none": parameter.element_size(), "nf4": NF4_BYTES, "int8": 1.0}[method]
+    is_frozen = not parameter.requires_grad
+    return int(
+        parameter.numel() * (quantised if is_frozen and can_be_quantised(name, parameter) else parameter.element_size())
+    )
+
+
+def can_be_quantised(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is a matrix of a layer, or several, and no router's."""
+    return LAYERS in name and parameter.ndim >= 2 and not name.endswith("mlp.gate.weight")
 
 
 def gathered(sizes: dict[str, int], architecture: Architecture, blocks: int) -> int:

@@ -40,7 +40,9 @@ def hash_samples(samples: Sequence[Sample]) -> str:
             digest.update(segment.tokens.astype("int64").tobytes())
             digest.update(segment.weights.astype("float32").tobytes())
         for name in sorted(sample.extra):
-            digest.update(name.encode() + np.asarray(sample.extra[name], dtype="float32").tobytes())
+            values = np.asarray(sample.extra[name])
+            kind = "int64" if np.issubdtype(values.dtype, np.integer) else "float32"
+            digest.update(name.encode() + values.astype(kind).tobytes())
     return digest.hexdigest()
 
 
@@ -52,11 +54,24 @@ def hash_rng() -> str:
     return digest.hexdigest()
 
 
+NAMED = 256
+"""Samples of a step that are named; a pretraining's steps may have thousands, whose names would outgrow its weights."""
+
+
+def names_of(samples: Sequence[Sample]) -> list[str]:
+    """Their ids; of more than `NAMED` the first ones, with a hash of the others."""
+    names = [sample.id for sample in samples]
+    if len(names) <= NAMED:
+        return names
+    others = hashlib.blake2b("\0".join(names[NAMED:]).encode(), digest_size=8).hexdigest()
+    return [*names[:NAMED], f"{len(names) - NAMED} more: {others}"]
+
+
 def flight_record(step: int, samples: Sequence[Sample], rng: str, loss: float, grad_norm: float) -> dict[str, Any]:
     """One line of flight.jsonl; `rng` is `hash_rng()` from before the step."""
     return {
         "step": step,
-        "samples": [sample.id for sample in samples],
+        "samples": names_of(samples),
         "batch": hash_samples(samples),
         "rng": rng,
         "loss": float(loss).hex(),

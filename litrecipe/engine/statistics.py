@@ -30,8 +30,19 @@ def with_statistics(
     """
     if not isinstance(objective, StepGlobal):
         return rows
-    rows = list(rows)
     mine = [objective.statistics(module(row), row) for row in looked_at]
+    return completed(list(rows), mine, objective, rank, gather)
+
+
+@torch.no_grad()
+def completed(
+    rows: list[Row],
+    mine: list[dict[str, Tensor]],
+    objective: StepGlobal,
+    rank: int,
+    gather: Callable[[Any], list[Any]],
+) -> list[Row]:
+    """This rank's `rows` with what the objective makes of all ranks' statistics, of which these are `mine`."""
     told = gather(([_on_cpu(found) for found in mine], [len(row.sample_ids) for row in rows]))
     of_rows = [found for found_by_rank, _ in told for found in found_by_rank]
     whole = {name: torch.cat([found[name] for found in of_rows]) for name in of_rows[0]}

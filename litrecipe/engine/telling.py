@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 import time
+from functools import cached_property
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from litrecipe.config import progress, stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Log
+from litrecipe.engine.peak import peak_flops
 from litrecipe.engine.rundir import RunDir
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from litrecipe.engine.fit import StepResult
 
-TIMING = ("tokens_per_second", "memory", "time/rollout")
+TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout")
 """Fields of metrics.jsonl that differ between two runs that do the same."""
 ON_THE_LINE = {
     "rewards/accuracies": "accuracy",
@@ -99,7 +101,7 @@ class Teller:
 
     def __init__(self, fabric: Fabric, recipe: Any, run_dir: RunDir, total_steps: int, first_step: int) -> None:
         self.fabric, self.dir, self.total = fabric, run_dir, total_steps
-        self.every = recipe.log.every
+        self.every, self.precision = recipe.log.every, recipe.fabric.precision
         self.speaks = fabric.global_rank == 0
         self.line = progress.Line()
         self.started = self.last_step = time.monotonic()
@@ -107,6 +109,8 @@ class Teller:
         """Where the clock of tokens per second was last set to 0, moved on by the time evaluations took."""
         self.first_step = first_step
         self.last_tokens: int | None = None
+        self.flops = 0.0
+        """What the steps since the last telling asked of the model, over all ranks."""
         self.loggers = make_loggers(recipe.log, recipe.out_dir, purge_step=first_step + 1) if self.speaks else []
 
     def tell(self, step: int, tokens: int, lr: float, result: StepResult, flight: dict[str, Any]) -> None:
@@ -119,8 +123,10 @@ class Teller:
             return
         told = self.last_tokens
         new = sum_of_tokens(tokens, step, self.first_step) if told is None else tokens - told
-        rate = new / max(now - self.rate_since, 1e-9)
-        self.rate_since, self.last_tokens = now, tokens
+        seconds = max(now - self.rate_since, 1e-9)
+        rate = new / seconds
+        utilization = self.utilization(seconds)
+        self.rate_since, self.last_tokens, self.flops = now, tokens, 0.0
         memory = peak_memory_bytes(self.fabric.device)
         record = {
             "step": step,
@@ -130,6 +136,7 @@ class Teller:
             "tokens": tokens,
             **result.metrics,
             "tokens_per_second": round(rate, 1),
+            **({} if utilization is None else {"mfu": round(utilization, 4)}),
             "memory": memory,
         }
         self.dir.append("metrics.jsonl", record)
@@ -146,11 +153,25 @@ class Teller:
             *of_method,
             f"{progress.duration(left)} left",
             f"{rate:.0f} tokens/s",
+            *([] if utilization is None else [f"MFU {utilization:.0%}"]),
             f"{memory / 1e9:.2f} GB",
             f"lr {lr:.2e}",
             f"grad norm {result.grad_norm:.3f}",
         ]
         self.line.show(" · ".join(parts), last=step == self.total)
+
+    def utilization(self, seconds: float) -> float | None:
+        """Model FLOPs utilisation (PaLM, 2204.02311): what was asked of the model as a share of what the devices can do
+        in that time; None where nobody counts, or the device is not known."""
+        if not self.flops:
+            return None
+        peak = self.peak_flops
+        return None if peak is None else self.flops / (seconds * peak * self.fabric.world_size)
+
+    @cached_property
+    def peak_flops(self) -> float | None:
+        """Of one device, at the run's precision."""
+        return peak_flops(self.fabric.device, half=self.precision != "32-true")
 
     def tell_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """One evaluation."""

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from litrecipe.checkpoint.load import load_model, load_reward_model
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config import groups, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import say
@@ -60,7 +60,7 @@ def open_any(
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
-    files = open_model(model.source, tokenizer=model.tokenizer)
+    files = open_asked(model)
     if files.is_reward_model or (files.is_hydra and as_judge):
         return _open(load_reward_model, model, quantize, fabric, longest)
     return _open(load_model, model, quantize, fabric, longest)
@@ -74,7 +74,7 @@ def _open(
     longest: Reach,
 ) -> Session[M]:
     device = _device(fabric)
-    files = open_model(model.source, tokenizer=model.tokenizer)
+    files = open_asked(model)
     run = schema.load_run(Path(model.source))
     if run is not None and quantize.method == "none" and run.quantize.method != "none":
         quantize = run.quantize

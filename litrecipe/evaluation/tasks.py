@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from urllib.parse import parse_qsl, urlencode
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data, Generate
 from litrecipe.data.formats import Conversation, Message, RowError, parse_rows
-from litrecipe.data.readers import Mistakes, check_sources, find_files, read_rows
+from litrecipe.data.readers import Mistakes, check_sources, find_files, read_rows, read_text
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.sampling import complete, plain_prompt
 from litrecipe.evaluation.scoring import loglikelihoods
@@ -309,25 +308,15 @@ def _texts(source: str) -> Iterator[str]:
     names = [source] if source.startswith("toy:") else [str(path) for path in find_files(source, SPLIT)]
     for name in names:
         if Path(name).name.removesuffix(".gz").removesuffix(".zst").endswith(".txt"):
-            yield read_text(Path(name))
+            mistakes = Mistakes()
+            text = read_text(Path(name), mistakes)
+            mistakes.raise_if_any()
+            yield text or ""
             continue
         for row, where in read_rows(name):
             if not isinstance(row.get("text"), str):
                 raise InputError(f"{where}: columns {', '.join(row)}: perplexity needs a column `text`, or a .txt file")
             yield row["text"]
-
-
-def read_text(path: Path) -> str:
-    """The whole of a text file, plain, .gz or .zst, with its line ends as they are."""
-    if path.suffix == ".gz":
-        raw = gzip.decompress(path.read_bytes())
-    elif path.suffix == ".zst":
-        import zstandard
-
-        raw = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True).read()
-    else:
-        raw = path.read_bytes()
-    return raw.decode("utf-8-sig")
 
 
 def _windows(tokens: list[int], size: int) -> list[list[int]]:

@@ -5,7 +5,8 @@ Shapes: i inputs, o outputs of a linear layer, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
-from litrecipe.model.architecture import Architecture
+from litrecipe.model.architecture import EXPERTS, PROJECTIONS, Architecture
+from litrecipe.model.experts import ExpertMLPs
+from litrecipe.model.lora_experts import LoraExperts
 from litrecipe.model.names import PEFT_PREFIX, SAME_NAMES, Names
 
 if TYPE_CHECKING:
@@ -37,24 +40,38 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
 
     from litrecipe.model.lora_linear import LoraLinear
 
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, ExpertMLPs)}
+    if experts:
+        _check_experts(model, config)
     config = fitting(config, getattr(model, "architecture", None))
-    _check_targets(model, config)
+    of_experts = [target for target in config.targets if experts and target in PROJECTIONS]
+    of_layers = [target for target in config.targets if target not in of_experts]
+    _check_targets(model, of_layers, PROJECTIONS if experts else ())
     peft_config = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
         lora_dropout=config.dropout,
-        target_modules=list(config.targets),
+        target_modules=of_layers,
         use_rslora=config.rslora,
         use_dora=config.method == "dora",
     )
     peft_config._register_custom_module({nn.Linear: LoraLinear})
-    inject_adapter_in_model(peft_config, model)
+    if of_layers:
+        inject_adapter_in_model(peft_config, model)
+    if of_experts:
+        scale = config.alpha / (math.sqrt(config.r) if config.rslora else config.r)
+        for name, module in experts.items():
+            model.set_submodule(name, LoraExperts(module, of_experts, config.r, scale))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for _, layer in _layers(model):
         layer.init_weights(generator)
     if (score := _score(model)) is not None:
         score.float().requires_grad_()
+
+
+IN_EXPERTS = dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+"""What holds a projection where gate and up are one."""
 
 
 def fitting(config: Adapter, architecture: Architecture | None) -> Adapter:
@@ -65,21 +82,41 @@ def fitting(config: Adapter, architecture: Architecture | None) -> Adapter:
     names: dict[str, str] = {}
     if architecture.fused:
         names |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
-        names |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+    if architecture.fused or architecture.experts:
+        names |= IN_EXPERTS
     if not architecture.gated:
         names |= dict.fromkeys(("gate_proj", "up_proj"), "up_proj")
     return replace(config, targets=list(dict.fromkeys(names.get(target, target) for target in config.targets)))
 
 
-def _check_targets(model: nn.Module, config: Adapter) -> None:
+def _check_targets(model: nn.Module, targets: Sequence[str], others: Sequence[str]) -> None:
+    """`others`: what is there beside linear layers."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     there = sorted({name.rpartition(".")[2] for name in linears} - HEADS)
     mistakes = [
-        f"adapter.targets: {target}: no such layer: the model has {', '.join(there)}"
-        for target in config.targets
+        f"adapter.targets: {target}: no such layer: the model has {', '.join([*there, *others])}"
+        for target in targets
         if target not in there
     ]
     if mistakes:
+        raise InputError(*mistakes)
+
+
+def _check_experts(model: nn.Module, config: Adapter) -> None:
+    """peft has no names for plain MLPs beside experts, and of experts neither DoRA nor dropout."""
+    named = [target for target in config.targets if IN_EXPERTS.get(target, target) in PROJECTIONS]
+    plain = [name for name, module in model.named_modules() if hasattr(module, "gate_proj")]
+    cure = f"leave {', '.join(named)} out of adapter.targets"
+    mistakes = []
+    if plain:
+        mistakes.append(
+            f"adapter.targets: {', '.join(named)}: peft cannot tell experts from plain MLPs ({plain[0]}): {cure}"
+        )
+    if config.method == "dora":
+        mistakes.append(f"adapter.method: dora: experts can have LoRA only: ask for lora, or {cure}")
+    if config.dropout:
+        mistakes.append(f"adapter.dropout: {config.dropout}: experts can have none: set it to 0, or {cure}")
+    if named and mistakes:
         raise InputError(*mistakes)
 
 
@@ -106,13 +143,19 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def adapter_config(
-    config: Adapter, base: str, *, names: Names = SAME_NAMES, with_score: bool = False
+    config: Adapter,
+    base: str,
+    *,
+    names: Names = SAME_NAMES,
+    with_score: bool = False,
+    with_experts: bool = False,
 ) -> dict[str, Any]:
     """`adapter_config.json` for peft; `base` is the folder or hub id of the model it belongs to, `names` those of its
     family's files.
 
-    `with_score`: the adapter of a reward model.
+    `with_score`: the adapter of a reward model; `with_experts`: of one whose MLPs are experts.
     """
+    of_experts = [target for target in config.targets if with_experts and target in PROJECTIONS]
     kind = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if with_score else {"task_type": "CAUSAL_LM"}
     return {
         "peft_type": "LORA",
@@ -122,7 +165,8 @@ def adapter_config(
         # other readers of the format take whole numbers only
         "lora_alpha": int(config.alpha) if float(config.alpha).is_integer() else config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": names.targets_in_files(config.targets),
+        "target_modules": names.targets_in_files([one for one in config.targets if one not in of_experts]),
+        **({"target_parameters": [f"{EXPERTS}.{target}" for target in of_experts]} if of_experts else {}),
         **({"fan_in_fan_out": True} if names.transposes else {}),
         "use_rslora": config.rslora,
         "use_dora": config.method == "dora",
@@ -141,6 +185,9 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> No
     from litrecipe.model.quantize import QuantizedLinear, dequantize, plain_linear
 
     for name, layer in _layers(model):
+        if isinstance(layer, LoraExperts):
+            model.set_submodule(name, layer.merge(dtype))
+            continue
         base = layer.base
         target = dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
         model.set_submodule(name, plain_linear(layer.merged_weight().to(target), base.bias))
@@ -175,7 +222,8 @@ class Count(NamedTuple):
 
 
 def describe_parameters(model: nn.Module) -> dict[str, Count]:
-    """Counts by kind (embedding, attention, mlp, norm, head, adapter) and over all; a quantised weight counts whole."""
+    """Counts by kind (embedding, attention, mlp, experts, router, norm, head, adapter) and over all; a quantised weight
+    counts whole."""
     counts: dict[str, Count] = {}
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
@@ -194,14 +242,16 @@ def _kind(name: str) -> str:
     if any(part.startswith("lora_") for part in parts):
         return "adapter"
     words = dict.fromkeys(("embed_tokens", "embed_positions"), "embedding")
-    words |= {"self_attn": "attention", "mlp": "mlp", **dict.fromkeys(HEADS, "head")}
+    words |= {"self_attn": "attention", "experts": "experts", "gate": "router", "mlp": "mlp"}
+    words |= dict.fromkeys(HEADS, "head")
     return next((kind for word, kind in words.items() if word in parts), "norm")
 
 
-def _layers(model: nn.Module) -> list[tuple[str, LoraLinear]]:
+def _layers(model: nn.Module) -> list[tuple[str, LoraLinear | LoraExperts]]:
     from litrecipe.model.lora_linear import LoraLinear
 
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+    kinds = LoraLinear, LoraExperts
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def _score(model: nn.Module) -> nn.Module | None:

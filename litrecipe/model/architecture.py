@@ -11,6 +11,11 @@ from typing import Any, Literal, NamedTuple
 SCORE = "score.weight"
 """The tensor (1, hidden size) that makes a reward model of a transformer, as Hugging Face names it."""
 
+EXPERTS = "mlp.experts"
+"""Where in a layer its experts are, as Hugging Face names it."""
+PROJECTIONS = ("gate_up_proj", "down_proj")
+"""The weights of experts; gate and up are one."""
+
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 Norm = Literal["rms", "rms_wide", "rms_plus_one", "layer"]
 """RMSNorm (1910.07467) times w; times w before it goes back from fp32 (OLMo 2); times 1 + w, as wide (Gemma); or
@@ -51,6 +56,25 @@ class LayerShape(NamedTuple):
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
+
+
+@dataclass(frozen=True)
+class Experts:
+    """MLPs that are mixtures of experts (1701.06538), of which a router chooses some for each token."""
+
+    count: int
+    chosen: int
+    """Experts that work on a token."""
+    size: int
+    """Inner size of one."""
+    renormalise: bool = True
+    """Whether the weights of the chosen add up to 1 (Mixtral), or are what they are among all (Qwen 3's switch)."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers with one plain MLP instead."""
+    jitter: float = 0.0
+    """In training the input is multiplied by draws from U(1 - jitter, 1 + jitter)."""
+    balance_coef: float = 0.001
+    """Weight of the balance loss that the model was made with."""
 
 
 @dataclass(frozen=True)
@@ -108,12 +132,26 @@ class Architecture:
     """The same of logits."""
     embedding_scale: float = 1.0
     """By what embedded tokens are multiplied."""
+    residual_scale: float = 1.0
+    """By what attention and MLP are multiplied before they are added to x (Granite, MiniCPM)."""
+    logit_divisor: float = 1.0
+    """By what logits are divided (the same)."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    inner_init: float = 1.0
+    """Share of it that those of the layers' matrices have (muP)."""
+    scaled_init: bool = False
+    """Whether those that write into the residual stream start smaller, by 1/√(2 layers) (GPT-2)."""
+    experts: Experts | None = None
+    """Of the MLPs; None: they are plain ones of `intermediate_size`."""
 
     def kind(self, layer: int) -> LayerKind:
         """That of a layer."""
         return self.kinds[layer] if self.kinds else LayerKind()
+
+    def experts_of(self, layer: int) -> Experts | None:
+        """Those of a layer; None where its MLP is a plain one."""
+        return None if self.experts is None or layer in self.experts.dense_layers else self.experts
 
     def shape(self, layer: int) -> LayerShape:
         """That of a layer."""
@@ -147,13 +185,25 @@ class Architecture:
         scalings = (rope.scaling for rope in self.ropes)
         return next((one for one in scalings if one and one["rope_type"] == "longrope"), None)
 
+    def first_layers(self, count: int) -> Architecture:
+        """The same of a model that ends behind so many of its layers."""
+        shapes = self.shapes[:count]
+        largest = zip(LayerShape._fields, map(max, zip(*shapes, strict=True)), strict=True) if shapes else ()
+        return replace(self, num_layers=count, kinds=self.kinds[:count], shapes=shapes, **dict(largest))
 
-def count_parameters(architecture: Architecture, *, is_reward_model: bool = False) -> int:
-    """Number of weights, a tied head counted once."""
+    def trained_on(self, tokens: int, theta: float | None = None) -> Architecture:
+        """The same for a model that is trained on sequences of so many tokens: its context is at least that long, and
+        heads turn by the base `theta`, if that is given (those of layers without a window, where there are two)."""
+        ropes = self.ropes if theta is None else (self.ropes[0]._replace(theta=theta), *self.ropes[1:])
+        return replace(self, ropes=ropes, max_positions=max(self.max_positions, tokens)).for_length(tokens)
+
+
+def count_parameters(architecture: Architecture, *, is_reward_model: bool = False, active: bool = False) -> int:
+    """Number of weights, a tied head counted once; `active`: of those that work on a token."""
     a = architecture
     shapes = [a.shape(layer) for layer in range(a.num_layers)]
     attentions = sum(_attention_size(a, shape) for shape in shapes)
-    mlps = sum(_mlp_size(a, shape.intermediate_size) for shape in shapes)
+    mlps = sum(_mlp_size(a, layer, active) for layer in range(a.num_layers))
     norms = ({"before": 2, "after": 2, "around": 4}[a.norms] * a.num_layers + 1) * a.hidden_size
     norms *= 2 if a.norm == "layer" else 1
     embedding = a.vocab_size * a.hidden_size
@@ -169,6 +219,10 @@ def _attention_size(a: Architecture, shape: LayerShape) -> int:
     return size + {"none": 0, "head": 2 * a.head_dim, "whole": queries + keys}[a.qk_norm]
 
 
-def _mlp_size(a: Architecture, inner: int) -> int:
+def _mlp_size(a: Architecture, layer: int, active: bool) -> int:
+    if (experts := a.experts_of(layer)) is not None:
+        at_work = experts.chosen if active else experts.count
+        return a.hidden_size * (experts.count + 3 * at_work * experts.size)
+    inner = a.shape(layer).intermediate_size
     inward = (2 if a.gated else 1) * inner
     return a.hidden_size * (inward + inner) + a.mlp_bias * (inward + a.hidden_size)

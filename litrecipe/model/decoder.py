@@ -1,7 +1,7 @@
 """The decoder: one config-driven transformer whose module names are those of Hugging Face's Llama and its cousins.
 
 Shapes: T tokens of a row, P predictions, d hidden size, H query heads, G key/value heads, D head dimension,
-B sequences of a decoding batch, V vocabulary.
+B sequences of a decoding batch, V vocabulary, L layers with a router of E experts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from litrecipe.model.architecture import Activation, Architecture, LayerShape, Norm, Norms
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
-from litrecipe.model.head import Entropy, Predictions, predict, soft_cap, widen
+from litrecipe.model.experts import Mixture
+from litrecipe.model.head import Entropy, Predictions, SoftTargets, predict, soft_cap, widen
 from litrecipe.model.rotary import Turn, inverse_frequencies, rotary_tables, rotate
 from litrecipe.model.row import Row, Span
+
+RESIDUAL = ("o_proj", "down_proj")
+"""Endings of the matrices that write into the residual stream."""
 
 
 class Attention(Protocol):
@@ -41,16 +45,24 @@ class Trunk(nn.Module):
         """Compute each layer again in the backward pass instead of keeping its insides."""
         self.model = Backbone(architecture)
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
-        longest = architecture.longest or architecture.max_positions
-        self.frequencies = [inverse_frequencies(rope, architecture.head_dim, longest) for rope in architecture.ropes]
+        self.frequencies = frequencies_of(architecture)
+
+    def reach(self, tokens: int, theta: float | None = None) -> None:
+        """Be trained on sequences of so many tokens from here on, see `Architecture.trained_on`."""
+        self.architecture = self.architecture.trained_on(tokens, theta)
+        self.frequencies = frequencies_of(self.architecture)
 
     def init_weights(self, seed: int) -> None:
-        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms."""
+        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms; see `scaled_init`."""
         generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
+        a = self.architecture
+        smaller = 1 / math.sqrt(2 * a.num_layers) if a.scaled_init else 1.0
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(0, self.architecture.initializer_range, generator=generator)
+            for name, parameter in self.named_parameters():
+                if parameter.ndim >= 2:
+                    share = a.inner_init if ".layers." in name else 1.0
+                    share *= smaller if name.removesuffix(".weight").endswith(RESIDUAL) else 1.0
+                    parameter.normal_(0, a.initializer_range * share, generator=generator)
             for module in self.modules():
                 if isinstance(module, RMSNorm | nn.LayerNorm):
                     counts_from_one = isinstance(module, RMSNorm) and module.kind == "rms_plus_one"
@@ -66,24 +78,45 @@ class Trunk(nn.Module):
     def hidden(self, row: Row, places: Tensor) -> Tensor:
         """What heads read: the normalised output (P, d) of the last layer at some places (P,) of a row."""
         attention = forests(self.architecture, row.spans, row.tokens.device)
-        return self.model.norm(self._hidden(row.tokens, row.positions, attention, places))
+        return self._finished(self._hidden(row.tokens, row.positions, attention, places))
+
+    def hidden_and_routing(self, row: Row, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, and what the routers say of all tokens (L, T, E); None where there are none."""
+        attention, logits = forests(self.architecture, row.spans, row.tokens.device), list[Tensor]()
+        hidden = self._hidden(row.tokens, row.positions, attention, places, logits)
+        return self._finished(hidden), torch.stack(logits) if logits else None
+
+    def _finished(self, x: Tensor) -> Tensor:
+        """Last layer's output → what heads read."""
+        divisor = self.architecture.logit_divisor  # dividing what heads read divides the logits
+        return self.model.norm(x) if divisor == 1 else self.model.norm(x) / divisor
 
     def _hidden(
-        self, tokens: Tensor, positions: Tensor, attention: Sequence[Attention], places: Tensor | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        attention: Sequence[Attention],
+        places: Tensor | None = None,
+        routing: list[Tensor] | None = None,
     ) -> Tensor:
         """Output of the last layer, not normalised, at some places (P,), or at all (T, d).
 
-        `attention` is one a layer.
+        `attention` is one a layer. To `routing` what the routers say of all tokens (T, E) is added, layer by layer.
         """
         turns = self.turns(positions)
         x = self.embedded(tokens, positions)
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
-            inputs = x, turns[index], attention[index], places if index == last else None
+            inputs: tuple[Any, ...] = x, turns[index], attention[index], places if index == last else None
+            if isinstance(layer, SparseLayer):
+                inputs = *inputs, routing is not None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(layer, *inputs, use_reentrant=False))
+                output = cast(Any, checkpoint(layer, *inputs, use_reentrant=False))
             else:
-                x = layer(*inputs)
+                output = layer(*inputs)
+            x, logits = output if isinstance(layer, SparseLayer) else (output, None)
+            if routing is not None and logits is not None:
+                routing.append(logits)
         return x
 
     def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -111,6 +144,10 @@ class Decoder(Trunk):
         """Whether predictions bring `log_collisions`."""
         self.with_entropy: Entropy = "none"
         """Whether predictions bring their `entropy`, and with gradient."""
+        self.with_log_z = False
+        """Whether predictions bring `log_z`."""
+        self.with_routing = False
+        """Whether predictions bring `router_logits`."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.tie_weights()
 
@@ -124,21 +161,23 @@ class Decoder(Trunk):
         self.tie_weights()
         super().init_weights(seed)
 
-    def forward(self, row: Row, temperature: float = 1.0) -> Predictions:
-        """Log-probabilities (P,) of the row's targets under logits / temperature."""
-        return self.said(self.hidden(row, row.predict_from), row, temperature)
+    def forward(self, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
+        """Log-probabilities (P,) of the row's targets under logits / temperature, and how far they are from `soft`."""
+        if not self.with_routing:
+            return self.said(self.hidden(row, row.predict_from), row, temperature, soft)
+        hidden, logits = self.hidden_and_routing(row, row.predict_from)
+        return self.said(hidden, row, temperature, soft)._replace(router_logits=logits)
 
-    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0) -> Predictions:
+    def said(self, hidden: Tensor, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
-        wanted = self.with_collisions, self.with_entropy
-        cap = self.architecture.final_softcap
-        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, softcap=cap)
+        wanted = self.with_collisions, self.with_entropy, self.architecture.final_softcap, self.with_log_z
+        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, soft)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
         attention = forests(self.architecture, [Span(0, len(tokens), -1)], tokens.device)
         positions = torch.arange(len(tokens), device=tokens.device)
-        return self.head(self.model.norm(self._hidden(tokens, positions, attention)))
+        return self.head(self._finished(self._hidden(tokens, positions, attention)))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of normalised hidden states (…, d)."""
@@ -148,7 +187,12 @@ class Decoder(Trunk):
     def decode(self, tokens: Tensor, step: CacheStep) -> Tensor:
         """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
         hidden = self._hidden(tokens, step.positions, step.layers, step.places)
-        return self.head(self.model.norm(hidden))
+        return self.head(self._finished(hidden))
+
+
+def frequencies_of(a: Architecture) -> list[tuple[Tensor, float]]:
+    """Of each rotary embedding, see `inverse_frequencies`."""
+    return [inverse_frequencies(rope, a.head_dim, a.longest or a.max_positions) for rope in a.ropes]
 
 
 class Backbone(nn.Module):
@@ -160,7 +204,8 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
         if a.learned_positions:
             self.embed_positions = nn.Embedding(a.max_positions, a.hidden_size)
-        self.layers = nn.ModuleList(Layer(a, layer) for layer in range(a.num_layers))
+        kinds = (SparseLayer if a.experts_of(layer) else Layer for layer in range(a.num_layers))
+        self.layers = nn.ModuleList(kind(a, layer) for layer, kind in enumerate(kinds))
         self.norm = make_norm(a, a.hidden_size)
 
 
@@ -187,8 +232,9 @@ class Layer(nn.Module):
         super().__init__()
         shape = architecture.shape(layer)
         self.self_attn = SelfAttention(architecture, shape)
-        self.mlp = MLP(architecture, shape.intermediate_size)
-        self.parallel = architecture.parallel
+        experts, inner = architecture.experts_of(layer), shape.intermediate_size
+        self.mlp = MLP(architecture, inner) if experts is None else Mixture(architecture, experts)
+        self.parallel, self.scale = architecture.parallel, architecture.residual_scale
         self.norm_names = NORM_NAMES[architecture.norms]
         for name in filter(None, self.norm_names):
             setattr(self, name, make_norm(architecture, architecture.hidden_size))
@@ -198,12 +244,35 @@ class Layer(nn.Module):
         before, behind, before_mlp, behind_mlp = self.norm_names
         attended = self._normed(behind, self.self_attn(self._normed(before, x), turn, attention, places))
         x = at(x, places)
-        after = x + attended
+        after = self._added(x, attended)
         read = x if self.parallel else after
-        return after + self._normed(behind_mlp, self.mlp(self._normed(before_mlp, read)))
+        return self._added(after, self._normed(behind_mlp, self.mlp(self._normed(before_mlp, read))))
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.scale == 1 else x + y * self.scale
 
     def _normed(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
+
+
+class SparseLayer(Layer):
+    """A layer whose MLP is a mixture of experts."""
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        turn: Turn | None,
+        attention: Attention,
+        places: Tensor | None = None,
+        with_routing: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Layer`, and `with_routing` what the router says of all tokens (T, E), wherever the output is wanted."""
+        before, behind, before_mlp, behind_mlp = self.norm_names
+        early, late = (None, places) if with_routing else (places, None)
+        attended = self.self_attn(self._normed(before, x), turn, attention, early)
+        x = self._added(at(x, early), self._normed(behind, attended))
+        y, logits = self.mlp(self._normed(before_mlp, x), late)
+        return self._added(at(x, late), self._normed(behind_mlp, y)), logits if with_routing else None
 
 
 class SelfAttention(nn.Module):

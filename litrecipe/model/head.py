@@ -1,6 +1,7 @@
 """From hidden states to log-probabilities of their targets, without ever holding all logits.
 
-Shapes: P predictions, d hidden size, V vocabulary, v of its tokens at a time.
+Shapes: P predictions, d hidden size, V vocabulary, v of its tokens at a time; T tokens, L layers with a router of E
+experts.
 
 With z = W h / τ, log p(t) = z_t - logsumexp(z), whose gradient towards h is (W_t - Σ_v p_v W_v) / τ. The sums over the
 vocabulary are taken block by block, scaled by the highest logit so far (1805.02867): a block's logits are used up while
@@ -8,12 +9,15 @@ they are in the processor's cache, and a trained weight's gradient is written on
 
 The entropy H = -Σ_v p_v log p_v = logsumexp(z) - Σ_v p_v z_v falls out of the same pass. Its gradient towards h is
 -(Σ_v p_v z_v W_v - Σ_v p_v z_v · Σ_v p_v W_v) / τ: minus the covariance under p of logits and rows of the weight.
+
+logsumexp(z), of which a z-loss takes the square, has the gradient Σ_v p_v W_v / τ. What a teacher says of a place is
+held against p block by block too: `soft_targets`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +45,50 @@ class Predictions(NamedTuple):
     """(P,) float32 log Σ_v p(v)², how likely two draws are to agree, without gradient; None unless asked for."""
     entropy: Tensor | None = None
     """(P,) float32 Shannon entropy of p in nats, with or without gradient as asked for; None unless asked for."""
+    log_z: Tensor | None = None
+    """(P,) float32 logsumexp of the logits, with gradient; None unless asked for."""
+    kl: Tensor | None = None
+    """(P,) float32 KL(q ‖ p) in nats of what a teacher says, with gradient; None without a teacher."""
+    teacher_entropy: Tensor | None = None
+    """(P,) float32 entropy of q in nats, without gradient. With `kl` it makes the cross-entropy -Σ_v q_v log p_v."""
+    router_logits: Tensor | None = None
+    """(L, T, E) float32, what the router of each layer that has one says of every token of the row, targets or not;
+    None unless asked for."""
+
+
+class Comparison(Protocol):
+    """Of the logits z with what a teacher says of the same places, block by block of the vocabulary."""
+
+    def add(self, tokens: slice, logits: Tensor) -> None:
+        """Take in a block's logits (P, v), which stay as they are."""
+        ...
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """KL(q ‖ p) and the entropy of q (P,) when all blocks are in."""
+        ...
+
+    def slope(self, tokens: slice, logits: Tensor) -> Tensor:
+        """Gradient (P, v) of the KL towards a block's logits, when all blocks are in."""
+        ...
+
+
+class SoftTargets(Protocol):
+    """A distribution q over the vocabulary for each of P places."""
+
+    def comparison(self) -> Comparison:
+        """A new one, for one pass over the vocabulary."""
+        ...
+
+
+class _Wanted(NamedTuple):
+    """What predictions shall bring, and of which logits."""
+
+    temperature: float
+    collisions: bool
+    entropy: Entropy
+    softcap: float | None
+    log_z: bool
+    soft: SoftTargets | None
 
 
 def predict(
@@ -51,53 +99,31 @@ def predict(
     collisions: bool = False,
     entropy: Entropy = "none",
     softcap: float | None = None,
+    log_z: bool = False,
+    soft: SoftTargets | None = None,
 ) -> Predictions:
     """Log-probabilities of `target` (P,) under p = softmax(hidden weightᵀ / temperature); and, if wanted,
-    `log_collisions` and `entropy` of p. With a `softcap` c logits z are c tanh(z / c) before they are divided.
+    `log_collisions`, `entropy` and `log_z` of p. With a `softcap` c logits z are c tanh(z / c) before they are divided.
+    `soft` targets bring `kl` and `teacher_entropy`.
 
     hidden is (P, d) and weight (V, d). A weight that is trained costs a second product of all logits in the backward
-    pass; a frozen one (LoRA) none, but for an entropy that is learnt another one in the forward pass. P may be 0; the
-    result still hangs on the graph.
+    pass; a frozen one (LoRA) none, but for an entropy that is learnt another one in the forward pass. With soft targets
+    the one is as the other, and the teacher's logits are computed twice too. P may be 0; the result still hangs on the
+    graph.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    head = _TrainedHead if weight.requires_grad and torch.is_grad_enabled() else _FrozenHead
-    logps, correct, log_collisions, found = head.apply(
-        hidden, weight, target, temperature, collisions, entropy, softcap
-    )
-    return Predictions(logps, correct, log_collisions=log_collisions, entropy=found)
+    hidden, weight = in_autocast(hidden, weight)
+    again = soft is not None or (weight.requires_grad and torch.is_grad_enabled())
+    head = _TrainedHead if again else _FrozenHead
+    wanted = _Wanted(temperature, collisions, entropy, softcap, log_z, soft)
+    logps, correct, *others = head.apply(hidden, weight, target, wanted)
+    return Predictions(logps, correct, None, *others)
 
 
-@torch.no_grad()
-def divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    other: Tensor,
-    other_weight: Tensor,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
-    """KL(p ‖ q) (P,) in nats, over the whole vocabulary: p = softmax(hidden weightᵀ / temperature), q the same of
-    `other` (P, d) and `other_weight` (V, d).
-
-    With z and z' the two's logits it is Σ_v p_v (z_v - z'_v) - logsumexp(z) + logsumexp(z'). Its mean over what p
-    sampled is that of k1, log p - log q of the samples, with far less noise.
-    """
-    total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
-    other_total, apart = total.clone(), torch.zeros_like(total)
-    size = block_size(len(hidden), hidden.device)
-    for start in range(0, len(weight), size):
-        z, other_z = (
-            _capped(widen(F.linear(read, rows[start : start + size])), softcap) / temperature
-            for read, rows in ((hidden, weight), (other, other_weight))
-        )
-        of_block = z.logsumexp(1)
-        mean = (z - of_block[:, None]).exp_().mul_(z - other_z).sum(1)
-        higher = torch.logaddexp(total, of_block)
-        apart = apart * (total - higher).exp() + mean * (of_block - higher).exp()
-        total, other_total = higher, torch.logaddexp(other_total, other_z.logsumexp(1))
-    return apart - total + other_total
+def in_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the precision of autocast, where that is on."""
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight
+    return hidden.to(product_dtype(hidden)), weight.to(product_dtype(hidden))
 
 
 def soft_cap(logits: Tensor, cap: float) -> Tensor:
@@ -105,7 +131,7 @@ def soft_cap(logits: Tensor, cap: float) -> Tensor:
     return (logits / cap).tanh() * cap
 
 
-def _capped(logits: Tensor, cap: float | None) -> Tensor:
+def capped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else soft_cap(logits, cap)
 
 
@@ -122,6 +148,12 @@ def block_size(predictions: int, device: torch.device | str) -> int:
 def widen(x: Tensor) -> Tensor:
     """x in fp32, or as it is where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What the products with `x` are computed in: autocast's dtype where it is on, else that of `x`."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class _Block(NamedTuple):
@@ -146,7 +178,7 @@ def _blocks(
     size = block_size(len(hidden), hidden.device)
     for start in range(0, len(weight), size):
         part = weight[start : start + size]
-        logits = _capped(widen(F.linear(hidden, part)), softcap)
+        logits = capped(widen(F.linear(hidden, part)), softcap)
         slope = None if softcap is None else _slope(logits, softcap)
         place = (target - start).clamp(0, len(part) - 1)
         inside = place + start == target
@@ -162,14 +194,15 @@ def _sloped(terms: Tensor, slope: Tensor | None) -> Tensor:
     return terms if slope is None else terms * slope
 
 
-_Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""logps, correct, log_collisions and entropy (P,)."""
+_Results = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""logps, correct, log_collisions, entropy, log_z, kl and teacher_entropy (P,)."""
 
 
 class _Sums:
     """What the blocks seen so far add up to."""
 
-    def __init__(self, hidden: Tensor, with_mean: bool, with_squares: bool, entropy: Entropy) -> None:
+    def __init__(self, hidden: Tensor, with_mean: bool, wanted: _Wanted) -> None:
+        self.wanted = wanted
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.highest = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
         """(P,) the highest logit m."""
@@ -181,10 +214,10 @@ class _Sums:
         """(P,) the target's logit."""
         self.rows = torch.zeros_like(hidden, dtype=dtype) if with_mean else None
         """(P, d) Σ exp(z - m) W, and with a soft cap times the slope there."""
-        self.squares = torch.zeros_like(self.highest) if with_squares else None
+        self.squares = torch.zeros_like(self.highest) if wanted.collisions else None
         """(P,) Σ exp(z - m)²."""
-        self.learns_entropy = entropy == "learnt"
-        self.moment = torch.zeros_like(self.highest) if entropy != "none" else None
+        self.learns_entropy = wanted.entropy == "learnt"
+        self.moment = torch.zeros_like(self.highest) if wanted.entropy != "none" else None
         """(P,) Σ exp(z - m) (z - m)."""
         self.moment_rows = torch.zeros_like(hidden, dtype=dtype) if with_mean and self.learns_entropy else None
         """(P, d) Σ exp(z - m) (z - m) W."""
@@ -236,18 +269,21 @@ class _Sums:
         """(P,) log Σ exp(z - m) - Σ p (z - m): of two parts that are not negative."""
         return None if self.moment is None else self.total.log() - self.moment / self.total
 
-    def entropy_jacobian(self, mean: Tensor, temperature: float) -> Tensor | None:
+    def entropy_jacobian(self, mean: Tensor) -> Tensor | None:
         """(P, d) of the entropy towards hidden, from the mean row of the weight (P, d); uses up `moment_rows`."""
         if self.moment is None or self.moment_rows is None:
             return None
-        return self.moment_rows.addcmul_(self.moment[:, None], mean, value=-1).div_(-temperature * self.total[:, None])
+        scale = -self.wanted.temperature * self.total[:, None]
+        return self.moment_rows.addcmul_(self.moment[:, None], mean, value=-1).div_(scale)
 
-    def results(self, ctx: Any, target: Tensor) -> _Results:
-        """logps, correct, log_collisions and entropy: the first has a gradient, the last if it is learnt."""
+    def results(self, ctx: Any, target: Tensor, comparison: Comparison | None = None) -> _Results:
+        """What was wanted. logps, log_z and kl have a gradient, the entropy if it is learnt."""
         correct, log_collisions, entropy = self.likeliest == target, self.log_collisions, self.entropy
-        fixed = correct, log_collisions, None if self.learns_entropy else entropy
+        kl, teacher_entropy = (None, None) if comparison is None else comparison.results()
+        fixed = correct, log_collisions, None if self.learns_entropy else entropy, teacher_entropy
         ctx.mark_non_differentiable(*(x for x in fixed if x is not None))
-        return self.chosen - self.logsumexp, correct, log_collisions, entropy
+        log_z = self.logsumexp if self.wanted.log_z else None
+        return self.chosen - self.logsumexp, correct, log_collisions, entropy, log_z, kl, teacher_entropy
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -255,17 +291,9 @@ class _FrozenHead(torch.autograd.Function):
     probabilities at hand, so one product there spares the backward pass both the logits and their gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        temperature: float,
-        collisions: bool,
-        entropy: Entropy,
-        softcap: float | None,
-    ) -> _Results:
-        sums = _Sums(hidden, with_mean=ctx.needs_input_grad[0], with_squares=collisions, entropy=entropy)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, wanted: _Wanted) -> _Results:
+        temperature, softcap = wanted.temperature, wanted.softcap
+        sums = _Sums(hidden, with_mean=ctx.needs_input_grad[0], wanted=wanted)
         for block in _blocks(hidden, weight, target, temperature, softcap):
             sums.add(block)
         if sums.rows is not None:
@@ -273,58 +301,65 @@ class _FrozenHead(torch.autograd.Function):
             chosen = weight[target]
             if softcap is not None:
                 chosen = chosen * _slope(sums.chosen * temperature, softcap)[:, None]
-            ctx.save_for_backward((chosen - mean).div_(temperature), sums.entropy_jacobian(mean, temperature))
+            of_entropy = sums.entropy_jacobian(mean)
+            jacobian = (chosen - mean).div_(temperature)
+            ctx.save_for_backward(jacobian, of_entropy, mean.div_(temperature) if wanted.log_z else None)
             ctx.dtype = hidden.dtype
         return sums.results(ctx, target)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
-        jacobian, of_entropy = ctx.saved_tensors
+        jacobian, of_entropy, of_log_z = ctx.saved_tensors
+        _, _, grad_entropy, grad_log_z, *_ = others
         grad = grad_logps[:, None] * jacobian
         if of_entropy is not None:
-            grad.addcmul_(others[-1][:, None], of_entropy)
-        return grad.to(ctx.dtype), None, None, None, None, None, None
+            grad.addcmul_(grad_entropy[:, None], of_entropy)
+        if of_log_z is not None:
+            grad.addcmul_(grad_log_z[:, None], of_log_z)
+        return grad.to(ctx.dtype), None, None, None
 
 
 class _TrainedHead(torch.autograd.Function):
     """Computes each block's logits again in the backward pass, where their gradient is known."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        temperature: float,
-        collisions: bool,
-        entropy: Entropy,
-        softcap: float | None,
-    ) -> _Results:
-        sums = _Sums(hidden, with_mean=False, with_squares=collisions, entropy=entropy)
-        for block in _blocks(hidden, weight, target, temperature, softcap):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, wanted: _Wanted) -> _Results:
+        sums = _Sums(hidden, with_mean=False, wanted=wanted)
+        comparison = None if wanted.soft is None else wanted.soft.comparison()
+        for block in _blocks(hidden, weight, target, wanted.temperature, wanted.softcap):
+            if comparison is not None:
+                comparison.add(block.tokens, block.logits)
             sums.add(block)
-        ctx.save_for_backward(hidden, weight, target, sums.logsumexp, sums.entropy if entropy == "learnt" else None)
-        ctx.temperature, ctx.softcap = temperature, softcap
-        return sums.results(ctx, target)
+        learnt = sums.entropy if sums.learns_entropy else None
+        ctx.save_for_backward(hidden, weight, target, sums.logsumexp, learnt)
+        ctx.wanted, ctx.comparison = wanted, comparison
+        return sums.results(ctx, target, comparison)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, logsumexp, entropy = ctx.saved_tensors
-        scale = (grad_logps / ctx.temperature)[:, None]
+        wanted, comparison = ctx.wanted, ctx.comparison
+        _, _, grad_entropy, grad_log_z, grad_kl, _ = others
+        scale = (grad_logps / wanted.temperature)[:, None]
+        of_all = scale - (grad_log_z / wanted.temperature)[:, None] if wanted.log_z else scale
         grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
-        grad_weight = torch.empty_like(weight)
-        for block in _blocks(hidden, weight, target, ctx.temperature, ctx.softcap):
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for block in _blocks(hidden, weight, target, wanted.temperature, wanted.softcap):
+            of_kl = None if comparison is None else comparison.slope(block.tokens, block.logits)
             logps = block.logits.sub_(logsumexp[:, None])
             if entropy is None:
-                grad_logits = logps.exp_().mul_(-scale)
+                grad_logits = logps.exp_().mul_(-of_all)
             else:  # ∂H/∂z_v = -p_v (log p_v + H)
                 probabilities = logps.exp()
-                of_entropy = (others[-1] / ctx.temperature)[:, None]
-                grad_logits = logps.add_(entropy[:, None]).mul_(of_entropy).add_(scale).mul_(probabilities).neg_()
+                of_entropy = (grad_entropy / wanted.temperature)[:, None]
+                grad_logits = logps.add_(entropy[:, None]).mul_(of_entropy).add_(of_all).mul_(probabilities).neg_()
             grad_logits.scatter_add_(1, block.place, scale * block.inside[:, None])
+            if of_kl is not None:
+                grad_logits.addcmul_((grad_kl / wanted.temperature)[:, None], of_kl)
             grad_logits = _sloped(grad_logits, block.slope).to(weight.dtype)
             grad_hidden += grad_logits @ block.weight
-            torch.mm(grad_logits.T, hidden, out=grad_weight[block.tokens])
-        return grad_hidden.to(hidden.dtype), grad_weight, None, None, None, None, None
+            if grad_weight is not None:
+                torch.mm(grad_logits.T, hidden, out=grad_weight[block.tokens])
+        return grad_hidden.to(hidden.dtype), grad_weight, None, None

@@ -55,14 +55,19 @@ NUMBERS = {"rms_norm_eps", "rope_theta", "rope_local_base_freq", "initializer_ra
 NUMBERS |= {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "partial_rotary_factor"}
 COUNTS = {*REQUIRED_KEYS.values(), "num_key_value_heads", "head_dim", "sliding_window"} - NUMBERS
 COUNTS |= {"sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval"}
+COUNTS |= {"num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"}
 COUNTS |= {"original_max_position_embeddings", "num_gqa_groups", "ffn_dim_divisor"}
+NUMBERS |= {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
 """Keys of numbers above 0, and of those that are whole."""
+WEIGHTS = {"router_aux_loss_coef", "router_jitter_noise"}
+"""Keys of numbers that may be 0."""
 SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"}
+SWITCHES |= {"norm_topk_prob"}
 SWITCHES |= {"use_parallel_residual", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"}
 SWITCHES |= {"normalize_qk_projections", "ffn_with_glu"}
 IDS = {"bos_token_id", "pad_token_id", "max_window_layers"}
 OBJECTS = {"rope_parameters", "rope_scaling"}
-LISTS = {"layer_types", "no_rope_layers"}
+LISTS = {"layer_types", "no_rope_layers", "mlp_only_layers"}
 
 
 def _wrong_types(config: Config) -> list[str]:
@@ -71,6 +76,7 @@ def _wrong_types(config: Config) -> list[str]:
     for keys, fits, wanted in (
         (COUNTS, lambda value: type(value) is int and value > 0, "a whole number above 0"),
         (NUMBERS, lambda value: type(value) in (int, float) and value > 0, "a number above 0"),
+        (WEIGHTS, lambda value: type(value) in (int, float) and value >= 0, "a number from 0 on"),
         (SWITCHES, lambda value: type(value) is bool, "true or false"),
         (IDS, lambda value: type(value) is int, "a whole number"),
         ({"eos_token_id"}, _are_ids, "a whole number, or a list of them"),

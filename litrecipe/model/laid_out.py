@@ -71,8 +71,8 @@ def lay_out(model: Decoder) -> LaidOut | None:
 def is_like_llama(a: Architecture) -> bool:
     """Whether layers are made of the parts that `_Layer` knows; windows and missing positions are the attention's."""
     parts = a.norm, a.norms, a.qk_norm, a.activation, a.query_scalar, a.final_softcap, a.embedding_scale
-    ways = a.gated, a.parallel, a.learned_positions
-    return (parts, ways) == (("rms", "before", "none", "silu", None, None, 1.0), (True, False, False))
+    ways = a.gated, a.parallel, a.learned_positions, a.experts is None, a.residual_scale, a.logit_divisor
+    return (parts, ways) == (("rms", "before", "none", "silu", None, None, 1.0), (True, False, False, True, 1.0, 1.0))
 
 
 def size(architecture: Architecture) -> int:
@@ -112,7 +112,7 @@ class _Layer:
         self.o = _Product(attention.o_proj)
         names = ["gate_up_proj"] if hasattr(mlp, "gate_up_proj") else ["gate_proj", "up_proj"]
         self.gate_up = _Product(*(getattr(mlp, name) for name in names))
-        self.down = _Product(mlp.down_proj)
+        self.down = _Product(cast(nn.Linear, mlp.down_proj))
         norms = (cast(RMSNorm, norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
         self.norms = [(norm.weight, norm.eps) for norm in norms]
         self.head_dim = attention.head_dim

@@ -16,7 +16,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litrecipe.model.quantize import dense_weight, product_dtype
+from litrecipe.model.head import product_dtype
+from litrecipe.model.quantize import dense_weight
 
 NAME = "default"
 """peft's name of the adapter."""

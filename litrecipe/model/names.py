@@ -98,6 +98,10 @@ class Names:
         own = {self.in_memory(theirs): shape for theirs, shape in found.items() if not theirs.endswith(self.derived)}
         return {name: shape[::-1] if self._layout(name) == "transposed" else shape for name, shape in own.items()}
 
+    def parted(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The shapes of a model's parameters, by the names of `shapes`; those that files have in pieces, by piece."""
+        return dict(shapes)
+
     def _laid_out(self, name: str, tensor: Tensor, rows: tuple[int, int, int]) -> Tensor:
         """`rows` are how those of an interleaved layer are counted where the tensor comes from: (H, 3, D) in files,
         (3, H, D) in memory."""

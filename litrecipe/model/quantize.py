@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from litrecipe.config.groups import Quantize
+from litrecipe.model.architecture import PROJECTIONS
+from litrecipe.model.experts import ExpertMLPs
+from litrecipe.model.head import product_dtype
 
 
 class NF4Linear(bnb.nn.Linear4bit):
@@ -58,17 +61,19 @@ class Int8Linear(bnb.nn.Linear8bitLt):
 QuantizedLinear = NF4Linear | Int8Linear
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """What the products with `x` are computed in: autocast's dtype where it is on, else that of `x`."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def dense_weight(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
     """The weight (o, i) of a plain or quantised layer in `dtype`."""
     if isinstance(linear, QuantizedLinear):
         return linear.dense_weight(dtype)
     return linear.weight.to(dtype)
+
+
+def dense_experts(experts: ExpertMLPs, projection: str, dtype: torch.dtype) -> Tensor:
+    """The weights (E, o, i) of one of `PROJECTIONS`, plain or quantised, in `dtype`."""
+    weights = getattr(experts, projection)
+    if isinstance(weights, Tensor):
+        return weights.detach().to(dtype)
+    return torch.stack([dense_weight(layer, dtype) for layer in weights])
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -87,13 +92,24 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def quantize_linears(model: nn.Module, config: Quantize) -> None:
-    """Swap every linear layer but `lm_head` for a quantised, frozen one, on the device it is on.
+    """Swap every linear layer but `lm_head`, and every expert's, for a quantised, frozen one, on the device it is on.
 
-    The old weights are freed one by one.
+    The old weights are freed one by one. Routers stay as they are: they are small, and what they say is a choice.
     """
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name.rpartition(".")[2] != "lm_head":
             model.set_submodule(name, quantize_linear(module, config))
+        if isinstance(module, ExpertMLPs):
+            _quantize_experts(module, config)
+
+
+def _quantize_experts(experts: ExpertMLPs, config: Quantize) -> None:
+    """Each expert has blocks and scales of its own, so that only those with tokens are restored."""
+    for name in PROJECTIONS:
+        weights = getattr(experts, name).detach()
+        delattr(experts, name)
+        layers = (quantize_linear(plain_linear(weight.clone(), None), config) for weight in weights)
+        setattr(experts, name, nn.ModuleList(layers))
 
 
 def quantize_linear(linear: nn.Linear, config: Quantize) -> QuantizedLinear:
@@ -135,6 +151,12 @@ def _int8(weight: Tensor) -> Int8Linear:
 
 def dequantize(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
     """Turn quantised layers back into plain ones of their restored weights."""
+    for module in model.modules():
+        if isinstance(module, ExpertMLPs):
+            for projection in PROJECTIONS:
+                weights = nn.Parameter(dense_experts(module, projection, dtype), requires_grad=False)
+                delattr(module, projection)
+                setattr(module, projection, weights)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
             model.set_submodule(name, plain_linear(module.dense_weight(dtype), module.bias))

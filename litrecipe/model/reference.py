@@ -15,8 +15,9 @@ from torch import nn
 
 from litrecipe.model.adapters import adapter_off
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.head import Predictions, divergence
+from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row
+from litrecipe.model.soft_targets import divergence
 
 
 class PolicyAndReference(nn.Module):

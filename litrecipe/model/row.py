@@ -40,8 +40,8 @@ class Sample:
     """Names the sample in the flight recorder and in error messages, e.g. `train.jsonl:17`."""
     segments: tuple[Segment, ...]
     extra: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """What an objective wants to know besides, by name, such as the `scores` of the answers: 1-d float32. All samples
-    of a source have the same names."""
+    """What an objective wants to know besides, by name, such as the `scores` of the answers: 1-d, float32 or integers.
+    All samples of a source have the same names."""
 
     @property
     def length(self) -> int:
@@ -83,7 +83,7 @@ class Row:
     sample_of_span: tuple[int, ...]
     """(S,) index in `sample_ids`."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """name → (E,) float32, the samples' values end to end; empty in an empty row."""
+    """name → (E,) float32 or int64, the samples' values end to end; empty in an empty row."""
 
     def to(self, device: torch.device | str) -> Row:
         """The same row with its tensors on `device`."""
@@ -158,7 +158,12 @@ def make_row(samples: Sequence[Sample]) -> Row:
         sample_ids=tuple(sample.id for sample in samples),
         sample_of_span=tuple(sample_of_span),
         extra={
-            name: flat([np.asarray(sample.extra[name]) for sample in samples], torch.float32)
-            for name in (samples[0].extra if samples else ())
+            name: flat([np.asarray(sample.extra[name]) for sample in samples], _dtype_of(values))
+            for name, values in (samples[0].extra if samples else {}).items()
         },
     )
+
+
+def _dtype_of(extra: np.ndarray) -> torch.dtype:
+    """In a row."""
+    return torch.int64 if np.issubdtype(np.asarray(extra).dtype, np.integer) else torch.float32

@@ -8,6 +8,7 @@ samples are cut into rows, micro-batches or ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -25,7 +26,7 @@ class Term:
     """One part of a loss on one row."""
 
     name: str
-    """Names the count that divides the sum, and the metric (`loss/<name>` where there are several)."""
+    """Names the count that divides the sum."""
     sum: Tensor
     """() with gradient; the sum over what the row holds."""
     weight: float = 1.0
@@ -41,6 +42,8 @@ class Loss:
     """name → (sum, count); reported as the quotient over the step. Without gradient."""
     maxima: dict[str, Tensor] = field(default_factory=dict)
     """name → () of which the largest over the step is reported; left out where there is nothing. Without gradient."""
+    tallies: dict[str, Tensor] = field(default_factory=dict)
+    """name → what adds up over the step, and which a `Tallying` objective makes metrics of. Without gradient."""
 
 
 class Samples(Protocol):
@@ -76,14 +79,31 @@ class StepGlobal(Objective[Output], Protocol[Output]):
         ...
 
     def statistics(self, output: Output, row: Row, /) -> dict[str, Tensor]:
-        """name → (n,) values of a row that is looked at, as many for each name; n may be 0."""
+        """name → (n, …) values of a row that is looked at; n may be 0."""
         ...
 
     def from_step(self, statistics: dict[str, Tensor], samples: int) -> dict[str, Tensor]:
-        """name of an extra → one value for each of the step's samples, from the statistics of all that was looked at.
+        """name of an extra → a value (…) for each of the step's samples, from the statistics of all that was looked at.
 
         Both are in order of the rows, rank by rank.
         """
+        ...
+
+
+@runtime_checkable
+class OfOwnRows(StepGlobal[Output], Protocol[Output]):
+    """One that looks at nothing but the step's own samples. Where every rank has one row of them, the pass that learns
+    from it tells the statistics as well."""
+
+    own_rows: bool
+
+
+@runtime_checkable
+class Tallying(Objective[Output], Protocol[Output]):
+    """One whose metrics are more than quotients of sums over rows."""
+
+    def tell(self, tallies: Mapping[str, Tensor]) -> dict[str, float]:
+        """name → value, of the step's `tallies`, over all rows and ranks."""
         ...
 
 
@@ -95,7 +115,7 @@ def step_loss(loss: Loss, counts: dict[str, float]) -> Tensor:
 def detached(loss: Loss) -> Loss:
     """The same numbers without the graph behind them."""
     terms = tuple(Term(term.name, term.sum.detach(), term.weight) for term in loss.terms)
-    return Loss(terms, loss.metrics, loss.maxima)
+    return Loss(terms, loss.metrics, loss.maxima, loss.tallies)
 
 
 def metric_sums(losses: list[Loss]) -> dict[str, float]:
@@ -115,6 +135,11 @@ def metric_maxima(losses: list[Loss]) -> dict[str, float]:
         for name, value in loss.maxima.items():
             largest[name] = max(float(value), largest.get(name, -math.inf))
     return largest
+
+
+def tally(losses: Sequence[Loss]) -> dict[str, Tensor]:
+    """Every tally of some rows, at least one, added up."""
+    return {name: torch.stack([loss.tallies[name] for loss in losses]).sum(0) for name in losses[0].tallies}
 
 
 def quotients(totals: dict[str, float]) -> dict[str, float]:

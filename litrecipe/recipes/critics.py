@@ -9,7 +9,7 @@ from torch import nn
 
 from litrecipe.checkpoint.load import load_reward_model, same_settings
 from litrecipe.checkpoint.reward import vocabulary
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import ModelFiles, open_model_as
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
 from litrecipe.config.online import PpoRecipe, longest_of
@@ -50,7 +50,7 @@ def start_of_critic(recipe: PpoRecipe, files: ModelFiles) -> ModelFiles | None:
     if first is None:
         say(f"{policy}rewards.sources has no reward model")
         return None
-    judge = _open(first.removeprefix(MODEL), f"rewards.sources: {MODEL}")
+    judge = open_model_as(first.removeprefix(MODEL), f"rewards.sources: {MODEL}")
     if why := misfit(judge, files, adapter_of(recipe, files)):
         say(f"{policy}{judge.source} {why}")
         return None
@@ -59,18 +59,10 @@ def start_of_critic(recipe: PpoRecipe, files: ModelFiles) -> ModelFiles | None:
 
 
 def _asked_for(recipe: PpoRecipe, files: ModelFiles) -> ModelFiles:
-    judge = _open(recipe.ppo.critic, "ppo.critic: ")
+    judge = open_model_as(recipe.ppo.critic, "ppo.critic: ")
     if why := misfit(judge, files, adapter_of(recipe, files)):
         raise InputError(f"ppo.critic: {recipe.ppo.critic}: {why}: give one that fits, or {POLICY}")
     return judge
-
-
-def _open(source: str, key: str) -> ModelFiles:
-    """Mistakes are said of the key, with what stands before the source there."""
-    try:
-        return open_model(source)
-    except InputError as error:
-        raise InputError(*(line.replace("model.source: ", key, 1) for line in error.mistakes)) from error
 
 
 def misfit(judge: ModelFiles, files: ModelFiles, adapter: Adapter | None) -> str | None:

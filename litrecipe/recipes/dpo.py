@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from hashlib import file_digest
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,11 +14,11 @@ from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import REFERENCE_FREE, SORTING, Dpo, DpoRecipe, Reference
 from litrecipe.config.progress import warn
-from litrecipe.data.cache import key_of
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.reference_logps import with_reference
+from litrecipe.data.remembered import KnownSamples, WithExtras
 from litrecipe.data.samples import SampleSet
-from litrecipe.data.source import RecordedSource
+from litrecipe.data.source import RecordedSource, SampleList
 from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, StepResult, fit
@@ -29,6 +28,7 @@ from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.dpo import make_dpo
 from litrecipe.recipes.dry_run import show
+from litrecipe.recipes.known import start
 from litrecipe.recipes.training import (
     adapter_of,
     begin,
@@ -60,10 +60,11 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
     known = identity(recipe, files, tokenizer, data.train, dpo=recipe.dpo) | start(files)
     refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
     policy = load_to_train(load_model, files, recipe)
-    train, val = data.train, data.val
+    train: SampleList = data.train
+    val: SampleList | None = data.val
     if reference == "cache":
         remember = remembering(policy, files, recipe, fabric)
-        train, val = remember(train), val and remember(val)
+        train, val = remember(data.train), data.val and remember(data.val)
     module = beside_reference(policy, reference)
     make_ready(policy, recipe)
     objective = make_dpo(recipe.dpo, tokenizer.control_ids)
@@ -136,10 +137,10 @@ def check_answers(train: SampleSet, recipe: DpoRecipe) -> None:
 
 def remembering(
     policy: Decoder, files: ModelFiles, recipe: DpoRecipe, fabric: Fabric
-) -> Callable[[SampleSet], SampleSet]:
+) -> Callable[[KnownSamples], WithExtras]:
     """What gives samples their log-probabilities under the policy as it is now, from disk where they were asked before.
 
-    Also where other processes train with this one, each of them must call it, one computes.
+    Where other processes train with this one each of them must call it: they share the work.
     """
     policy.to(fabric.device).eval()
     now = PolicyAndReference(policy, policy if files.adapter or recipe.adapter.method == "none" else None)
@@ -148,7 +149,7 @@ def remembering(
     if recipe.model.init == "random":
         known_by.append(recipe.train.seed)
 
-    def remember(samples: SampleSet) -> SampleSet:
+    def remember(samples: KnownSamples) -> WithExtras:
         with fabric.autocast():
             return with_reference(
                 samples,
@@ -156,19 +157,11 @@ def remembering(
                 known_by,
                 recipe.data,
                 recipe.train.micro_batch_tokens,
+                fabric.global_rank,
+                fabric.world_size,
             )
 
     return remember
-
-
-def start(files: ModelFiles) -> dict[str, str]:
-    """Hashes of all that the model which training starts from, its reference, computes with besides base weights."""
-    hashes = {"config": key_of(asdict(files.architecture))}
-    if files.adapter:
-        with files.adapter.weights.path.open("rb") as file:
-            weights = file_digest(file, "sha256").hexdigest()
-        hashes["starting adapter"] = key_of(weights, asdict(files.adapter.settings))
-    return hashes
 
 
 def beside_reference(policy: Decoder, reference: Reference | None) -> nn.Module:

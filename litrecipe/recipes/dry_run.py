@@ -19,9 +19,10 @@ from litrecipe.data.report import render
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import accelerator_of, world_size
-from litrecipe.engine.memory import MemoryTable, estimate
+from litrecipe.engine.memory import MemoryTable, estimate, teacher_bytes
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.row import Row, make_row
+from litrecipe.recipes.distilling import Teaching, teacher_dtype
 from litrecipe.recipes.training import adapter_of
 
 STEPS_LOOKED_AT = 200
@@ -29,7 +30,13 @@ STEPS_LOOKED_AT = 200
 
 
 def show(
-    recipe: TrainingRecipe, files: ModelFiles, tokenizer: Tokenizer, kind: Kind[Any], *, frozen_copy: bool = False
+    recipe: TrainingRecipe,
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    kind: Kind[Any],
+    teaching: Teaching | None = None,
+    *,
+    frozen_copy: bool = False,
 ) -> int:
     """Print it all; nothing is trained and the run directory is not touched.
 
@@ -42,7 +49,10 @@ def show(
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
     load = heaviest(recipe, source, steps, world)
-    console.print(parameter_and_memory_table(recipe, memory_of(recipe, files, load, frozen_copy), load, world))
+    table = memory_of(recipe, files, load, frozen_copy)
+    if teaching:
+        table = beside_teacher(table, teaching, recipe, load, world)
+    console.print(parameter_and_memory_table(recipe, table, load, world))
     final = recipe.optim.lr * lr_factor(recipe.schedule, steps - 1, steps)
     console.print(
         f"[bold]steps[/bold] {steps} of {recipe.train.global_batch_size} samples, about {load.tokens:.0f} tokens a "
@@ -89,6 +99,22 @@ def memory_of(recipe: TrainingRecipe, files: ModelFiles, load: Load, frozen_copy
         )
 
 
+def beside_teacher(
+    table: MemoryTable, teaching: Teaching, recipe: TrainingRecipe, load: Load, world: int
+) -> MemoryTable:
+    """The table with the teacher in it, or before it where its answers are kept."""
+    distil = teaching.distil
+    size = teacher_bytes(
+        teaching.files.architecture,
+        teacher_dtype(recipe),
+        distil.quantize,
+        load.row,
+        sharded_over=world if recipe.fabric.strategy == "fsdp" and not distil.cache else None,
+        device=accelerator_of(recipe.fabric),
+    )
+    return replace(table, **{"asked" if distil.cache else "teacher": size})
+
+
 class Load(NamedTuple):
     """What the steps ask of a rank."""
 
@@ -129,6 +155,8 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "weights": f"{table.parameters:,} parameters",
         "reference": "a frozen copy of what is trained",
         "judges": "reward models",
+        "teacher": "what is learnt from, and what it computes with",
+        "asked": "a teacher, before anything is learnt",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
@@ -137,7 +165,7 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
-    for name in ("reference", "judges"):
+    for name in ("reference", "judges", "teacher", "asked"):
         if not getattr(table, name):
             del notes[name]
     for name, note in notes.items():

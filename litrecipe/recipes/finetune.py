@@ -1,4 +1,5 @@
-"""`litrecipe finetune`: supervised fine-tuning, full or with an adapter, on a plain or quantised base."""
+"""`litrecipe finetune`: supervised fine-tuning, full or with an adapter, on a plain or quantised base, alone or from a
+teacher."""
 
 from __future__ import annotations
 
@@ -6,16 +7,25 @@ from typing import TYPE_CHECKING
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.config.groups import FinetuneRecipe, TrainingRecipe
+from litrecipe.config.groups import FinetuneRecipe, Router, TrainingRecipe
 from litrecipe.data.prepared import Prepared
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
-from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.objectives.routing import with_routers
+from litrecipe.recipes.distilling import Teaching, lesson, open_teaching
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, prepared, save_trained, task_runner
+from litrecipe.recipes.training import (
+    begin,
+    identity,
+    load_to_train,
+    make_ready,
+    prepared,
+    save_trained,
+    task_runner,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -24,27 +34,38 @@ if TYPE_CHECKING:
 def main(recipe: FinetuneRecipe, *, dry_run: bool = False) -> int:
     """Build model, data and objective, and hand them to `fit`."""
     files, tokenizer = begin(recipe, dry_run=dry_run)
+    teaching = open_teaching(recipe.distil, tokenizer)
     if dry_run:
-        return show(recipe, files, tokenizer, SUPERVISED)
+        return show(recipe, files, tokenizer, SUPERVISED, teaching)
 
     fabric = make_fabric(recipe.fabric)
-    return tune(recipe, prepared(SUPERVISED, recipe, files, tokenizer), files, tokenizer, fabric)
+    return tune(recipe, prepared(SUPERVISED, recipe, files, tokenizer), files, tokenizer, fabric, teaching)
 
 
-def tune(recipe: TrainingRecipe, data: Prepared, files: ModelFiles, tokenizer: Tokenizer, fabric: Fabric) -> int:
-    """Train the recipe's model on conversations."""
+def tune(
+    recipe: TrainingRecipe,
+    data: Prepared,
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    fabric: Fabric,
+    teaching: Teaching | None = None,
+) -> int:
+    """Train the recipe's model on conversations, and on what a teacher says of them."""
+    known = identity(recipe, files, tokenizer, data.train) | (teaching.known_by if teaching else {})
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
+    router = recipe.router if isinstance(recipe, FinetuneRecipe) else Router()
+    what = lesson(model, data.train, data.val, recipe, teaching, fabric, known)
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
-            module=model,
-            objective=CausalLM(),
-            source=RecordedSource(data.train, recipe.train),
-            val=data.val,
+            module=what.module,
+            objective=with_routers(what.objective, model, router),
+            source=RecordedSource(what.train, recipe.train),
+            val=what.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
-            identity=identity(recipe, files, tokenizer, data.train),
+            identity=known,
         )
     )

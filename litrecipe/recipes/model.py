@@ -13,7 +13,7 @@ from litrecipe.checkpoint.load import load_hydra, load_model, load_reward_model
 from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, new_folder, refuse_foreign
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG
 from litrecipe.checkpoint.reward import pad_for_rewards
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import ModelFiles, open_asked, open_model
 from litrecipe.config import progress, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import FinetuneRecipe, RewardRecipe, TrainingRecipe
@@ -69,7 +69,7 @@ def export(run: str, out: str) -> int:
     recipe = _recipe_of(folder)
     if checkpoint is None:
         raise InputError(f"{run}: neither a final model nor a complete checkpoint in it: nothing to export yet")
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer).for_length(longest_of(recipe))
+    files = open_asked(recipe.model).for_length(longest_of(recipe))
     _keep_apart(out, files)
     model = _restore(recipe, files, checkpoint)
     statistics = None
@@ -131,7 +131,7 @@ def info(src: str) -> int:
     files = open_model(src)
     console = progress.console()
     console.print(files.describe(), soft_wrap=True, highlight=False)
-    for table in (architecture_table(files.architecture), parameter_table(files), memory_table(files.architecture)):
+    for table in (architecture_table(files.architecture), parameter_table(files), memory_table(files)):
         console.print(table)
     return 0
 
@@ -145,8 +145,9 @@ def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Dec
     else:
         model = load_to_train(load_model, files, recipe)
     parameters = dict(model.named_parameters())
-    of_policy = [name for name in saved.names() if name.startswith("policy.")]
-    names = {name.removeprefix("policy."): name for name in of_policy or saved.names()}
+    # of several models in one the one that is wanted
+    inside = [name for name in saved.names() if name.startswith(("policy.", "student."))]
+    names = {name.removeprefix("policy.").removeprefix("student."): name for name in inside or saved.names()}
     if odd := sorted(names.keys() - parameters.keys()):
         raise InputError(f"{checkpoint}: {odd[0]}: not a weight of the recipe's model: the recipe was changed")
     with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from litrecipe.checkpoint.hf import save_hydra, save_model, save_reward_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.reward import pad_for_rewards
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config.groups import Adapter, Dpo, Precision, RewardRecipe, TrainingRecipe
 from litrecipe.config.online import longest_of
 from litrecipe.config.progress import say
@@ -42,7 +42,7 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
         RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer).for_length(longest_of(recipe))
+    files = open_asked(recipe.model).for_length(longest_of(recipe))
     say_positions(files)
     if not isinstance(recipe, RewardRecipe) or recipe.reward.sft_coef:
         files.refuse_reward_model()
@@ -161,13 +161,18 @@ def task_runner(model: Decoder, tokenizer: Tokenizer, recipe: TrainingRecipe) ->
 
 
 def identity(
-    recipe: TrainingRecipe, files: ModelFiles, tokenizer: Tokenizer, train: SampleSet | PromptSet, **groups: Any
+    recipe: TrainingRecipe,
+    files: ModelFiles,
+    tokenizer: Tokenizer,
+    train: SampleSet | PromptSet | None,
+    **groups: Any,
 ) -> dict[str, str]:
-    """What must be the same when a run goes on; `groups` are the recipe's own, all of whose keys count."""
+    """What must be the same when a run goes on; `groups` are the recipe's own, all of whose keys count. None for the
+    data where the source of steps knows itself again."""
     return {
         "base weights": files.weights_hash(),
         "tokenizer": tokenizer.fingerprint,
-        "data": train.fingerprint,
+        **({} if train is None else {"data": train.fingerprint}),
         "fabric.precision": recipe.fabric.precision,
         **_settings("adapter", files.adapter.settings if files.adapter else recipe.adapter),
         **_settings("quantize", recipe.quantize),

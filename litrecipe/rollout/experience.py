@@ -17,7 +17,7 @@ from torch import Tensor
 from litrecipe.config import stop
 from litrecipe.config.progress import track
 from litrecipe.data.packing import pack
-from litrecipe.data.reference_logps import predictions
+from litrecipe.data.remembered import predictions
 from litrecipe.engine.fabric import Ranks
 from litrecipe.model.row import Row, Sample, Segment, make_row
 from litrecipe.rollout.rewards import Scores

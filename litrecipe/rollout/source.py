@@ -25,7 +25,7 @@ from litrecipe.config.groups import Train
 from litrecipe.config.online import Online
 from litrecipe.config.progress import show_table, warn
 from litrecipe.data.prompts import Prompt
-from litrecipe.data.reference_logps import predictions
+from litrecipe.data.remembered import predictions
 from litrecipe.data.samples import SampleSet, is_complete
 from litrecipe.data.source import Order, RecordedSource
 from litrecipe.engine.fabric import Ranks

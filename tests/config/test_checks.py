@@ -191,3 +191,37 @@ def test_keys_of_preference_learning(flags: list[tuple[str, str]], found: list[s
 def test_a_reward_model_has_no_tasks() -> None:
     with pytest.raises(InputError, match=r"eval\.tasks: .*: a reward model says no words"):
         schema.load(RewardRecipe, [], [*PAIRS, ("eval.tasks", "piqa")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ([("distil.method", "top_1")], ["distil.method: top_1: there is no teacher"]),
+        ([("distil.alpha", "0"), ("distil.cache", "true")], ["distil.alpha: 0.0: there", "distil.cache: True: there"]),
+        ([("distil.teacher", "t"), ("distil.top_k", "9")], ["distil.top_k: 9: only distil.method top_k knows it"]),
+        ([("distil.teacher", "t"), ("distil.cache", "true")], ["distil.cache: True: whole distributions"]),
+        ([("distil.teacher", "t"), ("distil.alpha", "1")], ["distil.alpha: 1.0: give 0 or more, and less than 1"]),
+        (
+            [("distil.teacher", "t"), ("distil.method", "top_1"), ("distil.temperature", "2")],
+            ["distil.temperature: 2.0: the likeliest token is the same at any"],
+        ),
+        (
+            [("distil.teacher", "t"), ("distil.quantize", "int8"), ("fabric.strategy", "fsdp")],
+            ["distil.quantize: int8: int8 weights cannot be sharded"],
+        ),
+        (
+            [("model.inherit_layers", "6"), ("adapter.method", "lora")],
+            ["model.inherit_layers: 6: an adapter would name the whole model as its base"],
+        ),
+        (
+            [("model.inherit_layers", "6"), ("model.init", "random")],
+            ["model.inherit_layers: 6: fresh weights inherit nothing"],
+        ),
+        ([("model.inherit_layers", "0")], ["model.inherit_layers: 0: give 1 or more"]),
+    ],
+)
+def test_keys_of_distillation(flags: list[tuple[str, str]], found: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        schema.load(FinetuneRecipe, [], [*PAIRS, *flags])
+    assert len(caught.value.mistakes) == len(found)
+    assert all(told.startswith(start) for told, start in zip(sorted(caught.value.mistakes), found, strict=True))

@@ -8,7 +8,7 @@ import torch
 from small import decoder
 
 from litrecipe.config.groups import Data, Dpo
-from litrecipe.data import reference_logps
+from litrecipe.data import remembered
 from litrecipe.data.reference_logps import with_reference
 from litrecipe.data.samples import SampleSet
 from litrecipe.model.row import Sample, Segment, make_row
@@ -49,7 +49,8 @@ class Reference:
 
 
 def test_each_sample_carries_what_the_reference_says_of_it_alone(samples, monkeypatch):
-    monkeypatch.setattr(reference_logps, "WINDOW", 8)
+    monkeypatch.setattr(remembered, "WINDOW", 8)
+    monkeypatch.setattr(remembered, "PART", 13)
     reference = Reference()
     found = with_reference(samples, reference, ["weights"], Data(), BUDGET)
     assert reference.rows < len(samples)  # several share a row
@@ -85,7 +86,8 @@ def test_the_same_is_not_computed_twice_and_anything_else_is(samples):
 def test_a_damaged_one_is_made_anew(samples, capfd):
     reference = Reference()
     found = with_reference(samples, reference, ["weights"], Data(), BUDGET)
-    asked, path = reference.rows, found.folder / f"extra-{REF_LOGPS}.bin"
+    [part] = found.parts
+    asked, path = reference.rows, part.folder / f"extra-{REF_LOGPS}.bin"
     path.write_bytes(path.read_bytes()[:-4])
     again = with_reference(samples, reference, ["weights"], Data(), BUDGET)
     assert reference.rows == 2 * asked and again.fingerprint == found.fingerprint

@@ -59,6 +59,10 @@ def test_extras_are_kept_sample_by_sample(tmp_path: Path) -> None:
         same(read[index], scored[index])
         np.testing.assert_array_equal(read[index].extra["scores"], extra)
     assert read.subset([2])[0].extra["scores"].tolist() == [2, -3]
+    named = [Sample(s.id, (), {"ids": np.array([n, 60_000], dtype=np.uint16)}) for n, s in enumerate(SAMPLES)]
+    ids = SampleSet.write(tmp_path / "named", named)
+    assert [one.extra["ids"].tolist() for one in map(ids.__getitem__, range(3))] == [[n, 60_000] for n in range(3)]
+    assert ids[0].extra["ids"].dtype == np.uint16 and ids[0].segments == ()
     assert read.fingerprint != SampleSet.write(tmp_path / "plain", SAMPLES).fingerprint
     assert not SampleSet(tmp_path / "plain")[0].extra
 

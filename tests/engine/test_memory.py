@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe, Reward, RewardRecipe
 from litrecipe.config.online import Ppo, PpoRecipe
-from litrecipe.engine.memory import NF4_BYTES, estimate
+from litrecipe.engine.memory import NF4_BYTES, estimate, teacher_bytes
+from litrecipe.model.architecture import count_parameters
 from litrecipe.model.families import read_architecture
 from litrecipe.model.row import Sample, Segment, make_row
 
@@ -149,3 +151,22 @@ def test_the_layouts_of_ppo(tiny_model: Path) -> None:
         assert tables[layout].parameters == backbone + 2 * adapter + 48
         assert tables[layout].trained == 2 * adapter + 48
         assert tables[layout].reference == 0
+
+
+def test_a_teacher_is_its_weights_and_what_it_computes_with(table, tiny_model: Path) -> None:
+    teacher = read_architecture(json.loads((tiny_model / "config.json").read_text()))
+    row, size = make_row([sample(100)]), table().parameters  # of a model with twice the layers
+
+    def of(dtype: torch.dtype = torch.float32, method: str = "none", **ranks: int) -> int:
+        return teacher_bytes(teacher, dtype, method, row, **ranks)  # type: ignore[arg-type]
+
+    whole = count_parameters(teacher)
+    assert of() - of(torch.bfloat16) == 2 * whole
+    assert of(torch.bfloat16, "nf4") < of(torch.bfloat16, "int8") < of(torch.bfloat16)
+    head = teacher.vocab_size * teacher.hidden_size
+    layers = whole - head - teacher.hidden_size
+    # A shard, the gathered rest and two of two layers, and a copy of the head.
+    assert of(sharded_over=4) - (of() - 4 * whole) == whole + 4 * (head + teacher.hidden_size + layers + head)
+    alone, beside = table(), replace(table(), teacher=size)
+    assert beside.peak == alone.peak + size
+    assert replace(alone, asked=size).peak == max(alone.peak, alone.weights + size)

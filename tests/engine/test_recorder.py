@@ -9,7 +9,7 @@ import pytest
 from litrecipe.config.errors import InputError
 from litrecipe.config.recipes import RECIPES
 from litrecipe.config.schema import keys
-from litrecipe.engine.recorder import REASONS, diff, flight_record, hash_samples
+from litrecipe.engine.recorder import NAMED, REASONS, diff, flight_record, hash_samples
 from litrecipe.model.row import Sample, Segment
 
 
@@ -97,3 +97,13 @@ def test_hash_sees_extras():
 
     hashes = {hash_samples([s]) for s in (sample(), sample(scores=[1]), sample(scores=[2]), sample(label=[1]))}
     assert len(hashes) == 4
+
+
+def test_of_large_steps_the_first_samples_are_named_and_the_others_count(tmp_path):
+    many = [sample(str(number), 1) for number in range(NAMED + 40)]
+    record = flight_record(1, many, "r", 1, 1)
+    assert record["samples"][:-1] == [str(number) for number in range(NAMED)]
+    assert record["samples"][-1].startswith("40 more: ")
+    swapped = [*many[:-2], many[-1], many[-2]]
+    assert flight_record(1, swapped, "r", 1, 1)["samples"] != record["samples"]
+    assert flight_record(1, many[:NAMED], "r", 1, 1)["samples"] == record["samples"][:-1]

@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+QWEN3_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.1, 2.0, 5.0, 9.0]}
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -58,8 +59,25 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3, other heads": {"head_dim": 12, "attention_bias": True, "tie_word_embeddings": True},
     "olmo2": {},
     "olmo2, no groups": {"num_key_value_heads": 4, "attention_bias": True},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral, three of four, window": {"num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 9},
+    "qwen3_moe": {**QWEN3_MOE, "norm_topk_prob": True},
+    "qwen3_moe, shares of all": {**QWEN3_MOE, "decoder_sparse_step": 2, "tie_word_embeddings": True},
+    "qwen3_moe, plain layers": {
+        **QWEN3_MOE,
+        "mlp_only_layers": [0, 3],
+        "use_sliding_window": True,
+        "sliding_window": 5,
+    },
     "smollm3": {},
     "smollm3, other layers": {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 5},
+    "granite": {},
+    "granite, multipliers": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 0.25,
+    },
     "gemma": {},
     "gemma, one head": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
@@ -103,6 +121,23 @@ def with_weights(model: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3, generator=generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data *= 4  # the wider its logits are apart, the rarer are ties
+    return without_ties(model, getattr(model.config, "num_experts_per_tok", 0))
+
+
+def without_ties(model: Any, chosen: int) -> Any:
+    """The model, which fails where the last expert that is chosen is so near to the next that rounding would decide."""
+
+    def look(_: torch.nn.Module, __: Any, output: Any) -> None:
+        logits = output if isinstance(output, torch.Tensor) else output[0]
+        best = logits.detach().topk(chosen + 1, -1).values
+        assert (best[:, -2] - best[:, -1]).min() > 3e-5
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(look)
     return model
 
 
@@ -116,7 +151,7 @@ def ours_of(theirs: Any) -> Decoder:
     model = Decoder(architecture.for_length(LONGEST))
     absent = model.load_state_dict(as_in_memory(theirs.state_dict(), architecture), strict=False)
     assert not absent.unexpected_keys and set(absent.missing_keys) <= {"lm_head.weight"}  # where that is tied
-    return model
+    return without_ties(model, getattr(theirs.config, "num_experts_per_tok", 0))
 
 
 def as_in_memory(tensors: dict[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:

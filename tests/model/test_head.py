@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from small import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from litrecipe.model import head
-from litrecipe.model.head import divergence, predict
+from litrecipe.model.head import predict
 
 P, D, V = 11, 6, 13
 REAL_BLOCK_SIZE = head.block_size
@@ -117,7 +117,7 @@ def test_autocast_multiplies_in_bf16_and_gives_fp32_gradients() -> None:
 def test_collisions_equal_those_of_all_probabilities_and_change_nothing_else(trained: bool, temperature: float) -> None:
     hidden, weight, target = inputs()
     weight.requires_grad_(trained)
-    logps, correct, _, log_collisions, _ = predict(hidden, weight, target, temperature, collisions=True)
+    logps, correct, _, log_collisions, *_ = predict(hidden, weight, target, temperature, collisions=True)
     assert log_collisions is not None
     probabilities = (hidden @ weight.T / temperature).softmax(1)
     torch.testing.assert_close(log_collisions, probabilities.square().sum(1).log().detach())
@@ -253,24 +253,6 @@ def test_without_predictions_there_is_an_empty_entropy_on_the_graph(trained: boo
     assert not hidden.grad.any()
 
 
-class Largest(TorchDispatchMode):
-    """Most elements of any tensor made, products with something of size V, and logits that are kept beside their
-    exponentials."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements, self.products, self.kept = 0, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        self.products += func.overloadpacket is torch.ops.aten.mm
-        self.kept += func.overloadpacket is torch.ops.aten.exp and result.ndim == 2
-        return result
-
-
 @pytest.mark.parametrize(
     ("trained", "wanted", "products_a_block"),
     [
@@ -282,6 +264,8 @@ class Largest(TorchDispatchMode):
         (True, {"collisions": True}, 4),
         (True, {"entropy": "measured"}, 4),
         (True, {"entropy": "learnt"}, 4),
+        (False, {"log_z": True}, 2),
+        (True, {"log_z": True}, 4),
     ],
 )
 def test_never_all_logits_and_no_product_too_many(trained: bool, wanted: Any, products_a_block: int) -> None:
@@ -289,7 +273,7 @@ def test_never_all_logits_and_no_product_too_many(trained: bool, wanted: Any, pr
     weight.requires_grad_(trained)
     with Largest() as largest:
         found = predict(hidden, weight, target, **wanted)
-        values = [x for x in (found.logps, found.entropy) if x is not None and x.requires_grad]
+        values = [x for x in (found.logps, found.entropy, found.log_z) if x is not None and x.requires_grad]
         torch.stack(values).sum().backward()
     assert largest.elements == (D * V if trained else P * D)  # the weight's gradient, the Jacobian
     assert largest.elements < P * V
@@ -308,29 +292,6 @@ def test_a_block_is_never_too_narrow_for_a_product() -> None:
     assert REAL_BLOCK_SIZE(0, "cpu") == 2**20
     assert REAL_BLOCK_SIZE(378, "cpu") == 2**20 // 378
     assert REAL_BLOCK_SIZE(10**6, "cuda") == head.SMALLEST_BLOCK
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_divergence_is_that_of_whole_distributions(temperature: float) -> None:
-    torch.manual_seed(1)
-    hidden, other = torch.randn(P, D, dtype=torch.float64), torch.randn(P, D + 2, dtype=torch.float64)
-    weight, other_weight = torch.randn(V, D, dtype=torch.float64), torch.randn(V, D + 2, dtype=torch.float64)
-    p, q = (
-        torch.distributions.Categorical(logits=read @ rows.T / temperature)
-        for read, rows in ((hidden, weight), (other, other_weight))
-    )
-    expected = torch.distributions.kl_divergence(p, q)
-    assert expected.min() > 0.01
-    torch.testing.assert_close(divergence(hidden, weight, other, other_weight, temperature), expected)
-    narrow = divergence(*(one.float() for one in (hidden, weight, other, other_weight)), temperature)
-    assert narrow.dtype == torch.float32
-    torch.testing.assert_close(narrow, expected.float())
-
-
-def test_nothing_is_apart_from_itself() -> None:
-    hidden, weight, _ = inputs()
-    assert not divergence(hidden, weight, hidden, weight).any()
-    assert divergence(hidden[:0], weight, hidden[:0], weight).shape == (0,)
 
 
 # -- a soft cap -------------------------------------------------------------------------------------------------------
@@ -360,9 +321,49 @@ def test_capped_logits_and_their_gradients(trained: bool, block: int, monkeypatc
     torch.testing.assert_close(alone, torch.autograd.grad(logps, hidden, a)[0])
 
 
-def test_divergence_of_capped_logits() -> None:
-    hidden, weight, _ = inputs(torch.float64)
-    other = hidden + torch.randn(P, D, dtype=torch.float64)
-    p, q = (torch.distributions.Categorical(logits=2 * (x @ weight.T / 2).tanh() / 0.7) for x in (hidden, other))
-    expected = torch.distributions.kl_divergence(p, q)
-    torch.testing.assert_close(divergence(hidden, weight, other, weight, 0.7, softcap=2.0), expected)
+# -- log Z ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("trained", [True, False])
+def test_log_z_is_the_logsumexp_of_all_logits(trained: bool, temperature: float, softcap: float | None) -> None:
+    """Value and gradient, together with those of the log-probabilities and of an entropy that is learnt."""
+    hidden, weight, target = inputs(torch.float64)
+    weight.requires_grad_(trained)
+    found = predict(hidden, weight, target, temperature, entropy="learnt", softcap=softcap, log_z=True)
+    logits = hidden @ weight.T
+    logits = (logits if softcap is None else softcap * (logits / softcap).tanh()) / temperature
+    right = torch.distributions.Categorical(logits=logits)
+    expected = right.log_prob(target), right.entropy(), logits.logsumexp(1)
+    assert found.entropy is not None and found.log_z is not None
+    torch.testing.assert_close(found.log_z, expected[2])
+    directions = tuple(torch.randn(3, P, dtype=torch.float64))
+    leaves = (hidden, weight) if trained else (hidden,)
+    grads = torch.autograd.grad((found.logps, found.entropy, found.log_z), leaves, directions)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, leaves, directions))
+    assert predict(hidden, weight, target).log_z is None
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_log_z_changes_nothing_else_and_is_fp32_under_autocast(trained: bool) -> None:
+    hidden, weight, target = inputs()
+    weight.requires_grad_(trained)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, found = (predict(hidden, weight, target, log_z=wanted) for wanted in (False, True))
+    assert found.log_z is not None
+    assert torch.equal(plain.logps, found.logps)
+    torch.testing.assert_close(found.log_z, (hidden.bfloat16() @ weight.bfloat16().T).float().logsumexp(1))
+    leaves = (hidden, weight) if trained else (hidden,)
+    grads = [torch.autograd.grad(one.logps.sum(), leaves, retain_graph=True) for one in (plain, found)]
+    assert all(map(torch.equal, *grads))
+    assert torch.autograd.grad(found.log_z.square().mean(), hidden)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_log_z_of_no_predictions_is_on_the_graph(trained: bool) -> None:
+    hidden, weight, target = inputs()
+    weight.requires_grad_(trained)
+    found = predict(hidden[:0], weight, target[:0], log_z=True).log_z
+    assert found is not None and found.shape == (0,)
+    assert not torch.autograd.grad(found.sum(), hidden)[0].any()

@@ -82,12 +82,14 @@ def test_moving_a_row_moves_every_tensor_and_keeps_the_rest() -> None:
 def test_extras_lie_end_to_end() -> None:
     def scored(*scores: float, **more: list[float]) -> Sample:
         segment = Segment(np.array([1, 2]), np.array([0, 1], dtype=np.float32))
-        extra = {"scores": np.array(scores), **{name: np.array(values) for name, values in more.items()}}
+        extra = {"scores": np.array(scores, dtype=float), **{name: np.array(values) for name, values in more.items()}}
         return Sample("a", (segment,), extra)
 
     row = make_row([scored(1, 2), scored(), scored(3)]).to("cpu")
     assert row.extra["scores"].tolist() == [1, 2, 3]
     assert row.extra["scores"].dtype == torch.float32
+    named = make_row([scored(1, ids=[7, 70_000]), scored(2, ids=[9])]).extra["ids"]  # type: ignore[list-item]
+    assert named.tolist() == [7, 70_000, 9] and named.dtype == torch.int64
     assert make_row([]).extra == {}
     with pytest.raises(ValueError, match=r"sample a: has extras \['scores', 'label'\], not \['scores'\]"):
         make_row([scored(1), scored(1, label=[1])])

@@ -108,7 +108,7 @@ def test_a_run_of_another_model_does_not_take_its_log_probabilities(
     records = train("b", **LORA, model__source=varied_model)
     assert records[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     train("c", **LORA, adapter__alpha=8)  # the same reference: nothing is computed again
-    monkeypatch.setattr("litrecipe.data.reference_logps._computed", None)
+    monkeypatch.setattr("litrecipe.data.remembered._said", None)
     train("d", **LORA, model__source=varied_model)
     with pytest.raises(TypeError):
         train("e", **LORA, data__train="toy:units-pairs?n=16&seed=1")
@@ -119,9 +119,9 @@ def test_a_cache_of_other_weights_is_refused(train: Train, tmp_path: Path) -> No
     [marker] = (tmp_path / "cache" / "reference").glob("*/complete.json")
     about = json.loads(marker.read_text())
     del about["seal"]
-    about["about"]["reference"][0] = "another model"
+    about["about"]["model"][0] = "another model"
     marker.write_text(json.dumps(about))
-    with pytest.raises(InputError, match=r"log-probabilities of another reference: remove this folder"):
+    with pytest.raises(InputError, match=r"of another model: remove this folder"):
         train("b", **LORA)
 
 

@@ -133,7 +133,7 @@ except InputError as error:
 
 def test_a_disk_that_is_full_before_the_reference_is_written_is_said(train: Make, flags: Make, tmp_path: Path) -> None:
     """The tokenised pairs are there already; nothing half made stays, and with room the run goes through."""
-    more = {**LORA, "data.train": "toy:units-pairs?n=24&seed=0", "train.max_steps": 1}
+    more = {**LORA, "data.train": "toy:units-pairs?n=120&seed=0", "train.max_steps": 1}
     train("none", **more, dpo__reference="adapter_off")
     given = json.dumps({key: str(value) for key, value in flags("run", **more).items()})
     told = subprocess.run([sys.executable, "-c", FULL_DISK, given], capture_output=True, text=True, check=True).stdout

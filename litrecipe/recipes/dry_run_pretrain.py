@@ -1,0 +1,131 @@
+"""What `litrecipe pretrain --dry_run` and `--plan` show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rich.table import Table
+
+from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.config import progress
+from litrecipe.config.pretrain import PretrainRecipe
+from litrecipe.data.packing import pack
+from litrecipe.data.pretraining import Stream, open_stream
+from litrecipe.data.report import render
+from litrecipe.data.stream import Stage
+from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import world_size
+from litrecipe.engine.schedule import lr_factor
+from litrecipe.model.architecture import count_parameters
+from litrecipe.model.flops import training_flops
+from litrecipe.model.row import Sample, make_row
+from litrecipe.objectives.scaling import CHINCHILLA, REPLICATION
+from litrecipe.recipes.distilling import Teaching
+from litrecipe.recipes.dry_run import Load, beside_teacher, memory_of, parameter_and_memory_table, show_recipe
+
+
+def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Tokenizer, teaching: Teaching | None) -> int:
+    """Print it all; nothing is trained and the run directory is not touched."""
+    console, world = progress.console(), world_size(recipe.fabric)
+    show_recipe(recipe)
+    stream = open_stream(recipe, tokenizer)
+    for (name, part), stage in zip(recipe.parts.items(), stream.source.stages, strict=True):
+        load = _load(part, stage, world)
+        table = memory_of(part, files, load, frozen_copy=False)
+        if teaching:
+            table = beside_teacher(table, teaching, part, load, world)
+        if name:
+            console.print(f"[bold]stage {name}[/bold]")
+        console.print(parameter_and_memory_table(part, table, load, world))
+    console.print(_stages(recipe, stream, files))
+    console.print("[bold]data[/bold]")
+    for line in stream.report():
+        console.print(line, highlight=False)
+    first = stream.source.stages[0]
+    sample = next(iter(first.mixture.sources.values()))[0]
+    console.print(f"[bold]one sequence[/bold] of {len(sample.segments)} documents (what is learnt is coloured)")
+    console.print(render(_beginning(sample), tokenizer))
+    return 0
+
+
+SHOWN = 512
+"""Tokens of the sequence that is shown."""
+
+
+def _beginning(sample: Sample) -> Sample:
+    segments, left = [], SHOWN
+    for segment in sample.segments:
+        if left > 0:
+            segments.append(replace(segment, tokens=segment.tokens[:left], weights=segment.weights[:left]))
+        left -= len(segment.tokens)
+    return Sample(sample.id, tuple(segments))
+
+
+def _load(part: PretrainRecipe, stage: Stage, world: int) -> Load:
+    """All steps at full batch size are alike: so many sequences, cut into rows."""
+    length = part.data.max_length
+    packing = pack([length] * stage.batches.size, part.train.micro_batch_tokens, multiple_of=world)
+    reel = max(stage.mixture.sources.values(), key=len)
+    most = max(map(len, packing.rows))
+    row = make_row([reel[index % len(reel)] for index in range(most)])
+    return Load(row, len(packing.rows) // world, float(length * stage.batches.size))
+
+
+def _stages(recipe: PretrainRecipe, stream: Stream, files: ModelFiles) -> Table:
+    table = Table(title="steps", box=None, title_justify="left")
+    for heading in ("", "steps", "sequences", "of tokens", "tokens", "lr peak", "lr last", "PFLOP"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for (name, part), stage in zip(recipe.parts.items(), stream.source.stages, strict=True):
+        sequences, length = stage.batches.until(stage.steps), part.data.max_length
+        reel = next(iter(stage.mixture.sources.values()))
+        flops = training_flops(files.architecture, [reel[0]]) * sequences * length / reel.size(0)
+        last = part.optim.lr * lr_factor(part.schedule, stage.steps - 1, stage.steps)
+        batch = f"{stage.batches.initial} to {stage.batches.size}" if stage.batches.initial else str(stage.batches.size)
+        table.add_row(
+            name or "all",
+            f"{stage.steps:,}",
+            batch,
+            f"{length:,}",
+            f"{sequences * length:,}",
+            f"{part.optim.lr:.3g}",
+            f"{last:.3g}",
+            f"{flops / 1e15:,.4g}",
+        )
+    return table
+
+
+def show_plan(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int:
+    """How many tokens scaling laws would give this model, beside those that the recipe gives it."""
+    console = progress.console()
+    parameters = count_parameters(files.architecture)
+    stages = open_stream(recipe, tokenizer).source.stages
+    tokens = sum(
+        stage.batches.until(stage.steps) * part.data.max_length
+        for part, stage in zip(recipe.parts.values(), stages, strict=True)
+    )
+    compute = 6.0 * parameters * tokens
+    console.print(
+        f"{parameters:,} parameters, {tokens:,} tokens in the recipe: {tokens / parameters:.1f} a parameter, about "
+        f"{compute:.3g} operations",
+        highlight=False,
+    )
+    table = Table(box=None)
+    for heading in ("scaling law", "best tokens", "a parameter", "over-training", "best parameters", "their tokens"):
+        table.add_column(heading, justify="left" if heading == "scaling law" else "right")
+    for law in (REPLICATION, CHINCHILLA):
+        best, other = law.best_tokens(parameters), law.best_parameters(compute)
+        table.add_row(
+            law.source,
+            f"{best:.3g}",
+            f"{best / parameters:.1f}",
+            f"{tokens / best:.2f} times",
+            f"{other:.3g}",
+            f"{law.best_tokens(other):.3g}",
+        )
+    console.print(table, highlight=False)
+    console.print(
+        "best tokens: with which no smaller or larger model would reach a lower loss by as many operations; best "
+        "parameters: of a model for the operations of the recipe. Models that are used much are trained far longer.",
+        highlight=False,
+    )
+    return 0

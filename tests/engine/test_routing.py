@@ -1,0 +1,219 @@
+"""Routers of experts in a training step: beside transformers, however the step is cut, resumed, and on two ranks."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from processes import on_two_ranks
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import FinetuneRecipe, Router
+from litrecipe.data.source import RecordedSource
+from litrecipe.engine.fabric import make_fabric
+from litrecipe.engine.fit import Job, Run, fit
+from litrecipe.engine.rundir import read_records
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
+from litrecipe.model.row import Sample, Segment
+from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.objectives.routing import Balanced, Routed, with_routers
+
+CONFIG: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 3.0,
+    "initializer_range": 0.2,
+}
+DENSE = CONFIG | {"model_type": "llama"}
+STEP_2 = "checkpoints/step-00000002"
+
+
+class Samples(list):
+    """Documents of random tokens, all of which are learnt but the first."""
+
+    def __init__(self, count: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        super().__init__()
+        for i in range(count):
+            weights = np.ones(int(rng.integers(5, 30)), np.float32)
+            weights[0] = 0
+            self.append(Sample(f"row:{i}", (Segment(rng.integers(0, 97, len(weights)), weights),)))
+        self.lengths = np.array([sample.length for sample in self])
+
+
+def make_job(
+    out_dir: Path, router: Router | None = None, *, val: Any = None, strategy: Any = "auto", **train: Any
+) -> Job:
+    recipe = FinetuneRecipe(out_dir=str(out_dir), router=router or Router())
+    recipe.fabric.accelerator, recipe.fabric.strategy = "cpu", strategy
+    recipe.fabric.devices = 1 if strategy == "auto" else 2
+    recipe.log.loggers = []
+    recipe.optim.lr = 1e-2
+    recipe.optim.weight_decay = 0.1
+    for name, value in {"global_batch_size": 8, "grad_clip": None, **train}.items():
+        setattr(recipe.train, name, value)
+    model = Decoder(read_architecture(CONFIG))
+    model.init_weights(seed=0)
+    return Job(
+        fabric=make_fabric(recipe.fabric),
+        recipe=recipe,
+        module=model,
+        objective=with_routers(CausalLM(), model, recipe.router),
+        source=RecordedSource(Samples(16), recipe.train),
+        val=val,
+        save_final=lambda folder: folder.mkdir(parents=True, exist_ok=True),
+    )
+
+
+def step_of(job: Job) -> tuple[Any, dict[str, torch.Tensor], list[int]]:
+    """What the first step tells, its gradients, and how many rows went through the model without gradient and with."""
+    run, taken, passes = Run(job), {}, [0, 0]
+    run.raw.register_forward_pre_hook(
+        lambda *_: passes.__setitem__(torch.is_grad_enabled(), passes[torch.is_grad_enabled()] + 1)
+    )
+    run.raw_optimizer.register_step_pre_hook(
+        lambda *_: taken.update({name: p.grad.clone() for name, p in run.parameters.items()})
+    )
+    result = run.train_step(job.source.next_step())
+    run.teller.close()
+    return result, taken, passes
+
+
+def transformers_step(job: Job, samples: list[Sample]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of a padded batch, with its own balance loss."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**CONFIG, output_router_logits=True)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    theirs.load_state_dict(job.module.state_dict())
+    longest = max(sample.length for sample in samples)
+    tokens, mask = torch.zeros(len(samples), longest).long(), torch.zeros(len(samples), longest).long()
+    for place, sample in enumerate(samples):
+        tokens[place, : sample.length] = torch.from_numpy(sample.segments[0].tokens)
+        mask[place, : sample.length] = 1
+    output = theirs(tokens, attention_mask=mask, labels=tokens.where(mask.bool(), -100))
+    output.loss.backward()
+    return output.loss.item(), {name: p.grad for name, p in theirs.named_parameters()}
+
+
+def assert_equal(taken: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert taken.keys() == right.keys()
+    for name, gradient in right.items():
+        assert (taken[name] - gradient).norm() < 2e-5 * gradient.norm().clamp(min=1e-3), name
+
+
+def test_a_step_equals_that_of_transformers(tmp_path: Path) -> None:
+    """Loss and gradients, the balance loss in both; and without it they are others."""
+    job = make_job(tmp_path / "ours", micro_batch_tokens=10_000)
+    right, gradients = transformers_step(job, [job.source.samples[job.source.order[i]] for i in range(8)])
+    result, taken, _ = step_of(job)
+    assert result.loss == pytest.approx(right, rel=1e-6)
+    assert_equal(taken, gradients)
+    _, others, _ = step_of(make_job(tmp_path / "without", Router(aux_loss_coef=0), micro_batch_tokens=10_000))
+    gate = "model.layers.0.mlp.gate.weight"
+    assert (others[gate] - gradients[gate]).norm() > 0.1 * gradients[gate].norm()
+
+
+@pytest.mark.parametrize("balance", ["hf", "layer"])
+def test_equal_batches_cut_differently_give_equal_gradients(tmp_path: Path, balance: Any) -> None:
+    """In one row, where the pass that learns tells how often experts were chosen, and in many, where another does."""
+    whole = None
+    for budget in (10_000, 90, 30):
+        router = Router(balance=balance, aux_loss_coef=1.0, z_loss_coef=0.1)
+        result, taken, passes = step_of(make_job(tmp_path / str(budget), router, micro_batch_tokens=budget))
+        assert passes[0] == (0 if budget == 10_000 else passes[1]) and passes[1] >= 1
+        if whole is None:
+            whole = result, taken
+            continue
+        assert_equal(taken, whole[1])
+        assert result.loss == pytest.approx(whole[0].loss, rel=1e-6)
+        assert result.metrics == pytest.approx(whole[0].metrics, rel=1e-5)
+
+
+def test_evaluation_and_metrics(tmp_path: Path) -> None:
+    """What is held out is told of too; and the numbers are those of the counts of the step."""
+    job = make_job(tmp_path / "run", val=Samples(5, seed=1), micro_batch_tokens=60, max_steps=1)
+    assert isinstance(job.objective, Balanced)
+    assert fit(job) == 0
+    first, last = read_records(tmp_path / "run" / "metrics.jsonl")
+    names = {"router/balance", "router/z", "router/load_entropy", "router/largest_share"}
+    assert names <= first.keys() and {f"eval_{name}" for name in names} <= last.keys()
+    assert 1 / 3 <= first["router/largest_share"] <= 1 and 0 < first["router/load_entropy"] < 1
+    assert last["eval_loss"] > 2.5 * last["eval_router/balance"] > 0
+
+
+def test_of_frozen_routers_is_told_and_nothing_asked(tmp_path: Path) -> None:
+    """Unless the recipe says so. One whose every token goes to one of two experts, and one that spreads them evenly."""
+    model = Decoder(read_architecture(CONFIG)).requires_grad_(False)
+    assert type(with_routers(CausalLM(), model, Router())) is Routed
+    assert type(with_routers(CausalLM(), model, Router(aux_loss_coef=0.1))) is Balanced
+    dense = Decoder(read_architecture(DENSE))
+    assert isinstance(with_routers(CausalLM(), dense, Router()), CausalLM)
+    with pytest.raises(InputError, match=r"router\.z_loss_coef: 0\.1: the model has no experts: leave it out"):
+        with_routers(CausalLM(), dense, Router(z_loss_coef=0.1))
+    objective = with_routers(CausalLM(), model, Router())
+    assert isinstance(objective, Routed)
+    tokens, even = torch.tensor(12.0), torch.full((1, 6), 4.0)
+    tallies = {"router/tokens": tokens, "router/probability": even / 2, "router/squared_logsumexp": torch.ones(1)}
+    told = objective.tell({**tallies, "router/chosen": even})
+    assert told["router/load_entropy"] == pytest.approx(1) and told["router/largest_share"] == pytest.approx(1 / 3)
+    assert told["router/balance"] == pytest.approx(2) and told["router/z"] == pytest.approx(1 / 12)
+    told = objective.tell({**tallies, "router/chosen": torch.tensor([[12.0, 12, 0, 0, 0, 0]])})
+    assert told["router/load_entropy"] == pytest.approx(math.log(2) / math.log(6)) and told["router/largest_share"] == 1
+
+
+def test_a_resumed_run_equals_the_unbroken_one_to_the_bit(tmp_path: Path) -> None:
+    weights = []
+    for name, resume in (("unbroken", None), ("resumed", "auto")):
+        job = make_job(tmp_path / name, micro_batch_tokens=60, max_steps=4)
+        job.recipe.checkpoint.every, job.recipe.checkpoint.keep, job.recipe.checkpoint.resume = 2, 2, resume
+        if resume:
+            shutil.copytree(tmp_path / "unbroken" / STEP_2, tmp_path / name / STEP_2)
+            job.module.init_weights(seed=1)
+        assert fit(job) == 0
+        weights.append(dict(job.module.state_dict()))
+    assert weights[0].keys() == weights[1].keys()
+    for key, value in weights[0].items():
+        assert torch.equal(value, weights[1][key]), key
+
+
+RANKS = """
+import sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[3], str(Path(sys.argv[3]).parent)]
+from test_routing import fit, make_job
+for strategy in ("ddp", "fsdp"):
+    for budget in (60, 10_000):
+        out = Path(sys.argv[1]) / f"{strategy}-{budget}"
+        fit(make_job(out, strategy=strategy, micro_batch_tokens=budget, max_steps=3))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    """With several rows a rank, and with one of all samples, the other rank's being empty; sharded too."""
+    assert fit(make_job(tmp_path / "alone", micro_batch_tokens=60, max_steps=3)) == 0
+    on_two_ranks(RANKS, tmp_path, Path(__file__).parent)
+    right = read_records(tmp_path / "alone" / "metrics.jsonl")
+    for strategy in ("ddp", "fsdp"):
+        for budget in (60, 10_000):
+            found = read_records(tmp_path / f"{strategy}-{budget}" / "metrics.jsonl")
+            assert len(found) == len(right) >= 3
+            for ours, theirs in zip(found, right, strict=True):
+                for name in ("loss", "grad_norm", *(key for key in theirs if key.startswith("router/"))):
+                    assert ours[name] == pytest.approx(theirs[name], rel=2e-5), (strategy, budget, name)
