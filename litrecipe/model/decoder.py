@@ -47,11 +47,6 @@ class Trunk(nn.Module):
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
         self.frequencies = frequencies_of(architecture)
 
-    def read_up_to(self, tokens: int) -> None:
-        """Go by frequencies for sequences of so many tokens, see `Architecture.for_length`."""
-        self.architecture = self.architecture.for_length(tokens)
-        self.frequencies = frequencies_of(self.architecture)
-
     def reach(self, tokens: int, theta: float | None = None) -> None:
         """Be trained on sequences of so many tokens from here on, see `Architecture.trained_on`."""
         self.architecture = self.architecture.trained_on(tokens, theta)

@@ -26,6 +26,7 @@ from litrecipe.engine.fit import StepResult
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.telling import check_loggers, check_login
 from litrecipe.evaluation.run import evaluate, metrics, plan
+from litrecipe.evaluation.session import say_positions
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
@@ -42,6 +43,7 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_asked(recipe.model).for_length(longest_of(recipe))
+    say_positions(files)
     if not isinstance(recipe, RewardRecipe) or recipe.reward.sft_coef:
         files.refuse_reward_model()
     return files, Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
