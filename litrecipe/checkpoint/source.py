@@ -21,6 +21,7 @@ from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
+from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
 from litrecipe.model.families import names_of, read_architecture
@@ -246,6 +247,11 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
         files = replace(files, tokenizer_dir=folder)
     _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
     return files
+
+
+def open_asked(model: Model) -> ModelFiles:
+    """The same of a recipe's `model` group."""
+    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
 
 
 def open_model_as(source: str, key: str) -> ModelFiles:

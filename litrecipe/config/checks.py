@@ -129,6 +129,7 @@ RANGES: dict[str, Range] = {
     "data.workers": _at_least(1),
     "model.init_std": ABOVE_0,
     "model.rope_theta": ABOVE_0,
+    "optim.mup_base_width": _at_least(1),
     "pretrain.z_loss": _at_least(0),
     "pretrain.spike_sigmas": ABOVE_0,
     "pretrain.spike_window": _at_least(8),

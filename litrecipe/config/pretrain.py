@@ -62,6 +62,10 @@ class PretrainOptim(Optim):
     are left alone."""
     decay_embeddings: bool = True
     """Whether the embedding decays as well."""
+    mup_base_width: int | None = None
+    """Hidden size at which `lr` and `model.init_std` were found. At another one, d, the layers' matrices learn at
+    lr · base/d and start from init_std · √(base/d), so that both carry over (muP as in MiniCPM, 2404.06395); the
+    multipliers of embedding, residual stream and logits are the model's own (`model_type` granite)."""
 
 
 @dataclass
