@@ -62,10 +62,8 @@ def test_processes_begin_apart_and_find_what_others_made(samples: SampleSet, tmp
     """One after the other here: the first makes all, in its order, the second nothing. Alone, the second begins at the
     third of five parts."""
     first, second, alone = Echo(), Echo(), Echo()
-    assert (
-        asked(samples, first, tmp_path / "a", 0, 2).fingerprint
-        == asked(samples, second, tmp_path / "a", 1, 2).fingerprint
-    )
+    one, two = (asked(samples, echo, tmp_path / "a", rank, 2) for rank, echo in enumerate((first, second)))
+    assert one.fingerprint == two.fingerprint
     assert (sorted(first.asked), second.asked) == (sorted(f"f:{n}" for n in range(COUNT)), [])
     asked(samples, alone, tmp_path / "b", 1, 2)
     assert sorted(alone.asked[:5]) == sorted(f"f:{n}" for n in range(10, 15))
