@@ -175,10 +175,14 @@ VERBS: dict[str, RecipeVerb | PlainVerb] = {
         "learn a byte-level BPE tokenizer from texts, for models from scratch",
         "recipes.data:train_tokenizer",
         {
-            "texts": {"help": "whatever `data.train` takes"},
+            "texts": {"nargs": "+", "help": "whatever `data.train` takes"},
             "out": OUT,
             "--vocab_size": {"type": int, "default": 32000, "help": "ids at most (default: 32000)"},
             "--special": {"nargs": "+", "default": [], "help": "control tokens of a chat template"},
+            "--split_digits": {"action": "store_true", "help": "make each digit a token of its own"},
+            "--chat": {"action": "store_true", "help": "ChatML's control tokens and template"},
+            "--min_frequency": {"type": int, "default": 0, "help": "merge no pairs that are seen less often"},
+            "--column": {"default": "text", "help": "the column of text, where rows are texts (default: text)"},
         },
     ),
     "model import": PlainVerb(

@@ -121,6 +121,8 @@ RANGES: dict[str, Range] = {
     "reward.centering_coef": _at_least(0),
     "reward.sft_coef": _at_least(0),
     "reward.measured": _at_least(2),
+    "router.aux_loss_coef": _at_least(0),
+    "router.z_loss_coef": _at_least(0),
     "data.max_length": _at_least(2),
     "data.temperature": ABOVE_0,
     "data.val_tokens": _at_least(1),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from litrecipe.config.prepare import PrepareRecipe
 from litrecipe.data.formats import RESERVED, is_unicode
 from litrecipe.data.readers import Mistakes, file_hash, find_files, read_file, read_rows
 
@@ -109,6 +110,11 @@ class Documents:
             self.inputs += [Input(source, path) for path in paths]
         self.bytes = sum(one.size for one in self.inputs)
         """Of all files."""
+
+    @classmethod
+    def of(cls, recipe: PrepareRecipe, split: str) -> Documents:
+        """Those of a recipe, one split of folders that have several."""
+        return cls(recipe.sources, recipe.columns.get("text", "text"), recipe.txt, split)
 
     def read(self, start: Cursor = Cursor()) -> Iterator[Read]:
         """What comes after a cursor; the files before it are not opened."""

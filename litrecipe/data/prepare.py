@@ -112,8 +112,8 @@ def prepare(recipe: PrepareRecipe, tokenizer: Tokenizer, split: str = "train") -
     out = Path(recipe.out).expanduser()
     check_sources({"sources": recipe.sources}, split)
     check_against(recipe.decontaminate)
-    documents = Documents(recipe.sources, recipe.columns.get("text", "text"), recipe.txt, split)
-    about = _settings(recipe, tokenizer, documents)
+    documents = Documents.of(recipe, split)
+    about = settings_of(recipe, tokenizer, documents)
     draft = out.with_name(f"{out.name}.part")
     try:
         draft.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def bos_and_eos(recipe: PrepareRecipe, tokenizer: Tokenizer) -> tuple[list[int],
     return bos, list(tokenizer.eos_ids[:1]) if recipe.eos else []
 
 
-def _settings(recipe: PrepareRecipe, tokenizer: Tokenizer, documents: Documents) -> dict[str, Any]:
+def settings_of(recipe: PrepareRecipe, tokenizer: Tokenizer, documents: Documents) -> dict[str, Any]:
     """All that the result depends on, for the manifest; `key` stands for it."""
     bos, eos = bos_and_eos(recipe, tokenizer)
     without = ("sources", "tokenizer", "out", "workers", "schema_version")
@@ -374,8 +374,8 @@ class _Preparation:
         about = {**self.about, "fingerprint": fingerprint, "dtype": str(self.encoder.dtype)}
         about |= {"rows": state.counts.rows, **asdict(state.counts), "sources": sources}
         write_manifest(draft, entries, about)
-        if self.line.seconds > 0:
-            say(f"prepared {state.counts}; {self.seen_bytes / self.line.seconds / 1e6:.1f} MB/s of text")
+        seconds, size = self.line.seconds, self.seen_bytes / 1e6
+        say(f"prepared {state.counts}; {size:.1f} MB of text in {seconds:.1f} s, {size / seconds:.1f} MB/s")
 
 
 def _entry(chunk: Chunk) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def _stage(name: str, recipe: PretrainRecipe, tokenizer: Tokenizer, shards: dict
         key = f"{prefix}data.{f'sources.{source_name}' if data.sources else 'train'}"
         try:
             if path not in shards:
-                shards[path] = open_shards(path, tokenizer, data, key=key)
+                shards[path] = open_shards(path, tokenizer, data, key=key, workers=data.workers)
             reels[source_name] = Sequences(
                 source_name, shards[path], data.max_length, recipe.train.seed, attend_across=data.attend_across
             )
@@ -162,7 +162,7 @@ def _shown(mixture: Mixture, recipe: PretrainRecipe) -> str:
 def _held_out(recipe: PretrainRecipe, tokenizer: Tokenizer) -> HeldOut:
     data = recipe.data
     assert data.val is not None
-    shards = open_shards(data.val, tokenizer, data, key="data.val", split="validation")
+    shards = open_shards(data.val, tokenizer, data, key="data.val", split="validation", workers=data.workers)
     # In one order whatever the run's seed is, so that runs can be compared.
     whole = Sequences("val", shards, data.max_length, 0, attend_across=data.attend_across)
     count = max(1, min(len(whole), data.val_tokens // data.max_length))

@@ -5,6 +5,7 @@ Shapes: N documents, T tokens of all of them.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -17,9 +18,11 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json
 from litrecipe.config.groups import Data
 from litrecipe.config.prepare import PrepareRecipe
+from litrecipe.config.progress import warn
 from litrecipe.data.cache import alone, cache_folder, key_of
-from litrecipe.data.prepare import KIND, prepare
-from litrecipe.data.readers import source_hash
+from litrecipe.data.documents import Documents
+from litrecipe.data.prepare import KIND, prepare, settings_of
+from litrecipe.data.readers import check_sources
 from litrecipe.data.shard_files import DTYPES, INDEX, read_head
 from litrecipe.data.tokenizer import Tokenizer
 
@@ -142,15 +145,20 @@ def open_shards(
     key: str = "data.train",
     split: str = "train",
     verify: bool = True,
+    workers: int | None = None,
 ) -> Shards:
     """The shards of a prepared folder, or of text in the forms of `data.train`, prepared once into the cache.
 
     Raises InputError naming `key` where they are of another tokenizer, and for shards that are missing, cut or altered
-    (hashed once for each state of their files; not at all without `verify`).
+    (hashed once for each state of their files; not at all without `verify`). `workers` prepare text (default: one a
+    core).
     """
     data = data or Data()
     if not is_prepared(source):
-        return Shards(_into_cache(source, tokenizer, data, split))
+        try:
+            return _from_cache(source, tokenizer, data, split, workers)
+        except InputError as error:
+            raise InputError(*(_renamed(mistake, key) for mistake in error.mistakes)) from error
     shards = Shards(Path(source).expanduser())
     if shards.tokenizer_fingerprint not in ("", tokenizer.text_fingerprint):
         made_by = shards.manifest["tokenizer"]["source"] or "another"
@@ -163,10 +171,30 @@ def open_shards(
     return shards
 
 
-def _into_cache(source: str, tokenizer: Tokenizer, data: Data, split: str) -> Path:
-    recipe = PrepareRecipe(sources=[source], columns=data.columns)
-    parts = [source, source_hash(source), split, tokenizer.text_fingerprint, data.columns]
-    folder = cache_folder(data) / "shards" / key_of(*parts)
+def _from_cache(source: str, tokenizer: Tokenizer, data: Data, split: str, workers: int | None) -> Shards:
+    """What was prepared before of the same text, or now; what is damaged is made anew."""
+    check_sources({"sources": source}, split)
+    recipe = PrepareRecipe([source], columns=data.columns, workers=workers)
+    documents = Documents.of(recipe, split)
+    folder = cache_folder(data) / "shards" / settings_of(recipe, tokenizer, documents)["key"]
     with alone(folder):
+        if is_prepared(str(folder)):
+            try:
+                shards = Shards(folder)
+                shards.verify()
+                return shards
+            except InputError as error:
+                warn(f"what was kept in the cache is damaged and made anew ({error.mistakes[0]})")
+                shutil.rmtree(folder)
         prepare(replace(recipe, out=str(folder)), tokenizer, split)
-    return folder
+        return Shards(folder)
+
+
+def _renamed(mistake: str, key: str) -> str:
+    """What preparing says of its own keys, said of those that a training recipe has."""
+    group = key.partition(".")[0]
+    names = {"sources": key, "out": f"{group}.cache_dir", "workers": f"{group}.workers", "columns": f"{group}.columns"}
+    own, colon, rest = mistake.partition(": ")
+    if own == "eos":
+        return f"{key}: this tokenizer has no eos_token to end documents with: name one in tokenizer_config.json"
+    return f"{names.get(own, own)}{colon}{rest}"

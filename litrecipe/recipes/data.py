@@ -19,11 +19,11 @@ from litrecipe.config.progress import say
 from litrecipe.data.comparison_report import check_comparisons
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.formats import check_rows, read_conversations
-from litrecipe.data.new_tokenizer import learn_tokenizer, write_tokenizer
+from litrecipe.data.new_tokenizer import CHAT, learn_tokenizer, write_tokenizer
 from litrecipe.data.preferences import holds_preferences
 from litrecipe.data.prepare import prepare as prepare_shards
 from litrecipe.data.prepared import Kind
-from litrecipe.data.readers import Mistakes, check_source
+from litrecipe.data.readers import Mistakes, check_source, check_sources
 from litrecipe.data.report import check_conversations, render
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
@@ -77,29 +77,44 @@ def _tokenizer_of(source: str) -> Tokenizer:
         raise InputError(*(mistake.replace("model.source:", "tokenizer:", 1) for mistake in error.mistakes)) from error
 
 
-def train_tokenizer(texts: str, out: str, vocab_size: int, special: Sequence[str]) -> int:
-    """Write a folder with a byte-level BPE learnt from all that is said in `texts`, which is anything `data.train`
-    takes."""
-    check_source("texts", texts)
+def train_tokenizer(
+    texts: Sequence[str],
+    out: str,
+    vocab_size: int,
+    special: Sequence[str],
+    split_digits: bool = False,
+    chat: bool = False,
+    min_frequency: int = 0,
+    column: str = "text",
+) -> int:
+    """Write a folder with a byte-level BPE of all that is said in `texts`, each of them anything `data.train` takes."""
+    check_sources({"texts": list(texts)})
     refuse_foreign(Path(out))
-    said = 0
+    columns = {} if column == "text" else {"text": column}
+    count = size = 0
 
     def contents() -> Iterator[str]:
-        nonlocal said
-        for conversation in progress.track(read_conversations(texts, Data(train=texts)), f"reading {texts}"):
-            for content in (message.get("content") for message in conversation.messages):
-                if content:  # a turn may only call tools
-                    said += 1
-                    yield content
+        nonlocal count, size
+        for text in texts:
+            rows = read_conversations(text, Data(train=text, columns=columns))
+            for conversation in progress.track(rows, f"reading {text}"):
+                for content in (message.get("content") for message in conversation.messages):
+                    if content:  # a turn may only call tools
+                        count += 1
+                        size += len(content)
+                        yield content
+        if count:
+            say(f"read {count:,} texts of {size / 1e6:,.1f} million characters; learning {vocab_size:,} tokens")
 
-    backend = learn_tokenizer(contents(), vocab_size, special)
-    if not said:
-        raise InputError(f"texts: {texts}: has no rows: give texts to learn from")
+    tokens = [*(CHAT if chat else ()), *special]
+    backend = learn_tokenizer(contents(), vocab_size, tokens, split_digits=split_digits, min_frequency=min_frequency)
+    if not count:
+        raise InputError(f"texts: {', '.join(texts)}: has no rows: give texts to learn from")
     with new_folder(Path(out)) as draft:
-        write_tokenizer(draft, backend)
+        write_tokenizer(draft, backend, chat=chat)
     found = backend.get_vocab_size()
     fewer = f" of the {vocab_size} asked for: the texts hold no more pairs" if found < vocab_size else ""
-    say(f"wrote {out}: {found} tokens{fewer}, from {said} texts: name it as model.tokenizer, its size as vocab_size")
+    say(f"wrote {out}: {found} tokens{fewer}, from {count} texts: name it as model.tokenizer, its size as vocab_size")
     return 0
 
 

@@ -77,6 +77,38 @@ def test_text_is_prepared_into_the_cache_once(source: str, tokenizer: Tokenizer,
     assert other.folder != shards.folder and len(other) == 1
 
 
+def test_what_is_damaged_in_the_cache_is_made_anew(
+    source: str, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chunk = open_shards(source, tokenizer).folder / "chunk-0-0.bin"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:-1])
+    assert len(open_shards(source, tokenizer)) == len(TEXTS) and chunk.read_bytes() == content
+    assert "damaged and made anew" in capsys.readouterr().err
+
+
+def test_of_a_folder_that_one_split_is_read_which_is_asked_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"words to {name}"}))
+    held_out = open_shards(str(tmp_path), tokenizer, key="data.val", split="validation")
+    assert tokenizer.decode(held_out.read(0)) == "words to validation"
+    (tmp_path / "validation.jsonl").write_text(json.dumps({"text": "other words"}))
+    changed = open_shards(str(tmp_path), tokenizer, key="data.val", split="validation")
+    assert tokenizer.decode(changed.read(0)) == "other words"
+
+
+def test_mistakes_name_the_keys_of_the_recipe_that_trains(tmp_path: Path, chatml_folder: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "a.txt").write_text("a")
+    tokenizer = Tokenizer.load(chatml_folder)
+    for given, words in (("empty.jsonl", "no document in them"), ("nowhere.jsonl", "no such file or folder")):
+        with pytest.raises(InputError, match=rf"^data\.sources\.books: .*{given}: {words}"):
+            open_shards(str(tmp_path / given), tokenizer, key="data.sources.books")
+    endless = Tokenizer(tokenizer.backend, special_tokens={})
+    with pytest.raises(InputError, match=r"^data\.val: this tokenizer has no eos_token"):
+        open_shards(str(tmp_path / "a.txt"), endless, key="data.val")
+
+
 def test_shards_of_another_tokenizer_are_refused(folder: Path, llama2_folder: Path, tokenizer: Tokenizer) -> None:
     [mistake] = mistakes_of(folder, Tokenizer.load(llama2_folder))
     assert mistake.startswith(f"data.train: {folder}: was tokenised by another, which is not the model's tokenizer")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from processes import on_two_ranks
 
+from litrecipe.config.errors import InputError
 from litrecipe.config.groups import FinetuneRecipe, Router
 from litrecipe.data.source import RecordedSource
 from litrecipe.engine.fabric import make_fabric
@@ -161,7 +162,10 @@ def test_of_frozen_routers_is_told_and_nothing_asked(tmp_path: Path) -> None:
     model = Decoder(read_architecture(CONFIG)).requires_grad_(False)
     assert type(with_routers(CausalLM(), model, Router())) is Routed
     assert type(with_routers(CausalLM(), model, Router(aux_loss_coef=0.1))) is Balanced
-    assert isinstance(with_routers(CausalLM(), Decoder(read_architecture(DENSE)), Router()), CausalLM)
+    dense = Decoder(read_architecture(DENSE))
+    assert isinstance(with_routers(CausalLM(), dense, Router()), CausalLM)
+    with pytest.raises(InputError, match=r"router\.z_loss_coef: 0\.1: the model has no experts: leave it out"):
+        with_routers(CausalLM(), dense, Router(z_loss_coef=0.1))
     objective = with_routers(CausalLM(), model, Router())
     assert isinstance(objective, Routed)
     tokens, even = torch.tensor(12.0), torch.full((1, 6), 4.0)
