@@ -30,6 +30,7 @@ from litrecipe.model.names import Names
 if TYPE_CHECKING:
     from torch import Tensor
 
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja"]
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 """What is fetched from the hub; pickles are not."""
 NOT_FETCHED = ["*/*", "consolidated*.safetensors", "manifest.json"]
@@ -242,6 +243,8 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
         files = first_layers(files, layers)
     if tokenizer is not None:
         folder = path_of(tokenizer)
+        if not folder.exists() and (match := HUB_ID.fullmatch(tokenizer)):
+            folder = fetch(f"model.tokenizer: {tokenizer}", match["repo"], match["revision"], allow=TOKENIZER_FILES)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
         files = replace(files, tokenizer_dir=folder)
