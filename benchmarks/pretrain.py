@@ -2,15 +2,15 @@
 
     python benchmarks/pretrain.py [--litgpt-python VENV/bin/python] [--repeats 3]
 
-The job is benchmarks/pretrain.yaml: all weights of SmolLM2-135M, sequences of 512 tokens, fp32. The peers get our tokens
-in our order; each contestant is a process of its own, and they take turns. transformers runs as people run it, with its
-Trainer, all sequences of a step at once, and one by one.
+The job is benchmarks/pretrain.yaml: all weights of SmolLM2-135M, sequences of 512 tokens, fp32. The peers get our
+tokens in our order; each contestant is a process of its own, and they take turns. transformers runs as people run it,
+with its Trainer, all sequences of a step at once, and one by one.
 
 MFU is the model's operations by the seconds of a step and by the peak: what `litrecipe/model/flops.py` counts (two a
 weight and token in the layers, the head where something is predicted, causal attention as the half that it is, three
 times that for forward and backward), the same for all contestants; the peak is the best of some fp32 matrix products of
-1,536 x 1,536 with as many threads, measured before each turn. The first step, which warms up, does not count. Says which
-goals are missed, and ends with 1 when one is missed that is promised.
+1,536 x 1,536 with as many threads, measured before each turn. The first step, which warms up, does not count. Says
+which goals are missed, and ends with 1 when one is missed that is promised.
 """
 
 from __future__ import annotations
