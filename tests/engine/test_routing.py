@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from processes import on_two_ranks
 
+from litrecipe.config import schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, FinetuneRecipe, Quantize, Router
 from litrecipe.data.source import RecordedSource
@@ -24,6 +26,7 @@ from litrecipe.model.families import read_architecture
 from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.routing import Balanced, Routed, with_routers
+from litrecipe.recipes import finetune
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -250,3 +253,41 @@ def test_memory_of_a_dry_run(tmp_path: Path) -> None:
     assert tuned.trained == 3 * 3 * (6 * (32 + 48) + 6 * (24 + 32) + 2 * 64 + 2 * 48)
     matrices = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 6 * 3 * 24 * 32)
     assert tuned.weights == matrices + 4 * (sparse.parameters - matrices) + 4 * tuned.trained
+
+
+def test_recipes_ask_for_it(tmp_path: Path, tiny_model: Path) -> None:
+    """The config's coefficient where all weights learn, none under an adapter; what is written loads in transformers
+    with nothing missing."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = CONFIG | {"vocab_size": 320, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    given = {
+        "model.source": folder / "config.json",
+        "model.init": "random",
+        "data.train": "toy:units?n=8&seed=0",
+        "data.cache_dir": tmp_path / "cache",
+        "train.max_steps": 1,
+        "log.loggers": [],
+        "fabric.accelerator": "cpu",
+        "out_dir": tmp_path / "full",
+    }
+    tuned = {"model.source": tmp_path / "full", "model.init": "pretrained", "adapter.method": "lora"}
+    asked = {**tuned, "router.z_loss_coef": 0.5, "out_dir": tmp_path / "asked"}
+    records = {}
+    for name, change in (("full", {}), ("lora", {**tuned, "out_dir": tmp_path / "lora"}), ("asked", asked)):
+        flags = [(key, str(value)) for key, value in (given | change).items()]
+        assert finetune.main(schema.load(FinetuneRecipe, [], flags)) == 0
+        records[name] = read_records(tmp_path / name / "metrics.jsonl")[0]
+    one = records["full"]
+    assert one["loss"] == pytest.approx(one["nll"] + 3 * one["router/balance"], rel=1e-6)
+    assert records["lora"]["loss"] == pytest.approx(records["lora"]["nll"], rel=1e-6)
+    one = records["asked"]
+    assert one["loss"] == pytest.approx(one["nll"] + 0.5 * one["router/z"], rel=1e-6)
+    said = json.loads((tmp_path / "lora" / "final" / "adapter_config.json").read_text())
+    assert said["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "final", output_loading_info=True)
+    assert not any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
