@@ -43,6 +43,13 @@ def test_the_recipes_that_must_be_there() -> None:
     for folder, recipes in {
         "finetune/smollm2-135m": ("full", "lora", "dora", "qlora"),
         "finetune/llama-3.1-8b": ("lora", "qlora", "full-fsdp"),
+        "finetune/openelm-270m": ("lora", "dora"),
+        "pretrain/smollm2-135m": ("scratch", "continue", "decay-on-instructions"),
+        "pretrain": (
+            *("pythia-14m", "openelm-270m", "mixtral-tiny", "llama-3.1-8b", "afm-3b-three-stage", "qwen2-two-stage"),
+            *("gemma2-2b-distil", "bloomberg-mix", "books-14m"),
+        ),
+        "align/dpo/openelm-270m": ("hinge",),
         "finetune/llama-3.2-1b": ("lora", "qlora", "full-fsdp"),
         "align/reward/smollm2-135m": ("lora", "hydra"),
         "align/reward/llama-3.1-8b": ("lora", "qlora", "full-fsdp", "hydra-nf4"),
@@ -83,6 +90,15 @@ def test_all_are_valid_and_large_models_are_counted(capsys: pytest.CaptureFixtur
     assert set(lines) == set(hub_names())
     assert lines["finetune/llama-3.1-8b/full-fsdp"] == "valid, 8,030,261,248 parameters, all trained"
     assert lines["finetune/llama-3.2-1b/full-fsdp"] == "valid, 1,235,814,400 parameters, all trained"
+    for name, count in (
+        ("llama-3.1-8b", 8_030_261_248),
+        ("openelm-270m", 271_527_168),
+        ("pythia-14m", 14_067_712),
+        ("gemma2-2b-distil", 2_614_341_888),
+        ("qwen2-two-stage", 494_032_768),
+        ("smollm2-135m/scratch", 134_515_008),
+    ):
+        assert lines[f"pretrain/{name}"] == f"valid, {count:,} parameters, all trained"
     # rank 16 on seven projections: r * (in + out) each
     per_layer = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))
     for verb in ("finetune", "align/dpo"):

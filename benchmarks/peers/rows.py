@@ -1,6 +1,7 @@
 """Writes the tokenised samples of a recipe as JSON lines in the order in which it trains on them.
 
     python rows.py finetune RECIPE.yaml OUT.jsonl
+    python rows.py pretrain RECIPE.yaml OUT.jsonl
     python rows.py "align dpo" RECIPE.yaml OUT.jsonl ADAPTER.safetensors
 
 One object a sample: `input_ids`, and `labels` with -100 where nothing is learnt; of a pair `prompt_ids`, `chosen_ids`
@@ -19,7 +20,8 @@ from litrecipe.checkpoint.source import open_model
 from litrecipe.config.recipes import RECIPES
 from litrecipe.config.schema import load
 from litrecipe.data.comparisons import load_comparisons
-from litrecipe.data.source import RecordedSource
+from litrecipe.data.pretraining import open_stream
+from litrecipe.data.source import RecordedSource, StepSource
 from litrecipe.data.supervised import load_supervised
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.row import Sample
@@ -29,9 +31,13 @@ def main(verb: str, recipe_file: str, out: str, adapter: str | None = None) -> N
     recipe = load(RECIPES[verb], [recipe_file])
     files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer)
     tokenizer = Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template)
-    load_data, row = (load_supervised, labelled) if verb == "finetune" else (load_comparisons, pair)
-    data = load_data(recipe.data, tokenizer, seed=recipe.train.seed)
-    source = RecordedSource(data.train, recipe.train)
+    row = pair if verb == "align dpo" else labelled
+    source: StepSource
+    if verb == "pretrain":
+        source = open_stream(recipe, tokenizer).source
+    else:
+        load_data = load_supervised if verb == "finetune" else load_comparisons
+        source = RecordedSource(load_data(recipe.data, tokenizer, seed=recipe.train.seed).train, recipe.train)
     with Path(out).open("w") as file:
         while samples := source.next_step():
             file.writelines(json.dumps(row(sample)) + "\n" for sample in samples)

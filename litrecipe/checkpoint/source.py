@@ -21,6 +21,7 @@ from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
+from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
 from litrecipe.model.families import names_of, read_architecture
@@ -29,6 +30,7 @@ from litrecipe.model.names import Names
 if TYPE_CHECKING:
     from torch import Tensor
 
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "generation_config.json", "*.jinja"]
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 """What is fetched from the hub; pickles are not."""
 NOT_FETCHED = ["*/*", "consolidated*.safetensors", "manifest.json"]
@@ -241,11 +243,18 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
         files = first_layers(files, layers)
     if tokenizer is not None:
         folder = path_of(tokenizer)
+        if not folder.exists() and (match := HUB_ID.fullmatch(tokenizer)):
+            folder = fetch(f"model.tokenizer: {tokenizer}", match["repo"], match["revision"], allow=TOKENIZER_FILES)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
         files = replace(files, tokenizer_dir=folder)
     _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
     return files
+
+
+def open_asked(model: Model) -> ModelFiles:
+    """The same of a recipe's `model` group."""
+    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
 
 
 def open_model_as(source: str, key: str) -> ModelFiles:

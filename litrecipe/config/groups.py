@@ -58,7 +58,7 @@ class Model:
     """Only so many of the first layers of `source`, with its embedding, head and last norm: the start of a smaller
     model (Inheritune, 2404.08634)."""
     tokenizer: str | None = None
-    """A folder with `tokenizer.json` when it is not beside the model; also `hub:…`."""
+    """A folder with `tokenizer.json`, or a hub id, when it is not beside the model; also `hub:…`."""
     chat_template: str | None = None
     """A Jinja file that replaces the model's own chat template; also `hub:…`."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from litrecipe.config.groups import Data, Model, Optim, Train, TrainingRecipe
+from litrecipe.config.groups import Data, Distil, Model, Optim, Router, Train, TrainingRecipe
 
 
 @dataclass
@@ -62,6 +62,10 @@ class PretrainOptim(Optim):
     are left alone."""
     decay_embeddings: bool = True
     """Whether the embedding decays as well."""
+    mup_base_width: int | None = None
+    """Hidden size at which `lr` and `model.init_std` were found. At another one, d, the layers' matrices learn at
+    lr · base/d and start from init_std · √(base/d), so that both carry over (muP as in MiniCPM, 2404.06395); the
+    multipliers of embedding, residual stream and logits are the model's own (`model_type` granite)."""
 
 
 @dataclass
@@ -101,6 +105,8 @@ class PretrainRecipe(TrainingRecipe):
     optim: PretrainOptim = field(default_factory=PretrainOptim)
     train: PretrainTrain = field(default_factory=PretrainTrain)
     pretrain: Pretrain = field(default_factory=Pretrain)
+    router: Router = field(default_factory=Router)
+    distil: Distil = field(default_factory=Distil)
     stages: dict[str, Any] = field(default_factory=dict)
     """Name → the keys in which a stage differs from what stands outside of them, in the order in which they run:
     `{core: {train: {max_tokens: 2e9}}, long: {data: {max_length: 8192}, …}, …}`."""

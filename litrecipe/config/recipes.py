@@ -11,7 +11,6 @@ from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 
 RECIPES: dict[str, type] = {
     "finetune": FinetuneRecipe,
-    "pretrain": PretrainRecipe,
     "align reward": RewardRecipe,
     "align dpo": DpoRecipe,
     "align ppo": PpoRecipe,
@@ -20,9 +19,10 @@ RECIPES: dict[str, type] = {
     "align iterative-dpo": IterativeDpoRecipe,
     "align rejection-sampling": RejectionSamplingRecipe,
     "align pipeline": PipelineRecipe,
+    "pretrain": PretrainRecipe,
     "data prepare": PrepareRecipe,
     "evaluate": EvaluateRecipe,
     "generate": GenerateRecipe,
     "chat": GenerateRecipe,
 }
-"""Verb → the dataclass its recipes are read into."""
+"""Verb → the dataclass its recipes are read into. Of several that know as many keys of a file, it is the first."""

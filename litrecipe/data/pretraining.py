@@ -39,6 +39,11 @@ class HeldOut:
         """Tokens of each."""
         return self.whole.lengths[: self.count]
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the samples and their order."""
+        return f"{self.whole.key}:{self.whole.attend_across}:{self.count}"
+
 
 @dataclass(frozen=True)
 class Stream:

@@ -95,7 +95,7 @@ def remembered(samples: KnownSamples, witness: Witness, cache: Path, rank: int =
     mine = rank * len(firsts) // world
     found: dict[int, SampleSet] = {}
     for first in [*firsts[mine:], *firsts[:mine]]:
-        part = cache / witness.name / f"{key}-{first:09}"
+        part = cache / witness.name / f"{key}-{first:09}-{min(PART, len(samples) - first)}"
         found[first] = kept(part, partial(_write, part, samples, witness, first, about))
         if found[first].about != about:
             other = next(name for name in about if found[first].about.get(name) != about[name])

@@ -13,13 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from typing import Any, Protocol
 from zlib import crc32
 
 import numpy as np
 
 from litrecipe.config.errors import InputError
-from litrecipe.data.source import Order
+from litrecipe.data.source import Order, SampleList
 from litrecipe.model.row import Sample, Segment
 
 
@@ -50,7 +51,7 @@ class Sequences:
 
     def __init__(self, name: str, documents: Documents, length: int, seed: int, *, attend_across: bool = False) -> None:
         self.name, self.documents, self.length = name, documents, length
-        self.attend_across = attend_across
+        self.seed, self.attend_across = seed, attend_across
         self.tokens = int(documents.lengths.sum())
         """Of an epoch."""
         self.per_epoch = -(-self.tokens // length)
@@ -152,6 +153,12 @@ class Mixture:
         """Sequences that a source has to give, where it has not endless ones."""
         self.credits = dict.fromkeys(sources, 0.0)
 
+    def anew(self) -> Mixture:
+        """The same, with nothing drawn yet."""
+        mixture = Mixture(self.sources, self.weights, {})
+        mixture.limits = self.limits
+        return mixture
+
     def draw(self, cursors: dict[str, int]) -> str | None:
         """The source of the next sequence; None where all are used up. `cursors`: what each has given so far."""
         left = [name for name in self.sources if cursors[name] < self.limits.get(name, math.inf)]
@@ -193,6 +200,52 @@ class Stage:
     steps: int
 
 
+class Drawn:
+    """All samples of a run in the order in which it takes them, for what is to be known of each beforehand; drawn when
+    they are first asked for."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = stages
+        reels = {reel.key: reel for stage in stages for reel in stage.mixture.sources.values()}
+        self._reels, self._numbers = list(reels.values()), {key: number for number, key in enumerate(reels)}
+
+    @cached_property
+    def _drawn(self) -> np.ndarray:
+        """(samples, 2) int64: number of the source, and of the sequence in it."""
+        drawn: list[tuple[int, int]] = []
+        cursors = dict.fromkeys(self._numbers, 0)
+        for stage in self.stages:
+            sources = stage.mixture.sources
+            mixture = stage.mixture.anew()
+            for _ in range(stage.batches.until(stage.steps)):
+                name = mixture.draw({name: cursors[reel.key] for name, reel in sources.items()})
+                if name is None:
+                    break
+                key = sources[name].key
+                drawn.append((self._numbers[key], cursors[key]))
+                cursors[key] += 1
+        return np.array(drawn, dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each."""
+        return np.array([self._reels[number].size(index) for number, index in self._drawn])
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the samples and their order."""
+        parts = [(key, self._reels[number].seed) for key, number in self._numbers.items()]
+        across = [reel.attend_across for reel in self._reels]
+        return sha256(repr([parts, across]).encode() + self._drawn.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._drawn)
+
+    def __getitem__(self, place: int) -> Sample:
+        number, index = map(int, self._drawn[place])
+        return self._reels[number][index]
+
+
 class StreamSource:
     """The steps of all stages of a pretraining: a `StepSource`.
 
@@ -208,6 +261,7 @@ class StreamSource:
         """Sequences that each source has given."""
         self.seen = [dict.fromkeys(stage.mixture.sources, 0) for stage in stages]
         """Tokens that each source has given to each stage."""
+        self._kept: SampleList | None = None
 
     def place(self, step: int) -> tuple[int, int]:
         """Stage, and step in it, of a step of the run; beyond the end the last stage's."""
@@ -216,6 +270,15 @@ class StreamSource:
                 return number, step
             step -= stage.steps
         return len(self.stages) - 1, step
+
+    def keep(self, samples: SampleList) -> None:
+        """Hand out these, which are `samples` with what is known of them besides, in the same order."""
+        self._kept = samples
+
+    @property
+    def samples(self) -> Drawn:
+        """All that the run takes, in order."""
+        return Drawn(self.stages)
 
     def next_step(self) -> list[Sample]:
         """The samples of the step that comes; empty at the end of the last stage."""
@@ -229,7 +292,8 @@ class StreamSource:
             if name is None:
                 break
             reel = mixture.sources[name]
-            sample = reel[self.cursors[reel.key]]
+            index = self._handed_out(number, step) + len(samples)
+            sample = reel[self.cursors[reel.key]] if self._kept is None else self._kept[index]
             self.cursors[reel.key] += 1
             self.seen[number][name] += sample.length
             samples.append(sample)
@@ -240,6 +304,11 @@ class StreamSource:
             )
         self.step += bool(samples)
         return samples
+
+    def _handed_out(self, number: int, step: int) -> int:
+        """Samples before a step of a stage, over the run."""
+        earlier = sum(stage.batches.until(stage.steps) for stage in self.stages[:number])
+        return earlier + self.stages[number].batches.until(step)
 
     def total_steps(self, _: Any) -> int:
         """Of all stages."""

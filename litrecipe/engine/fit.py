@@ -29,7 +29,14 @@ from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
 from litrecipe.engine.legs import Leg, leg_of
-from litrecipe.engine.optim import Role, make_optimizer, set_rates, trained_parameters
+from litrecipe.engine.optim import (
+    Role,
+    Treatment,
+    make_optimizer,
+    plain_treatment,
+    set_rates,
+    trained_parameters,
+)
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
@@ -90,6 +97,8 @@ class Job:
     are passed over then."""
     guard: SpikeGuard | None = None
     """Refuses steps as well, those among them that are not finite, which are an error otherwise."""
+    treatment: Callable[[str, nn.Parameter], Treatment] = plain_treatment
+    """How a weight is dealt with by the optimizer, by its name."""
     legs: Sequence[Leg] = ()
     """Stages of the run; none: `optim.lr`, `schedule` and `train.micro_batch_tokens` throughout."""
     flops: Callable[[Sequence[Sample]], float] | None = None
@@ -168,7 +177,7 @@ class Run:
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.roles = job.roles or [Role("", job.recipe.optim.lr, self.train_config.grad_clip)]
-        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles)
+        self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles, job.treatment)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.lr = 0.0
         self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +38,38 @@ class Role:
         return [p for name, p in of_all.items() if not self.name or name.startswith(f"{self.name}.")]
 
 
-def make_optimizer(
-    parameters: dict[str, nn.Parameter], config: Optim, roles: Sequence[Role] = ()
-) -> torch.optim.Optimizer:
-    """Build the optimizer; decay applies to matrices only (norms, biases and DoRA magnitudes are left alone).
+class Treatment(NamedTuple):
+    """What weights of a role may differ in."""
 
-    Each group says its `role` and its `peak_lr`: that of its role, or `config.lr` where there are none.
+    decays: bool
+    share: float = 1.0
+    """Of the role's learning rate."""
+
+
+def plain_treatment(name: str, parameter: nn.Parameter) -> Treatment:
+    """Decay applies to matrices only: norms, biases and DoRA magnitudes are left alone."""
+    return Treatment(parameter.dim() >= 2)
+
+
+def make_optimizer(
+    parameters: dict[str, nn.Parameter],
+    config: Optim,
+    roles: Sequence[Role] = (),
+    treatment: Callable[[str, nn.Parameter], Treatment] = plain_treatment,
+) -> torch.optim.Optimizer:
+    """Build the optimizer; `treatment` says of each weight by its name how it is dealt with.
+
+    Each group says its `role` and its `peak_lr`: that of its role, or `config.lr` where there are none, or a share.
     """
     groups: list[dict[str, Any]] = []
+    treated = {parameter: treatment(name, parameter) for name, parameter in parameters.items()}
     for role in roles or [Role("", config.lr, None)]:
-        of_role = role.parameters(parameters)
-        matrices, vectors = [p for p in of_role if p.dim() >= 2], [p for p in of_role if p.dim() < 2]
-        for some, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
-            if some:
-                rates = {"lr": role.lr, "peak_lr": role.lr, "role": role.name}
-                groups.append({"params": some, "weight_decay": decay, **rates})
+        alike: dict[Treatment, list[nn.Parameter]] = {}
+        for parameter in role.parameters(parameters):
+            alike.setdefault(treated[parameter], []).append(parameter)
+        for (decays, share), some in sorted(alike.items(), reverse=True):
+            lr, decay = role.lr * share, config.weight_decay if decays else 0.0
+            groups.append({"params": some, "weight_decay": decay, "lr": lr, "peak_lr": lr, "role": role.name})
     adam: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adamw":
         return torch.optim.AdamW(groups, **adam, fused=True)

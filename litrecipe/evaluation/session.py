@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from litrecipe.checkpoint.load import load_model, load_reward_model
-from litrecipe.checkpoint.source import open_model
+from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config import groups, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import say
@@ -20,6 +20,9 @@ from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.reward import RewardModel
 
 M = TypeVar("M", bound=Trunk)
+Reach = int | Callable[[Tokenizer], int] | None
+"""Tokens of the longest sequence that will be read, or how the tokenizer tells them; None: as many as the model was
+made for."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,11 @@ class Session(Generic[M]):
     """How its base is stored."""
 
 
-def open_session(model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric) -> Session[Decoder]:
+def open_session(
+    model: groups.Model, quantize: groups.Quantize, fabric: groups.Fabric, *, longest: Reach = None
+) -> Session[Decoder]:
     """A language model; see `open_any`."""
-    return _open(load_model, model, quantize, fabric)
+    return _open(load_model, model, quantize, fabric, longest)
 
 
 def open_any(
@@ -46,17 +51,16 @@ def open_any(
     fabric: groups.Fabric,
     *,
     as_judge: bool = False,
-    longest: int | None = None,
+    longest: Reach = None,
 ) -> Session[Decoder] | Session[RewardModel]:
     """Load a Hugging Face folder, hub id, GGUF file, PEFT adapter folder, or the final model of a run directory.
 
     The model of a run is read as it was trained: on the same date and, where `quantize` says nothing, on a base
-    quantised alike. `as_judge` takes a hydra for the reward model that it is, not for the language model. `longest` are
-    the tokens of the longest sequence that will be read (None: as many as the model was made for).
+    quantised alike. `as_judge` takes a hydra for the reward model that it is, not for the language model.
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
-    files = open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
+    files = open_asked(model)
     if files.is_reward_model or (files.is_hydra and as_judge):
         return _open(load_reward_model, model, quantize, fabric, longest)
     return _open(load_model, model, quantize, fabric, longest)
@@ -67,15 +71,17 @@ def _open(
     model: groups.Model,
     quantize: groups.Quantize,
     fabric: groups.Fabric,
-    longest: int | None = None,
+    longest: Reach,
 ) -> Session[M]:
     device = _device(fabric)
-    files = open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers).for_length(longest)
+    files = open_asked(model)
     run = schema.load_run(Path(model.source))
     if run is not None and quantize.method == "none" and run.quantize.method != "none":
         quantize = run.quantize
         say(f"{model.source}: base quantised to {quantize.method}, as in training (not so with its folder final/)")
     tokenizer = Tokenizer.load(files.tokenizer_dir, model.chat_template, run.data.date if run else None)
+    files = files.for_length(longest(tokenizer) if callable(longest) else longest)
+    say_positions(files)
     loaded = load(
         files,
         dtype=torch.bfloat16 if fabric.precision == "bf16-true" else torch.float32,
@@ -87,6 +93,12 @@ def _open(
     if fabric.compile:
         loaded.compile_blocks()
     return Session(loaded, tokenizer, model.source, quantize)
+
+
+def say_positions(files: ModelFiles) -> None:
+    """By which positions a run goes, where there is a choice."""
+    if note := files.architecture.positions_note:
+        say(f"{files.source}: {note}")
 
 
 def _device(fabric: groups.Fabric) -> torch.device:

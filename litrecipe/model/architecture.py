@@ -132,8 +132,14 @@ class Architecture:
     """The same of logits."""
     embedding_scale: float = 1.0
     """By what embedded tokens are multiplied."""
+    residual_scale: float = 1.0
+    """By what attention and MLP are multiplied before they are added to x (Granite, MiniCPM)."""
+    logit_divisor: float = 1.0
+    """By what logits are divided (the same)."""
     initializer_range: float = 0.02
     """Standard deviation of fresh weights."""
+    inner_init: float = 1.0
+    """Share of it that those of the layers' matrices have (muP)."""
     scaled_init: bool = False
     """Whether those that write into the residual stream start smaller, by 1/√(2 layers) (GPT-2)."""
     experts: Experts | None = None
@@ -163,8 +169,21 @@ class Architecture:
         LongRoPE has frequencies for short and for long sequences. One choice holds for a whole run: a choice for each
         sample would compare an answer with another that was read under other positions.
         """
-        has_two = any(rope.scaling and rope.scaling["rope_type"] == "longrope" for rope in self.ropes)
-        return replace(self, longest=tokens) if has_two else self
+        return replace(self, longest=tokens) if self._longrope else self
+
+    @property
+    def positions_note(self) -> str | None:
+        """For people: which of LongRoPE's factors a run goes by; None where there is no choice."""
+        if (scaling := self._longrope) is None:
+            return None
+        longest, original = self.longest or self.max_positions, scaling["original_max_position_embeddings"]
+        which, than = ("long", "more than") if longest > original else ("short", "no more than")
+        return f"LongRoPE: {which} factors, as texts may have up to {longest:,} tokens, {than} {original:,}"
+
+    @property
+    def _longrope(self) -> dict[str, Any] | None:
+        scalings = (rope.scaling for rope in self.ropes)
+        return next((one for one in scalings if one and one["rope_type"] == "longrope"), None)
 
     def first_layers(self, count: int) -> Architecture:
         """The same of a model that ends behind so many of its layers."""

@@ -47,11 +47,6 @@ class Trunk(nn.Module):
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
         self.frequencies = frequencies_of(architecture)
 
-    def read_up_to(self, tokens: int) -> None:
-        """Go by frequencies for sequences of so many tokens, see `Architecture.for_length`."""
-        self.architecture = self.architecture.for_length(tokens)
-        self.frequencies = frequencies_of(self.architecture)
-
     def reach(self, tokens: int, theta: float | None = None) -> None:
         """Be trained on sequences of so many tokens from here on, see `Architecture.trained_on`."""
         self.architecture = self.architecture.trained_on(tokens, theta)
@@ -65,7 +60,8 @@ class Trunk(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.ndim >= 2:
-                    share = smaller if name.removesuffix(".weight").endswith(RESIDUAL) else 1.0
+                    share = a.inner_init if ".layers." in name else 1.0
+                    share *= smaller if name.removesuffix(".weight").endswith(RESIDUAL) else 1.0
                     parameter.normal_(0, a.initializer_range * share, generator=generator)
             for module in self.modules():
                 if isinstance(module, RMSNorm | nn.LayerNorm):
@@ -82,13 +78,18 @@ class Trunk(nn.Module):
     def hidden(self, row: Row, places: Tensor) -> Tensor:
         """What heads read: the normalised output (P, d) of the last layer at some places (P,) of a row."""
         attention = forests(self.architecture, row.spans, row.tokens.device)
-        return self.model.norm(self._hidden(row.tokens, row.positions, attention, places))
+        return self._finished(self._hidden(row.tokens, row.positions, attention, places))
 
     def hidden_and_routing(self, row: Row, places: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same, and what the routers say of all tokens (L, T, E); None where there are none."""
         attention, logits = forests(self.architecture, row.spans, row.tokens.device), list[Tensor]()
         hidden = self._hidden(row.tokens, row.positions, attention, places, logits)
-        return self.model.norm(hidden), torch.stack(logits) if logits else None
+        return self._finished(hidden), torch.stack(logits) if logits else None
+
+    def _finished(self, x: Tensor) -> Tensor:
+        """Last layer's output → what heads read."""
+        divisor = self.architecture.logit_divisor  # dividing what heads read divides the logits
+        return self.model.norm(x) if divisor == 1 else self.model.norm(x) / divisor
 
     def _hidden(
         self,
@@ -176,7 +177,7 @@ class Decoder(Trunk):
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
         attention = forests(self.architecture, [Span(0, len(tokens), -1)], tokens.device)
         positions = torch.arange(len(tokens), device=tokens.device)
-        return self.head(self.model.norm(self._hidden(tokens, positions, attention)))
+        return self.head(self._finished(self._hidden(tokens, positions, attention)))
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits (…, V) of normalised hidden states (…, d)."""
@@ -186,7 +187,7 @@ class Decoder(Trunk):
     def decode(self, tokens: Tensor, step: CacheStep) -> Tensor:
         """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
         hidden = self._hidden(tokens, step.positions, step.layers, step.places)
-        return self.head(self.model.norm(hidden))
+        return self.head(self._finished(hidden))
 
 
 def frequencies_of(a: Architecture) -> list[tuple[Tensor, float]]:
@@ -233,7 +234,7 @@ class Layer(nn.Module):
         self.self_attn = SelfAttention(architecture, shape)
         experts, inner = architecture.experts_of(layer), shape.intermediate_size
         self.mlp = MLP(architecture, inner) if experts is None else Mixture(architecture, experts)
-        self.parallel = architecture.parallel
+        self.parallel, self.scale = architecture.parallel, architecture.residual_scale
         self.norm_names = NORM_NAMES[architecture.norms]
         for name in filter(None, self.norm_names):
             setattr(self, name, make_norm(architecture, architecture.hidden_size))
@@ -243,9 +244,12 @@ class Layer(nn.Module):
         before, behind, before_mlp, behind_mlp = self.norm_names
         attended = self._normed(behind, self.self_attn(self._normed(before, x), turn, attention, places))
         x = at(x, places)
-        after = x + attended
+        after = self._added(x, attended)
         read = x if self.parallel else after
-        return after + self._normed(behind_mlp, self.mlp(self._normed(before_mlp, read)))
+        return self._added(after, self._normed(behind_mlp, self.mlp(self._normed(before_mlp, read))))
+
+    def _added(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.scale == 1 else x + y * self.scale
 
     def _normed(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else getattr(self, name)(x)
@@ -266,9 +270,9 @@ class SparseLayer(Layer):
         before, behind, before_mlp, behind_mlp = self.norm_names
         early, late = (None, places) if with_routing else (places, None)
         attended = self.self_attn(self._normed(before, x), turn, attention, early)
-        x = at(x, early) + self._normed(behind, attended)
+        x = self._added(at(x, early), self._normed(behind, attended))
         y, logits = self.mlp(self._normed(before_mlp, x), late)
-        return at(x, late) + self._normed(behind_mlp, y), logits if with_routing else None
+        return self._added(at(x, late), self._normed(behind_mlp, y)), logits if with_routing else None
 
 
 class SelfAttention(nn.Module):

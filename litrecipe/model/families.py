@@ -180,6 +180,28 @@ def _biases(a: Architecture) -> Config:
     return {"attention_bias": a.o_bias, "mlp_bias": a.mlp_bias}
 
 
+def _granite(config: Config) -> dict[str, Any]:
+    """Llama with multipliers: what is trained at one width carries over to others (muP, MiniCPM 2404.06395)."""
+    scores = config.get("attention_multiplier")
+    return {
+        "embedding_scale": float(config.get("embedding_multiplier") or 1.0),
+        "residual_scale": float(config.get("residual_multiplier") or 1.0),
+        "logit_divisor": float(config.get("logits_scaling") or 1.0),
+        "query_scalar": 1.0 if scores is None else 1 / scores**2,
+    }
+
+
+def _granite_keys(a: Architecture) -> Config:
+    assert a.query_scalar is not None
+    return {
+        **_biases(a),
+        "embedding_multiplier": a.embedding_scale,
+        "residual_multiplier": a.residual_scale,
+        "logits_scaling": a.logit_divisor,
+        "attention_multiplier": 1 / math.sqrt(a.query_scalar),
+    }
+
+
 def _gemma(config: Config) -> dict[str, Any]:
     if config.get("use_bidirectional_attention"):
         raise InputError("config.json: use_bidirectional_attention: true: only causal models are read")
@@ -258,6 +280,7 @@ FAMILIES: dict[str, Family] = {
         "SmolLM3ForCausalLM",
         _smollm3_keys,
     ),
+    "granite": Family(lambda c: read_common(c, _granite), "GraniteForCausalLM", _granite_keys),
     "gemma": Family(lambda c: read_common(c, _gemma, TANH, **GEMMA), "GemmaForCausalLM", _gemma_keys),
     "gemma2": Family(
         lambda c: read_common({**SOFTCAPS, **c}, _gemma2, TANH, **GEMMA2), "Gemma2ForCausalLM", _gemma2_keys

@@ -2,9 +2,10 @@
 
 Shapes: T tokens, P predictions, d hidden size, V vocabulary, H query heads, D head dimension.
 
-Counted is what is asked for: two operations a weight and token in the layers, 2 d V a prediction in the head, 4 H D for
-each pair of a token and one that it sees, itself included, in each layer; three times that with the backward pass.
-Norms, softmax, the optimizer and what is computed again (activation checkpointing, logits) do not count.
+Counted is what is asked for: two operations a token and weight of the layers that works on it (of experts those that
+are chosen), 2 d V a prediction in the head, 4 H D for each pair of a token and one that it sees, itself included, in
+each layer; three times that with the backward pass. Softmax, the optimizer and what is computed again (activation
+checkpointing, logits) do not count.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ def training_flops(architecture: Architecture, samples: Sequence[Sample]) -> flo
     """Of one optimizer step with all weights trained (PaLM, 2204.02311, appendix B, with causal attention counted as
     the half that it is)."""
     a = architecture
-    outside = a.vocab_size * a.hidden_size * (2 - a.tie_embeddings) + a.hidden_size
-    in_layers = count_parameters(a) - outside
+    outside = a.vocab_size * (2 - a.tie_embeddings) + a.learned_positions * a.max_positions
+    in_layers = count_parameters(a, active=True) - outside * a.hidden_size
     tokens = sum(sample.length for sample in samples)
     predictions = sum(int((segment.weights != 0).sum()) for sample in samples for segment in sample.segments)
-    windows = Counter(a.kind(layer).window for layer in range(a.num_layers))
-    pairs = sum(layers * visible_pairs(sample, window) for window, layers in windows.items() for sample in samples)
+    heads: Counter[int | None] = Counter()
+    for layer in range(a.num_layers):
+        heads[a.kind(layer).window] += a.shape(layer).num_heads
+    pairs = sum(count * visible_pairs(sample, window) for window, count in heads.items() for sample in samples)
     forward = 2 * in_layers * tokens + 2 * a.hidden_size * a.vocab_size * predictions
-    return 3.0 * (forward + 4 * a.num_heads * a.head_dim * pairs)
+    return 3.0 * (forward + 4 * a.head_dim * pairs)
 
 
 def visible_pairs(sample: Sample, window: int | None) -> int:

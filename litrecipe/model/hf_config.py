@@ -57,6 +57,7 @@ COUNTS = {*REQUIRED_KEYS.values(), "num_key_value_heads", "head_dim", "sliding_w
 COUNTS |= {"sliding_window_pattern", "_sliding_window_pattern", "no_rope_layer_interval"}
 COUNTS |= {"num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step"}
 COUNTS |= {"original_max_position_embeddings", "num_gqa_groups", "ffn_dim_divisor"}
+NUMBERS |= {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
 """Keys of numbers above 0, and of those that are whole."""
 WEIGHTS = {"router_aux_loss_coef", "router_jitter_noise"}
 """Keys of numbers that may be 0."""

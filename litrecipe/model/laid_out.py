@@ -71,8 +71,8 @@ def lay_out(model: Decoder) -> LaidOut | None:
 def is_like_llama(a: Architecture) -> bool:
     """Whether layers are made of the parts that `_Layer` knows; windows and missing positions are the attention's."""
     parts = a.norm, a.norms, a.qk_norm, a.activation, a.query_scalar, a.final_softcap, a.embedding_scale
-    ways = a.gated, a.parallel, a.learned_positions, a.experts is None
-    return (parts, ways) == (("rms", "before", "none", "silu", None, None, 1.0), (True, False, False, True))
+    ways = a.gated, a.parallel, a.learned_positions, a.experts is None, a.residual_scale, a.logit_divisor
+    return (parts, ways) == (("rms", "before", "none", "silu", None, None, 1.0), (True, False, False, True, 1.0, 1.0))
 
 
 def size(architecture: Architecture) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Router
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.experts import Mixture
@@ -33,10 +34,16 @@ def with_routers(objective: Objective[Predictions], model: Decoder, router: Rout
     """The objective with what the recipe holds the model's routers to, which the model then tells of; the objective as
     it is where there are none.
 
-    Routers that do not learn are left alone unless the recipe gives a coefficient.
+    Routers that do not learn are left alone unless the recipe gives a coefficient. Raises InputError where it gives one
+    to a model without routers.
     """
     experts = model.architecture.experts
     if experts is None:
+        asked = {"aux_loss_coef": router.aux_loss_coef, "z_loss_coef": router.z_loss_coef}
+        if mistakes := [
+            f"router.{key}: {value}: the model has no experts: leave it out" for key, value in asked.items() if value
+        ]:
+            raise InputError(*mistakes)
         return objective
     if isinstance(objective, StepGlobal):
         raise ValueError(f"{type(objective).__name__}: looks at the step itself: routers' losses do not go with it")
@@ -70,11 +77,13 @@ class Routed:
         return {**self.objective.counts(row), BALANCE: tokens, Z: tokens}
 
     def __call__(self, predictions: Predictions, row: Row) -> Loss:
-        """The objective's terms and the routers'."""
+        """The objective's terms, each of which is told alone too (`nll`), and the routers'."""
         loss, sums = self.objective(predictions, row), self.sums(predictions, row)
-        terms = [*loss.terms, *self.terms(sums, row)]
+        terms, counts = [*loss.terms, *self.terms(sums, row)], self.objective.counts(row)
+        alone = {term.name: (term.sum.detach(), counts[term.name]) for term in loss.terms}
         tallies = {f"{PREFIX}{field.name}": getattr(sums, field.name).detach() for field in fields(sums)}
-        return replace(loss, terms=tuple(terms), tallies={**loss.tallies, **tallies})
+        metrics, tallies = {**alone, **loss.metrics}, {**loss.tallies, **tallies}
+        return replace(loss, terms=tuple(terms), metrics=metrics, tallies=tallies)
 
     def terms(self, sums: RouterSums, row: Row) -> list[Term]:
         """Those of the routers; a step's mean over its tokens is a row's sum here."""

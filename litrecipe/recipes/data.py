@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from litrecipe.checkpoint.manifest import new_folder, refuse_foreign
-from litrecipe.checkpoint.source import open_model
+from litrecipe.checkpoint.source import open_asked, open_model
 from litrecipe.config import progress
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data, DataRecipe
@@ -128,5 +128,5 @@ def _no_rows(recipe: DataRecipe) -> InputError:
 
 
 def _tokenizer(recipe: DataRecipe) -> Tokenizer:
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
+    files = open_asked(recipe.model)
     return Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, date=recipe.data.date)

@@ -26,6 +26,7 @@ from litrecipe.model.teacher import TEACHER_IDS, TEACHER_LOGPS, StudentAndTeache
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.distillation import Distillation
 from litrecipe.recipes.known import start
+from litrecipe.recipes.training import longest_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -62,10 +63,18 @@ class Teaching:
         given, is_top_1 = self.distil.alpha, self.distil.method == "top_1"
         return given if given is not None else 0.1 if is_top_1 else 0.0
 
+    def check_reach(self, longest: int) -> None:
+        """Raises InputError for samples that are longer than the teacher's context."""
+        if longest > (context := self.files.architecture.max_positions):
+            raise InputError(
+                f"data.max_length: {longest}: the context of distil.teacher {self.distil.teacher} is {context} tokens: "
+                "give that or less"
+            )
+
     def load(self, recipe: TrainingRecipe) -> Teacher:
         """The teacher, frozen; in bf16 where anything is: its weights do not move, so that no rounding adds up."""
-        quantize = Quantize(method=self.distil.quantize)
-        teacher = load_teacher(self.files, dtype=teacher_dtype(recipe), quantize=quantize)
+        quantize, files = Quantize(method=self.distil.quantize), self.files.for_length(longest_of(recipe))
+        teacher = load_teacher(files, dtype=teacher_dtype(recipe), quantize=quantize)
         teacher.k = self.k
         teacher.temperature, teacher.tokens = self.distil.temperature, self.tokens
         if recipe.fabric.compile:
@@ -119,6 +128,7 @@ def lesson(
     student.with_log_z = z_loss > 0
     if teaching is None:
         return Lesson(student, CausalLM(z_loss), train, val)
+    teaching.check_reach(max(train.lengths))
     distil = teaching.distil
     objective = Distillation(teaching.alpha, distil.temperature, z_loss)
     shape: dict[str, Any] = {"temperature": distil.temperature, "hard": distil.method == "top_1"}
@@ -130,10 +140,13 @@ def lesson(
 
 
 def remembering(teaching: Teaching, recipe: TrainingRecipe, fabric: Fabric) -> Callable[[KnownSamples], WithExtras]:
-    """What gives samples the teacher's answers, from disk where it was asked before."""
+    """What gives samples the teacher's answers, from disk where it was asked before.
+
+    Each of several processes must call it: they share the work.
+    """
     teacher = teaching.load(recipe).to(fabric.device)
     known_by = [teaching.weights, teaching.distil.quantize, teaching.distil.temperature, teaching.k, teaching.tokens]
-    known_by += [recipe.fabric.precision, fabric.device.type]
+    known_by += [recipe.fabric.precision, fabric.device.type, key_of(asdict(teacher.architecture))]
     witness = Witness(
         "teacher", lambda row: answers(teacher, row.to(fabric.device)), known_by, recipe.train.micro_batch_tokens
     )

@@ -152,7 +152,7 @@ def cache_bytes(
     longest = max(len(prompt.tokens) for prompt in prompts.train) + shape.longest
     tokens = min(max(sampling_of(recipe)[1].cache_tokens, longest), -(-shape.completions // world) * longest)
     bytes_each = 4 if recipe.fabric.precision == "32-true" else 2
-    return 2 * tokens * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim * bytes_each
+    return tokens * architecture.cached_numbers * bytes_each
 
 
 def laid_out_bytes(recipe: TrainingRecipe, shape: Shape, architecture: Architecture, world: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from litrecipe.checkpoint.source import open_model
+from litrecipe.checkpoint.source import open_asked, open_model
 from litrecipe.config import progress
 from litrecipe.config.checks import reset
 from litrecipe.config.errors import InputError
@@ -86,7 +86,7 @@ def _open(shown: Preview) -> None:
         begin(recipe, dry_run=True)
     elif recipe.tasks:  # otherwise they are all to come
         plan(recipe.tasks)
-        open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
+        open_asked(recipe.model)
 
 
 def _check_rewards(shown: Preview) -> None:

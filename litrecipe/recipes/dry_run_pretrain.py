@@ -20,20 +20,23 @@ from litrecipe.model.architecture import count_parameters
 from litrecipe.model.flops import training_flops
 from litrecipe.model.row import Sample, make_row
 from litrecipe.objectives.scaling import CHINCHILLA, REPLICATION
-from litrecipe.recipes.dry_run import Load, memory_of, parameter_and_memory_table, show_recipe
+from litrecipe.recipes.distilling import Teaching
+from litrecipe.recipes.dry_run import Load, beside_teacher, memory_of, parameter_and_memory_table, show_recipe
 
 
-def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int:
+def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Tokenizer, teaching: Teaching | None) -> int:
     """Print it all; nothing is trained and the run directory is not touched."""
     console, world = progress.console(), world_size(recipe.fabric)
     show_recipe(recipe)
     stream = open_stream(recipe, tokenizer)
     for (name, part), stage in zip(recipe.parts.items(), stream.source.stages, strict=True):
         load = _load(part, stage, world)
-        table = parameter_and_memory_table(part, memory_of(part, files, load, frozen_copy=False), load, world)
+        table = memory_of(part, files, load, frozen_copy=False)
+        if teaching:
+            table = beside_teacher(table, teaching, part, load, world)
         if name:
             console.print(f"[bold]stage {name}[/bold]")
-        console.print(table)
+        console.print(parameter_and_memory_table(part, table, load, world))
     console.print(_stages(recipe, stream, files))
     console.print("[bold]data[/bold]")
     for line in stream.report():

@@ -17,13 +17,12 @@ from litrecipe.evaluation.session import open_session
 def main(recipe: GenerateRecipe) -> int:
     """Print the model's answer to `prompt`, as it is sampled when standard output is a terminal."""
     prompt = _prompt(recipe)
-    session = open_session(recipe.model, recipe.quantize, recipe.fabric)
-    try:
-        ids = _encode(session.tokenizer, prompt, recipe)
-    except RowError as error:
-        raise InputError(f"prompt: {error}") from error
 
-    session.model.read_up_to(len(ids) + recipe.generate.max_new_tokens)
+    def longest(tokenizer: Tokenizer) -> int:
+        return len(_encode(tokenizer, prompt, recipe)) + recipe.generate.max_new_tokens
+
+    session = open_session(recipe.model, recipe.quantize, recipe.fabric, longest=longest)
+    ids = _encode(session.tokenizer, prompt, recipe)
     streaming = sys.stdout.isatty()
     start = time.perf_counter()
     [answer] = complete(session.model, session.tokenizer, [ids], recipe.generate, on_text=_show if streaming else None)
@@ -48,14 +47,16 @@ def _prompt(recipe: GenerateRecipe) -> str:
 
 
 def _encode(tokenizer: Tokenizer, prompt: str, recipe: GenerateRecipe) -> list[int]:
-    """Raises RowError for what the chat template or the tokenizer cannot take."""
-    if recipe.raw:
-        return plain_prompt(tokenizer, prompt)
-    tokenizer.need_template("continue the prompt as plain text with `--raw`")
+    """Raises InputError for what the chat template or the tokenizer cannot take."""
+    if not recipe.raw:
+        tokenizer.need_template("continue the prompt as plain text with `--raw`")
     messages: list[Message] = [{"role": "user", "content": prompt}]
     if recipe.system is not None:
         messages.insert(0, {"role": "system", "content": recipe.system})
-    return tokenizer.encode_prompt(messages)
+    try:
+        return plain_prompt(tokenizer, prompt) if recipe.raw else tokenizer.encode_prompt(messages)
+    except RowError as error:
+        raise InputError(f"prompt: {error}") from error
 
 
 def _show(text: str) -> None:

@@ -13,7 +13,7 @@ from litrecipe.checkpoint.load import load_hydra, load_model, load_reward_model
 from litrecipe.checkpoint.manifest import MANIFEST, mistakes_of, new_folder, refuse_foreign
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG
 from litrecipe.checkpoint.reward import pad_for_rewards
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import ModelFiles, open_asked, open_model
 from litrecipe.config import progress, schema
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import FinetuneRecipe, RewardRecipe, TrainingRecipe
@@ -69,8 +69,7 @@ def export(run: str, out: str) -> int:
     recipe = _recipe_of(folder)
     if checkpoint is None:
         raise InputError(f"{run}: neither a final model nor a complete checkpoint in it: nothing to export yet")
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
-    files = files.for_length(longest_of(recipe))
+    files = open_asked(recipe.model).for_length(longest_of(recipe))
     _keep_apart(out, files)
     model = _restore(recipe, files, checkpoint)
     statistics = None

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from torch import nn
+
 from litrecipe.checkpoint.load import load_model
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
@@ -16,11 +18,13 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.engine.legs import Leg
+from litrecipe.engine.optim import Treatment, plain_treatment
 from litrecipe.engine.spikes import SpikeGuard
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.flops import training_flops
-from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.objectives.routing import with_routers
+from litrecipe.recipes.distilling import lesson, open_teaching
 from litrecipe.recipes.dry_run_pretrain import show_plan, show_pretraining
 from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, save_trained, task_runner
 
@@ -31,32 +35,40 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
     files = replace(files, architecture=as_asked(recipe, files.architecture, tokenizer))
     if plan:
         return show_plan(recipe, files, tokenizer)
+    teaching = open_teaching(recipe.distil, tokenizer)
     if dry_run:
-        return show_pretraining(recipe, files, tokenizer)
+        return show_pretraining(recipe, files, tokenizer, teaching)
 
     fabric = make_fabric(recipe.fabric)
     stream = open_stream(recipe, tokenizer)
     for line in stream.report():
         say(line)
+    known = identity(recipe, files, tokenizer, None, pretrain=recipe.pretrain)
+    known |= teaching.known_by if teaching else {}
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
+    z_loss = recipe.pretrain.z_loss
+    what = lesson(model, stream.source.samples, stream.val, recipe, teaching, fabric, known, z_loss)
+    if recipe.distil.cache:
+        stream.source.keep(what.train)
     guard = recipe.pretrain
     return fit(
         Job(
             fabric=fabric,
             recipe=recipe,
-            module=model,
-            objective=CausalLM(),
+            module=what.module,
+            objective=with_routers(what.objective, model, recipe.router),
             source=stream.source,
-            val=stream.val,
+            val=what.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
             measured=lambda metrics: bits_per_byte(metrics, stream.val),
             told=stream.source.told,
+            treatment=partial(treatment, recipe, files.architecture.hidden_size),
             legs=legs_of(recipe, model, [stage.steps for stage in stream.source.stages]),
             guard=None if guard.spike_sigmas is None else SpikeGuard(guard.spike_sigmas, guard.spike_window),
             flops=None if recipe.adapter.method != "none" else lambda s: training_flops(model.architecture, s),
-            identity=identity(recipe, files, tokenizer, None, pretrain=recipe.pretrain),
+            identity=known,
         )
     )
 
@@ -76,9 +88,19 @@ def as_asked(recipe: PretrainRecipe, architecture: Architecture, tokenizer: Toke
     asked = replace(architecture, bos_id=tokenizer.bos_id, eos_ids=ends, pad_id=tokenizer.pad_id)
     if recipe.model.init_std is not None:
         asked = replace(asked, initializer_range=recipe.model.init_std)
+    if (base := recipe.optim.mup_base_width) is not None:
+        asked = replace(asked, inner_init=math.sqrt(base / asked.hidden_size))
     if recipe.model.scaled_init is not None:
         asked = replace(asked, scaled_init=recipe.model.scaled_init)
     return asked
+
+
+def treatment(recipe: PretrainRecipe, width: int, name: str, parameter: nn.Parameter) -> Treatment:
+    """Vectors do not decay, nor does the embedding if it should not; the layers' matrices learn by their width."""
+    plain, base = plain_treatment(name, parameter), recipe.optim.mup_base_width
+    decays = plain.decays and (recipe.optim.decay_embeddings or "embed_" not in name)
+    is_inner = base is not None and parameter.dim() >= 2 and ".layers." in name
+    return Treatment(decays, base / width if base is not None and is_inner else 1.0)
 
 
 def legs_of(recipe: PretrainRecipe, model: Decoder, steps: Sequence[int]) -> list[Leg]:

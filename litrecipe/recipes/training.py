@@ -13,7 +13,7 @@ import torch
 from litrecipe.checkpoint.hf import save_hydra, save_model, save_reward_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
 from litrecipe.checkpoint.reward import pad_for_rewards
-from litrecipe.checkpoint.source import ModelFiles, open_model
+from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config.groups import Adapter, Dpo, Precision, RewardRecipe, TrainingRecipe
 from litrecipe.config.online import longest_of
 from litrecipe.config.progress import say
@@ -26,6 +26,7 @@ from litrecipe.engine.fit import StepResult
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.telling import check_loggers, check_login
 from litrecipe.evaluation.run import evaluate, metrics, plan
+from litrecipe.evaluation.session import say_positions
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
@@ -41,8 +42,8 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
         RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
-    files = open_model(recipe.model.source, tokenizer=recipe.model.tokenizer, layers=recipe.model.inherit_layers)
-    files = files.for_length(longest_of(recipe))
+    files = open_asked(recipe.model).for_length(longest_of(recipe))
+    say_positions(files)
     if not isinstance(recipe, RewardRecipe) or recipe.reward.sft_coef:
         files.refuse_reward_model()
     return files, Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)

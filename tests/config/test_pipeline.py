@@ -182,8 +182,8 @@ def test_all_mistakes_of_all_stages_are_told_with_their_places(tmp_path: Path) -
         "stages.d.checkpoint.resume: auto: is checkpoint.resume of all",
         "26: stages.d.optim: 3: is a group: set its keys: `stages.d.optim.name`",
         "27: stages.e: finetune: is a group",
-        "28: stages.f.verb: missing: give one of finetune, pretrain, align reward, align dpo, align ppo, align grpo, "
-        "align rloo, align iterative-dpo, align rejection-sampling, evaluate",
+        "28: stages.f.verb: missing: give one of finetune, align reward, align dpo, align ppo, align grpo, "
+        "align rloo, align iterative-dpo, align rejection-sampling, pretrain, evaluate",
         "stages.dd: no such stage: did you mean d?",
         "29: only: nobody: no such stage: there are final, sft",
         "9: stages.a.model.source: stage:sfft: no such stage: did you mean sft?",

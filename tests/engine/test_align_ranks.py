@@ -1,4 +1,5 @@
-"""Preference learning on two real processes over gloo gives the numbers of one, whatever the reference is.
+"""Preference learning on two real processes over gloo gives the numbers of one, whatever the reference is; and so does
+learning from a teacher.
 
 Each pair of processes runs all cases one after the other, as torchrun would start them. The last step has one sample,
 so one rank has an empty row.
@@ -22,6 +23,7 @@ from litrecipe.engine.rundir import read_records
 LORA = {"adapter.method": "lora", "adapter.r": 4, "optim.lr": 5e-3}
 CACHE, MOVING = {"dpo.reference": "cache"}, {"dpo.reference": "moving"}
 TASK = {"eval.every": 2, "eval.tasks": '["exact_match:toy:units?n=2&seed=0&split=test"]'}
+TEXTS = {"data.train": "toy:units?n=9&seed=0", "data.val": "toy:units?n=3&split=test"}
 RANKED, RATED = {"data.train": "ranked.jsonl"}, {"data.train": "rated.jsonl"}
 CASES: dict[str, dict[str, Any]] = {
     "reward": {},
@@ -41,15 +43,23 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-aot_unpaired": {**CACHE, "dpo.loss": "aot_unpaired"},
     "dpo-kto": {"dpo.loss": "kto"},
     "dpo-kto-rated": {**LORA, **RATED, "dpo.loss": "kto"},
+    "finetune-full": TEXTS,
+    "finetune-top": {**LORA, **TEXTS, "distil.method": "top_k", "distil.alpha": 0.3, "distil.quantize": "nf4"},
+    "finetune-kept": {**TEXTS, "distil.method": "top_1", "distil.cache": "true"},
 }
 SCRIPT = """
 import json, os, sys
 from litrecipe.config import groups, schema
-from litrecipe.recipes import dpo, reward
+from litrecipe.recipes import dpo, finetune, reward
 
+VERBS = {
+    "dpo": (groups.DpoRecipe, dpo),
+    "reward": (groups.RewardRecipe, reward),
+    "finetune": (groups.FinetuneRecipe, finetune),
+}
 os.chdir(sys.argv[1])
 for verb, flags in json.loads(sys.argv[3]):
-    kind, recipe = {"dpo": (groups.DpoRecipe, dpo), "reward": (groups.RewardRecipe, reward)}[verb]
+    kind, recipe = VERBS[verb]
     assert recipe.main(schema.load(kind, [], [(key, str(value)) for key, value in flags.items()])) == 0
 print("done")
 """
@@ -78,7 +88,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def jobs(tiny_model: Path) -> Callable[..., str]:
+def jobs(tiny_model: Path, teacher_model: Path) -> Callable[..., str]:
     """Recipes of some cases as JSON."""
 
     def build(name: str, cases: list[str], **flags: object) -> str:
@@ -95,8 +105,13 @@ def jobs(tiny_model: Path) -> Callable[..., str]:
             "fabric.accelerator": "cpu",
         }
         changes = {key.replace("__", "."): value for key, value in flags.items()}
+        verbs = {case: case.split("-")[0] for case in cases}
+        of_verb = {"finetune": {"distil.teacher": str(teacher_model)}}
         return json.dumps(
-            [(case.split("-")[0], common | CASES[case] | changes | {"out_dir": f"{name}/{case}"}) for case in cases]
+            [
+                (verb, common | of_verb.get(verb, {}) | CASES[case] | changes | {"out_dir": f"{name}/{case}"})
+                for case, verb in verbs.items()
+            ]
         )
 
     return build

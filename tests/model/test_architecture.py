@@ -140,11 +140,15 @@ def test_count_of_parameters(tied: bool, biased: bool) -> None:
         assert count_parameters(a, is_reward_model=True) == sum(p.numel() for p in RewardModel(a).parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("openelm", "granite")])
 def test_a_classifiers_config_is_that_of_transformers(family: str) -> None:
+    """It has none of OpenELM and Granite."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    a = read_architecture(SMOL | {"model_type": family})
+    config = SMOL | {"model_type": family}
+    if family.startswith("gpt"):
+        config = AutoConfig.for_model(family, hidden_size=576, num_attention_heads=9, num_hidden_layers=3).to_dict()
+    a = read_architecture(config)
     written = json.loads(json.dumps(to_classifier_config(a, "float32", pad_id=7)))
     read = read_architecture(written)
     assert read.pad_id == 7 and replace(read, pad_id=a.pad_id) == a

@@ -71,6 +71,13 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "smollm3": {},
     "smollm3, other layers": {"no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 5},
+    "granite": {},
+    "granite, multipliers": {
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.25,
+        "logits_scaling": 0.25,
+    },
     "gemma": {},
     "gemma, one head": {"num_key_value_heads": 1, "head_dim": 16},
     "gemma2": {"sliding_window": 5, "query_pre_attn_scalar": 24},
@@ -304,6 +311,74 @@ GEMMA3_270M: dict[str, Any] = {
     "sliding_window_pattern": 6,
     "query_pre_attn_scalar": 256,
 }
+
+
+PYTHIA: dict[str, Any] = {
+    "model_type": "gpt_neox",
+    "vocab_size": 50304,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 2048,
+    "layer_norm_eps": 1e-5,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "hidden_act": "gelu",
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+GPT2_SMALL: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+}
+PHI3_MINI: dict[str, Any] = {
+    "model_type": "phi3",
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"type": "su", "short_factor": [1.05] * 48, "long_factor": [64.5] * 48},
+    "sliding_window": 262144,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"), [(PYTHIA, 162_322_944), (GPT2_SMALL, 124_439_808), (PHI3_MINI, 3_821_079_552)]
+)
+def test_published_models_have_their_parameters(config: dict[str, Any], parameters: int) -> None:
+    assert count_parameters(read_architecture(config)) == parameters
+
+
+def test_what_published_configs_say_and_leave_out() -> None:
+    pythia, gpt2, phi3 = map(read_architecture, (PYTHIA, GPT2_SMALL, PHI3_MINI))
+    assert pythia.ropes == (Rope(10000.0, None, 0.25),) and pythia.parallel and pythia.activation == "gelu"
+    assert (pythia.bos_id, pythia.eos_ids) == (0, (0,)) and pythia.qkv_bias and pythia.o_bias
+    assert gpt2.tie_embeddings and gpt2.intermediate_size == 3072 and gpt2.activation == "gelu_tanh"
+    scaling = phi3.ropes[0].scaling
+    assert scaling is not None and scaling["rope_type"] == "longrope"
+    assert (scaling["factor"], scaling["original_max_position_embeddings"]) == (32, 4096)
+    # transformers 4 refuses a scaling of other keys
+    written = to_hf_config(phi3)
+    assert set(written["rope_scaling"]) == {"type", "short_factor", "long_factor"}
+    assert written["original_max_position_embeddings"] == 4096
 
 
 def test_gemma_3_has_a_global_layer_of_six() -> None:

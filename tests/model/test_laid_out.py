@@ -25,6 +25,7 @@ SHAPES |= {
     "some biases": {"model_type": "qwen2"},
     "no positions": {"model_type": "smollm3", "no_rope_layers": [1, 0]},
     "fused": {"model_type": "phi3", "sliding_window": None},
+    "part of a head turns": {"model_type": "phi3", "partial_rotary_factor": 0.5},
 }
 
 
@@ -81,6 +82,7 @@ def test_what_cannot_be_copied_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch)
     assert lay_out(decoder().double()) is None
     for family in ("olmo2", "qwen3", "gemma", "gemma2", "gemma3_text"):
         assert lay_out(decoder(model_type=family)) is None, "made of other parts"
+    assert lay_out(decoder(model_type="gpt_neox", layer_norm_eps=1e-5)) is None
     assert lay_out(decoder().bfloat16()) is None
     assert lay_out(decoder().to("meta")) is None
     with torch.autocast("cpu", torch.bfloat16):

@@ -55,7 +55,6 @@ def test_what_is_written_is_what_the_hub_has() -> None:
     assert written["num_kv_heads"] == [3] * 5 + [4] * 7 + [5] * 4
     assert written["qkv_multipliers"] == [0.5, 1.0] and written["ffn_dim_divisor"] == 256
     given = [0.5, 0.73, 0.97, 1.2, 1.43, 1.67, 1.9, 2.13, 2.37, 2.6, 2.83, 3.07, 3.3, 3.53, 3.77, 4.0]
-    assert written["ffn_multipliers"] == pytest.approx(given, abs=0.1)  # of what they were, not of what they made
     assert read_architecture(written) == a
     assert read_architecture(written | {"ffn_multipliers": given}) == a
     assert written["architectures"] == ["OpenELMForCausalLM"] and "num_attention_heads" not in written
@@ -109,7 +108,8 @@ AFM: dict[str, Any] = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-"""AFM-on-device (2407.21075, table 1). The report is silent about the MLP: so wide it has the parameters named there."""
+"""AFM-on-device (2407.21075, table 1). The report is silent about the MLP; with this width it has the parameters that
+are named there."""
 
 
 def test_afm_has_the_parameters_of_its_report() -> None:

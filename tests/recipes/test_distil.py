@@ -164,6 +164,19 @@ def test_teachers_that_cannot_teach(make: Callable[..., FinetuneRecipe], tiny_mo
             finetune.main(make(distil__teacher=teacher), dry_run=True)
 
 
+def test_a_teacher_must_reach_as_far_as_the_data(
+    make: Callable[..., FinetuneRecipe], teacher_model: Path, tmp_path: Path
+) -> None:
+    short = tmp_path / "short"
+    shutil.copytree(teacher_model, short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": 60}
+    (short / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        InputError, match=r"^data\.max_length: \d+: the context of distil\.teacher .*short is 60 tokens"
+    ):
+        finetune.main(make(distil__teacher=short))
+
+
 def test_another_chat_template_is_no_other_tokenizer(
     make: Callable[..., FinetuneRecipe], teacher_model: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.data.pretraining import open_stream
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.optim import make_optimizer
 from litrecipe.engine.rundir import read_records
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.loss import Loss
 from litrecipe.recipes import pretrain
-from litrecipe.recipes.pretrain import as_asked
+from litrecipe.recipes.pretrain import as_asked, treatment
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "asks", "what", "answer", "is"]
 
@@ -242,6 +244,28 @@ def test_two_ranks_equal_one(flags: dict[str, Any], tmp_path: Path) -> None:
         assert [step["loss"] for step in records(tmp_path / name, "grad_norm")] == pytest.approx(one, abs=1e-5)
 
 
+def test_a_teacher_whose_answers_are_kept_teaches_as_one_that_is_asked_in_each_step(
+    recipe: Load, tiny_model: Path, varied_model: Path, tmp_path: Path
+) -> None:
+    """The likeliest 16 tokens, over two stages. What is kept is fp32, so only sums in another order differ."""
+    losses = []
+    for cache in ("true", "false"):
+        asked = recipe(
+            out_dir=tmp_path / cache,
+            distil__teacher=varied_model,
+            distil__method="top_k",
+            distil__top_k=16,
+            distil__cache=cache,
+            distil__alpha=0.3,
+            pretrain__z_loss=1e-3,
+        )
+        assert pretrain.main(asked) == 0
+        steps = records(tmp_path / cache, "grad_norm")
+        losses.append([step["loss"] for step in steps])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert {"kl", "log_z"} & {name.partition("/")[0] for name in steps[0]}
+
+
 def test_a_spike_is_passed_over_counted_and_said(recipe: Load, tmp_path: Path, monkeypatch, capsys) -> None:
     """One step of 30 has a gradient a thousand times too large, another one that is not finite."""
     plain, calls = CausalLM.__call__, []
@@ -278,6 +302,26 @@ def test_fresh_weights_are_drawn_as_asked(recipe: Load) -> None:
         for matrix in (layer.self_attn.o_proj, layer.mlp.down_proj):
             assert matrix.weight.std().item() == pytest.approx(expected, rel=0.1)
         assert (model.architecture.eos_ids, model.architecture.bos_id) == (tokenizer.eos_ids, tokenizer.bos_id)
+
+
+def test_by_mup_the_layers_matrices_learn_and_start_by_their_width(recipe: Load) -> None:
+    """Width 48 with a base of 12: a quarter of the rate, half of the deviation; nothing else changes."""
+    asked = recipe(stages=False, optim__mup_base_width=12, model__init_std=0.04, optim__decay_embeddings="false")
+    files = open_model(asked.model.source)
+    tokenizer = Tokenizer.load(files.tokenizer_dir)
+    files = replace(files, architecture=as_asked(asked, files.architecture, tokenizer))
+    model = load_model(files, init="random", seed=0)
+    assert model.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.04, rel=0.1)
+    parameters = dict(model.named_parameters())
+    optimizer = make_optimizer(parameters, asked.optim, treatment=partial(treatment, asked, 48))
+    found = {
+        id(p): (group["peak_lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+    }
+    assert len(found) == len(parameters)
+    for name, parameter in parameters.items():
+        inner, matrix = ".layers." in name and parameter.dim() == 2, parameter.dim() == 2
+        assert found[id(parameter)] == (3e-3 / 4 if inner else 3e-3, 0.1 if matrix and "embed" not in name else 0.0)
 
 
 def test_a_dry_run_and_a_plan_show_stages_memory_and_scaling_and_train_nothing(
