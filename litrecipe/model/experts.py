@@ -112,6 +112,9 @@ class Update(NamedTuple):
 class Restorable(Protocol):
     """A quantised linear layer."""
 
+    in_features: int
+    out_features: int
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The restored weight (o, i)."""
 
@@ -156,19 +159,20 @@ class Groups(NamedTuple):
 
     def restored_product(self, x: Tensor, layers: Sequence[Restorable], *, turned: bool) -> Tensor:
         """The same with restored weights W (o, i): x (S, i) Wᵀ, or where it is `turned` x (S, o) W."""
-        found: dict[int, Tensor] = {}
+        out = x.new_empty(len(x), layers[0].in_features if turned else layers[0].out_features)
         for expert, run in self.runs():
             weight = layers[expert].dense_weight(x.dtype)
-            found[run.start] = x[run] @ (weight if turned else weight.T)
-        if not found:
-            weight = layers[0].dense_weight(x.dtype)
-            return x @ (weight if turned else weight.T)
-        return torch.cat(list(found.values()))
+            torch.mm(x[run], weight if turned else weight.T, out=out[run])
+        return out
 
     def outer(self, grad: Tensor, x: Tensor) -> Tensor:
         """Σ over an expert's rows of grad (S, o) xᵀ (S, i) → (E, o, i); zeros for experts without tokens."""
         if _can_group(x, grad):
-            return F.grouped_mm(grad.T, x, offs=self.ends)
+            out = F.grouped_mm(grad.T, x, offs=self.ends)
+            if out.device.type != "cpu":  # nothing is promised of groups without rows there
+                empty = self.ends.diff(prepend=self.ends.new_zeros(1)) == 0
+                out.masked_fill_(empty[:, None, None], 0)
+            return out
         out = x.new_zeros(len(self.ends), grad.shape[1], x.shape[1])
         for expert, run in self.runs():
             torch.mm(grad[run].T, x[run], out=out[expert])
@@ -197,7 +201,7 @@ class _Projection(NamedTuple):
     @classmethod
     def of(
         cls, base: Any, tensor: Tensor | None, a: Tensor | None, b: Tensor | None, scale: float, like: Tensor
-    ) -> Any:
+    ) -> _Projection:
         """`tensor` is the base's where that is no list of layers."""
         cast = [None if one is None else one.to(like.dtype).contiguous() for one in (tensor, a, b)]
         return cls(base if cast[0] is None else cast[0], cast[1], cast[2], scale)

@@ -77,12 +77,12 @@ class Routed:
         return {**self.objective.counts(row), BALANCE: tokens, Z: tokens}
 
     def __call__(self, predictions: Predictions, row: Row) -> Loss:
-        """The objective's terms, each of which is told alone too (`loss/nll`), and the routers'."""
+        """The objective's terms, each of which is told alone too (`nll`), and the routers'."""
         loss, sums = self.objective(predictions, row), self.sums(predictions, row)
         terms, counts = [*loss.terms, *self.terms(sums, row)], self.objective.counts(row)
-        alone = {f"loss/{term.name}": (term.sum.detach(), counts[term.name]) for term in loss.terms}
+        alone = {term.name: (term.sum.detach(), counts[term.name]) for term in loss.terms}
         tallies = {f"{PREFIX}{field.name}": getattr(sums, field.name).detach() for field in fields(sums)}
-        metrics, tallies = {**loss.metrics, **alone}, {**loss.tallies, **tallies}
+        metrics, tallies = {**alone, **loss.metrics}, {**loss.tallies, **tallies}
         return replace(loss, terms=tuple(terms), metrics=metrics, tallies=tallies)
 
     def terms(self, sums: RouterSums, row: Row) -> list[Term]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,17 +13,20 @@ import pytest
 import torch
 from processes import on_two_ranks
 
+from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import FinetuneRecipe, Router
+from litrecipe.config.groups import Adapter, FinetuneRecipe, Quantize, Router
 from litrecipe.data.source import RecordedSource
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, Run, fit
+from litrecipe.engine.memory import estimate
 from litrecipe.engine.rundir import read_records
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.families import read_architecture
-from litrecipe.model.row import Sample, Segment
+from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.routing import Balanced, Routed, with_routers
+from litrecipe.recipes import finetune
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -217,3 +221,73 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
             for ours, theirs in zip(found, right, strict=True):
                 for name in ("loss", "grad_norm", *(key for key in theirs if key.startswith("router/"))):
                     assert ours[name] == pytest.approx(theirs[name], rel=2e-5), (strategy, budget, name)
+
+
+def test_experts_and_routers_decay_as_matrices_do(tmp_path: Path) -> None:
+    run = Run(make_job(tmp_path / "run"))
+    names = {id(parameter): name for name, parameter in run.parameters.items()}
+    decayed = {
+        names[id(p)]
+        for group in run.raw_optimizer.param_groups
+        if group["weight_decay"] == 0.1
+        for p in group["params"]
+    }
+    run.teller.close()
+    layer = "model.layers.0.mlp"
+    assert {f"{layer}.experts.gate_up_proj", f"{layer}.experts.down_proj", f"{layer}.gate.weight"} <= decayed
+    assert {name for name in run.parameters if "norm" in name} == set(run.parameters) - decayed
+
+
+def test_memory_of_a_dry_run(tmp_path: Path) -> None:
+    """Two experts work on a token: what is kept of them is gate and up, 2 x 2 x 24 numbers. In whole numbers are their
+    matrices, and those of attention."""
+    recipe = make_job(tmp_path / "run").recipe
+    one = make_row([Sample("a", (Segment(np.arange(90), np.ones(90, np.float32) - np.eye(90, dtype=np.float32)[0]),))])
+    sparse = estimate(recipe, read_architecture(CONFIG), one)
+    wide = estimate(recipe, read_architecture(CONFIG | {"intermediate_size": 48}), one)
+    # the last layer too: every token but one predicts
+    assert wide.activations - sparse.activations == 4 * 2 * 2 * 24 * (2 * 90 + 89)
+    assert wide.weights - sparse.weights == 4 * 3 * 6 * 3 * 24 * 32
+    recipe.adapter, recipe.quantize = Adapter(method="lora", r=3), Quantize(method="int8")
+    tuned = estimate(recipe, read_architecture(CONFIG), one)
+    assert tuned.trained == 3 * 3 * (6 * (32 + 48) + 6 * (24 + 32) + 2 * 64 + 2 * 48)
+    matrices = 3 * (2 * 32 * 32 + 2 * 32 * 16 + 6 * 3 * 24 * 32)
+    assert tuned.weights == matrices + 4 * (sparse.parameters - matrices) + 4 * tuned.trained
+
+
+def test_recipes_ask_for_it(tmp_path: Path, tiny_model: Path) -> None:
+    """The config's coefficient where all weights learn, none under an adapter; what is written loads in transformers
+    with nothing missing."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = CONFIG | {"vocab_size": 320, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2}
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    given = {
+        "model.source": folder / "config.json",
+        "model.init": "random",
+        "data.train": "toy:units?n=8&seed=0",
+        "data.cache_dir": tmp_path / "cache",
+        "train.max_steps": 1,
+        "log.loggers": [],
+        "fabric.accelerator": "cpu",
+        "out_dir": tmp_path / "full",
+    }
+    tuned = {"model.source": tmp_path / "full", "model.init": "pretrained", "adapter.method": "lora"}
+    asked = {**tuned, "router.z_loss_coef": 0.5, "out_dir": tmp_path / "asked"}
+    records = {}
+    for name, change in (("full", {}), ("lora", {**tuned, "out_dir": tmp_path / "lora"}), ("asked", asked)):
+        flags = [(key, str(value)) for key, value in (given | change).items()]
+        assert finetune.main(schema.load(FinetuneRecipe, [], flags)) == 0
+        records[name] = read_records(tmp_path / name / "metrics.jsonl")[0]
+    one = records["full"]
+    assert one["loss"] == pytest.approx(one["nll"] + 3 * one["router/balance"], rel=1e-6)
+    assert records["lora"]["loss"] == pytest.approx(records["lora"]["nll"], rel=1e-6)
+    one = records["asked"]
+    assert one["loss"] == pytest.approx(one["nll"] + 0.5 * one["router/z"], rel=1e-6)
+    said = json.loads((tmp_path / "lora" / "final" / "adapter_config.json").read_text())
+    assert said["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    _, report = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "final", output_loading_info=True)
+    assert not any(report.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
