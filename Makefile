@@ -36,6 +36,10 @@ format: setup  ## let ruff format and mend the code
 bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-python …' measures others beside ours
 	$(BIN)/python benchmarks/quickstart.py
 	$(BIN)/python benchmarks/perplexity.py
+	$(BIN)/python benchmarks/first_use.py
+	$(BIN)/python benchmarks/prepare.py
+	$(BIN)/python benchmarks/pretrain.py $(PEERS)
+	$(BIN)/python benchmarks/books.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/finetune.py $(PEERS)
 	$(BIN)/python benchmarks/dpo.py $(PEERS)

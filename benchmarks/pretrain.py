@@ -1,16 +1,16 @@
 """Pretraining beside the peers: seconds, share of the processor's peak, peak memory and losses of the same job.
 
-    python benchmarks/pretrain.py [--litgpt-python VENV/bin/python] [--repeats 3]
+    python benchmarks/pretrain.py [--peers-python VENV/bin/python] [--litgpt-python VENV/bin/python] [--repeats 3]
 
-The job is benchmarks/pretrain.yaml: all weights of SmolLM2-135M, sequences of 512 tokens, fp32. The peers get our tokens
-in our order; each contestant is a process of its own, and they take turns. transformers runs as people run it, with its
-Trainer, all sequences of a step at once, and one by one.
+The job is benchmarks/pretrain.yaml: all weights of SmolLM2-135M, sequences of 512 tokens, fp32. The peers get our
+tokens in our order; each contestant is a process of its own, and they take turns. transformers runs as people run it,
+with its Trainer, all sequences of a step at once, and one by one.
 
 MFU is the model's operations by the seconds of a step and by the peak: what `litrecipe/model/flops.py` counts (two a
 weight and token in the layers, the head where something is predicted, causal attention as the half that it is, three
 times that for forward and backward), the same for all contestants; the peak is the best of some fp32 matrix products of
-1,536 x 1,536 with as many threads, measured before each turn. The first step, which warms up, does not count. Says which
-goals are missed, and ends with 1 when one is missed that is promised.
+1,536 x 1,536 with as many threads, measured before each turn. The first step, which warms up, does not count. Says
+which goals are missed, and ends with 1 when one is missed that is promised.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ def texts(work: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--peers-python", type=Path, default=LITRECIPE[0], help="interpreter of an environment with transformers"
+    )
     parser.add_argument("--litgpt-python", type=Path, help="interpreter of an environment with litgpt")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
@@ -89,7 +92,7 @@ def main() -> None:
         work = Path(folder)
         model, data = as_hf_folder(work / "model"), texts(work)
         rows, told = work / "rows.jsonl", work / "told.json"
-        theirs = [LITRECIPE[0], PEERS / "transformers_pretrain.py", model, rows, told]
+        theirs = [args.peers_python, PEERS / "transformers_pretrain.py", model, rows, told]
         contestants: dict[str, list[str | Path]] = {
             "transformers": theirs,
             "transformers, 1 at a time": [*theirs, "--micro", "1"],

@@ -1,8 +1,9 @@
 """transformers' Trainer on sequences of tokens, all weights trained; runs where transformers and accelerate are.
 
-    python transformers_pretrain.py MODEL_FOLDER ROWS.jsonl OUT.json [--batch 2] [--micro 2]
+    python transformers_pretrain.py MODEL_FOLDER ROWS.jsonl OUT.json [--batch 2] [--micro 2] [--rates FILE] [--save DIR]
 
 The sequences are taken in the order of the file, `--batch` a step, `--micro` of them at once. Each is one document.
+`--rates` is a list of learning rates, one a step, `--save` where the trained model is written.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--rates", type=Path)
+    parser.add_argument("--save", type=Path)
     args = parser.parse_args()
     rows = Sequences(args.rows)
     model = AutoModelForCausalLM.from_pretrained(args.model_folder, dtype=torch.float32)
@@ -86,7 +89,16 @@ def main() -> None:
         seed=0,
     )
     clock = Clock()
-    trainer = InOrder(model=model, args=settings, train_dataset=rows, callbacks=[clock])
+    optimizers: tuple = (None, None)
+    if args.rates:
+        rates = json.loads(args.rates.read_text())
+        plain = InOrder(model=model, args=settings, train_dataset=rows)
+        plain.create_optimizer()
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            plain.optimizer, lambda step: rates[min(step, len(rates) - 1)] / args.lr
+        )
+        optimizers = plain.optimizer, schedule
+    trainer = InOrder(model=model, args=settings, train_dataset=rows, callbacks=[clock], optimizers=optimizers)
     setup = time.monotonic() - BEGAN
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -98,6 +110,8 @@ def main() -> None:
         "steps_seconds": [round(after - before, 3) for before, after in zip(clock.ends, clock.ends[1:], strict=False)],
     }
     args.out.write_text(json.dumps(result))
+    if args.save:
+        model.save_pretrained(args.save)
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ def refuse_other_verb(kind: type, tree: Node) -> None:
 
 def kind_of(path: Path) -> type:
     """The dataclass that knows most of a recipe's groups and keys."""
-    names = set(read_recipe(path, Mistakes()).value)
-    return max(RECIPES.values(), key=lambda kind: len(names.intersection(get_type_hints(kind))))
+    tree = read_recipe(path, Mistakes()).value
+    written = set(tree) | {f"{name}.{key}" for name, node in tree.items() if node.is_group for key in node.value}
+    return max(RECIPES.values(), key=lambda kind: len(written & (get_type_hints(kind).keys() | keys(kind).keys())))
 
 
 def load_run(run: Path) -> TrainingRecipe | None:

@@ -28,7 +28,7 @@ from litrecipe.data.tokenizer import Tokenizer
 
 AHEAD = 3
 """Batches that are under way for each process, so that none of them waits."""
-PIECE = 1 << 14
+PIECE = 1 << 18
 """Characters of a piece of a long text, about."""
 SEAM = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 """Where a text may be cut: before a space between two letters."""
@@ -62,7 +62,8 @@ class Encoder:
         self, tokenizer: Tokenizer, bos: Sequence[int] = (), eos: Sequence[int] = (), features: Sequence[Any] = ()
     ) -> None:
         """`bos` and `eos` begin and end each document; `features` are functions of a batch of texts."""
-        self._backend = tokenizer.backend
+        self._guarded = tokenizer.backend
+        self._backend = without_marks(tokenizer.backend)
         self._guard = tokenizer.template.guard
         self.bos, self.eos = list(bos), list(eos)
         self.features = list(features)
@@ -71,21 +72,26 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """Tokens of documents, in order."""
-        parts, lengths = [], []
-        for text in texts:
-            ids = [*self.bos, *self._ids(text), *self.eos]
-            parts.append(np.array(ids, dtype=self.dtype))
-            lengths.append(len(ids))
-        tokens = np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
-        return Encoded(tokens, np.array(lengths, dtype=np.int64), [feature(texts) for feature in self.features])
+        documents = [self._tokens(text) for text in texts]
+        tokens = np.concatenate(documents) if documents else np.empty(0, dtype=self.dtype)
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        return Encoded(tokens, lengths, [feature(texts) for feature in self.features])
 
-    def _ids(self, text: str) -> list[int]:
-        text = self._guard(text)
-        pieces = cut(text) if self._may_cut else [text]
-        ids: list[int] = []
-        for piece in pieces:
-            ids += self._backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids
-        return ids
+    def _tokens(self, text: str) -> np.ndarray:
+        guarded = self._guard(text)
+        backend = self._backend if len(guarded) == len(text) else self._guarded
+        pieces = cut(guarded) if self._may_cut else [guarded]
+        ids = (backend.encode_batch_fast([piece], add_special_tokens=False)[0].ids for piece in pieces)
+        return np.concatenate([np.array(part, dtype=self.dtype) for part in (self.bos, *ids, self.eos)])
+
+
+def without_marks(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A `Tokenizer.backend` that does not drop marks, for texts without any: looking for them takes time."""
+    state = json.loads(backend.to_str())
+    first, *others = _parts(state["normalizer"], "normalizers")
+    assert _drops_marks(first)
+    state["normalizer"] = {"type": "Sequence", "normalizers": others} if others else None
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def token_dtype(backend: tokenizers.Tokenizer) -> np.dtype[Any]:
@@ -116,6 +122,11 @@ def may_cut(backend: tokenizers.Tokenizer) -> bool:
 
 
 SMALL_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase")
+
+
+def _drops_marks(part: dict[str, Any]) -> bool:
+    """Whether a normalizer is the one that `Tokenizer` puts before all others."""
+    return part.get("pattern") == {"String": WRITTEN}
 
 
 def _parts(state: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, read_json
 from litrecipe.config.prepare import PrepareRecipe, parse_size
 from litrecipe.config.progress import Line, duration, say
+from litrecipe.config.stop import Stopped
 from litrecipe.data.cache import key_of
 from litrecipe.data.contamination import check_against, evaluation_inputs, read_evaluation_texts
 from litrecipe.data.documents import Cursor, Document, Documents, Read
@@ -42,7 +43,8 @@ VERSION = 1
 """Raise it when the same texts give other files."""
 KIND = "token shards"
 """Tells our manifests of shards from those of models."""
-STATE, SKIPPED = "state.json", "skipped.jsonl"
+BEGUN, STATE, SKIPPED = "begun.json", "state.json", "skipped.jsonl"
+LOCK = ".lock"
 BATCH = 1 << 20
 """Characters that a process is given at once, about."""
 EXAMPLES = 3
@@ -115,33 +117,54 @@ def prepare(recipe: PrepareRecipe, tokenizer: Tokenizer, split: str = "train") -
     documents = Documents.of(recipe, split)
     about = settings_of(recipe, tokenizer, documents)
     draft = out.with_name(f"{out.name}.part")
+    if not _may_be_used(draft):
+        raise InputError(f"out: {draft}: is where this would be made, and holds something else: move that away")
     try:
-        draft.mkdir(parents=True, exist_ok=True)
-        with locked(draft / ".lock", f"prepares {out}"):
+        with locked(draft / LOCK, f"prepares {out}"):
             draft.mkdir(exist_ok=True)  # another process may have had the lock, and finished
             if (found := _finished(out, about["key"])) is None:
-                _Preparation(recipe, tokenizer, documents, about, draft).run()
-                (draft / ".lock").unlink(missing_ok=True)
+                if not _is_whole(draft, about["key"]):
+                    _Preparation(recipe, tokenizer, documents, about, draft).run()
+                for path in (*draft.glob("marks-*.json"), draft / LOCK, draft / BEGUN):
+                    path.unlink(missing_ok=True)
                 replace_folder(draft, out)
                 found = read_json(out / MANIFEST)
             else:
                 shutil.rmtree(draft)
             return found
     except OSError as error:
+        if error.filename in [str(one.path) for one in documents.inputs]:
+            raise InputError(f"{error.filename}: {error.strerror}: give files that can be read") from error
         cure = "make room, or name a folder that can be written"
         raise InputError(f"out: {out}: {error.strerror or error}: {cure}") from error
+
+
+def _may_be_used(draft: Path) -> bool:
+    """Whether nothing but an interrupted preparation is there."""
+    if not draft.exists() or (draft / BEGUN).is_file():
+        return True
+    return draft.is_dir() and (bool(_key_of(draft)) or all(path.name == LOCK for path in draft.iterdir()))
+
+
+def _is_whole(draft: Path, key: str) -> bool:
+    """Whether all is written of what the key stands for, and only its name is still to be given."""
+    return not (draft / STATE).exists() and _key_of(draft) == key
+
+
+def _key_of(folder: Path) -> str:
+    """The key in the manifest of a folder; "" where it is none of ours."""
+    return str(read_json(folder / MANIFEST).get("key", "")) if entries_of(folder) is not None else ""
 
 
 def _finished(out: Path, key: str) -> dict[str, Any] | None:
     """The manifest of what was prepared here before from the same; InputError where something else is here."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    found = read_json(out / MANIFEST) if entries_of(out) is not None else {}
-    if found.get("key") != key:
-        what = "was prepared from other texts or settings" if "key" in found else "was not written by litrecipe"
+    if (found := _key_of(out)) != key:
+        what = "was prepared from other texts or settings" if found else "holds something else"
         raise InputError(f"out: {out}: exists, and {what}: name another folder, or remove it")
     say(f"{out}: prepared before, from the same texts and settings")
-    return found
+    return read_json(out / MANIFEST)
 
 
 def bos_and_eos(recipe: PrepareRecipe, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -207,7 +230,6 @@ class _Preparation:
         self.around = len(bos) + len(eos)
         self.state = self._resumed()
         self.writer = ChunkWriter(draft, parse_size(recipe.shard_size), len(self.state.chunks))
-        self.mistakes = Mistakes()
         self.line = Line()
         self.seen_bytes = 0
         """Of text, in this process."""
@@ -217,7 +239,8 @@ class _Preparation:
     def _resumed(self) -> State:
         """What an interrupted preparation of the same left behind; all else in the draft is removed."""
         path = self.draft / STATE
-        if path.is_file() and (self.draft / self.about["key"]).is_file():
+        begun = self.draft / BEGUN
+        if path.is_file() and begun.is_file() and read_json(begun)["key"] == self.about["key"]:
             state = State.read(path)
             number = 0
             for shard in range(len(state.chunks) if "marks" in self.features else 0):
@@ -229,10 +252,10 @@ class _Preparation:
             say(f"goes on after {state.counts.documents:,} documents, {state.counts.tokens:,} tokens")
             return state
         for left in self.draft.iterdir():
-            if left.name != ".lock":
+            if left.name not in (LOCK, BEGUN):
                 left.unlink()
+        write_text(begun, json.dumps({"key": self.about["key"]}))
         (self.draft / SKIPPED).touch()
-        (self.draft / self.about["key"]).touch()
         return State(inputs=[{"documents": 0, "tokens": 0, "text_bytes": 0} for _ in self.documents.inputs])
 
     def _marks_file(self, shard: int) -> Path:
@@ -241,13 +264,17 @@ class _Preparation:
     def run(self) -> None:
         """Read, tokenise and write what is still to do."""
         state, start = self.state, self.state.cursor
-        workers = self.recipe.workers or len(os.sched_getaffinity(0))
-        workers = min(workers, max(1, self.documents.bytes // SMALL))
-        with (self.draft / SKIPPED).open("a", encoding="utf-8") as self.skipped:
-            for batch, encoded in encode_all(self.encoder, self._batches(start), workers):
-                self._take(batch, encoded)
-                self._show(batch[-1])
-            self._close_shard()
+        workers = min(self.recipe.workers or cores(), max(1, self.documents.bytes // SMALL))
+        try:
+            with (self.draft / SKIPPED).open("a", encoding="utf-8") as self.skipped:
+                for batch, encoded in encode_all(self.encoder, self._batches(start), workers):
+                    self._take(batch, encoded)
+                    self._show(batch[-1])
+                self._close_shard()
+        except (KeyboardInterrupt, Stopped):
+            self.line.clear()
+            say(f"stopped after {len(state.chunks)} shards; the same command goes on behind them")
+            raise
         if not state.counts.documents:
             shutil.rmtree(self.draft)
             raise InputError(f"sources: {', '.join(self.recipe.sources)}: no document in them ({state.counts})")
@@ -361,11 +388,9 @@ class _Preparation:
         self.line.show(f"preparing · {100 * share:.0f} % · {done} · {speed:.1f} MB/s{left}")
 
     def _finish(self) -> None:
-        """The index, the manifest, and none of what was for going on."""
+        """The index and the manifest; then there is nothing to go on with."""
         state, draft = self.state, self.draft
         self.line.clear()
-        for path in (draft / STATE, draft / self.about["key"], *draft.glob("marks-*.json")):
-            path.unlink(missing_ok=True)
         write_index(draft, state.chunks, state.config)
         entries = {chunk.info["filename"]: _entry(chunk) for chunk in state.chunks}
         entries |= {name: describe_file(draft / name) for name in ("index.json", SKIPPED)}
@@ -374,8 +399,14 @@ class _Preparation:
         about = {**self.about, "fingerprint": fingerprint, "dtype": str(self.encoder.dtype)}
         about |= {"rows": state.counts.rows, **asdict(state.counts), "sources": sources}
         write_manifest(draft, entries, about)
+        (draft / STATE).unlink()
         seconds, size = self.line.seconds, self.seen_bytes / 1e6
         say(f"prepared {state.counts}; {size:.1f} MB of text in {seconds:.1f} s, {size / seconds:.1f} MB/s")
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _entry(chunk: Chunk) -> dict[str, Any]:

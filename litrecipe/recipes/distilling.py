@@ -146,7 +146,7 @@ def remembering(teaching: Teaching, recipe: TrainingRecipe, fabric: Fabric) -> C
     """
     teacher = teaching.load(recipe).to(fabric.device)
     known_by = [teaching.weights, teaching.distil.quantize, teaching.distil.temperature, teaching.k, teaching.tokens]
-    known_by += [recipe.fabric.precision, fabric.device.type]
+    known_by += [recipe.fabric.precision, fabric.device.type, key_of(asdict(teacher.architecture))]
     witness = Witness(
         "teacher", lambda row: answers(teacher, row.to(fabric.device)), known_by, recipe.train.micro_batch_tokens
     )

@@ -97,7 +97,7 @@ KINDS = sorted(set(RECIPES.values()) - {PipelineRecipe}, key=lambda kind: kind._
 def test_a_dumped_recipe_reads_back_equal(kind: type, data: st.DataObject, folder: Path) -> None:
     recipe = kind()
     for key, value in data.draw(
-        st.fixed_dictionaries({key: values(h) for key, h in schema.keys(kind).items()})
+        st.fixed_dictionaries({key: values(h) for key, h in schema.keys(kind).items() if key != "stages"})
     ).items():
         group, _, name = key.rpartition(".")
         setattr(getattr(recipe, group) if group else recipe, name, value)
@@ -162,7 +162,7 @@ def test_a_typo_is_answered_with_the_right_name(key: str, draw: random.Random, i
 )
 def test_a_key_in_the_wrong_place(wrong: str, right: str | None) -> None:
     mistake = mistake_of(wrong, "1")
-    assert (f"did you mean `{right}`?" in mistake) if right else ("there are model, adapter" in mistake)
+    assert (f"did you mean `{right}`" in mistake) if right else ("there are model, adapter" in mistake)
 
 
 def test_all_mistakes_are_told_at_once_each_with_its_line(tmp_path: Path) -> None:

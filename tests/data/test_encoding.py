@@ -61,7 +61,10 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole(name: str, chatml_folder: 
     assert len(cut(text)) > 30 and encoder([text]).tokens.tolist()[:-1] == tokenizer.encode(text)
 
 
-def test_real_texts_in_pieces_have_the_tokens_of_the_whole(shared: Path, chatml_folder: Path) -> None:
+def test_real_texts_in_pieces_have_the_tokens_of_the_whole(
+    shared: Path, chatml_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("litrecipe.data.encoding.PIECE", 9000)
     rows = read_rows(str(shared / "data" / "pretrain" / "python_peps.jsonl.gz"))
     texts = [next(rows)[0]["text"][:60000] for _ in range(6)]
     tokenizer = Tokenizer(splitting(chatml_folder, "digits"), special_tokens={})

@@ -21,6 +21,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.prepare import Decontaminate, Dedup, PrepareRecipe
 from litrecipe.data import prepare as preparing
 from litrecipe.data.prepare import SKIPPED, STATE, prepare
+from litrecipe.data.shard_files import write_index
 from litrecipe.data.shards import Shards
 from litrecipe.data.tokenizer import Tokenizer
 
@@ -167,7 +168,7 @@ def test_killed_it_goes_on_and_the_result_is_that_of_an_unbroken_run(
     tmp_path: Path, chatml_folder: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed by SIGKILL after its second shard; some documents repeat earlier ones, some rows cannot be read."""
-    rows: list[Any] = [{"text": text_of(number % 900, 200)} for number in range(1500)]
+    rows: list[Any] = [{"text": text_of(number % 600, 200)} for number in range(1000)]
     rows[5::100] = ["{"] * len(rows[5::100])
     source = write(tmp_path / "a.jsonl.gz", rows)
     script = tmp_path / "killed.py"
@@ -192,13 +193,17 @@ def test_killed_it_goes_on_and_the_result_is_that_of_an_unbroken_run(
     assert f"goes on after {done:,} documents" in capsys.readouterr().err and 0 < done < manifest["documents"]
     prepare(replace(recipe, out=str(tmp_path / "unbroken")), tokenizer)
     assert contents(tmp_path / "out") == contents(tmp_path / "unbroken")
-    assert manifest["rows"] == 1500 and manifest["skipped"]["unreadable"] == 15
-    assert manifest["skipped"]["exact_duplicate"] > 500
+    assert manifest["rows"] == 1000 and manifest["skipped"]["unreadable"] == 10
+    assert manifest["skipped"]["exact_duplicate"] > 300
     assert not (tmp_path / "out.part").exists()
 
 
 def test_a_stop_between_shards_loses_and_repeats_nothing(
-    recipe: PrepareRecipe, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: PrepareRecipe,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """At every shard in turn, in the midst of writing the next one."""
     prepare(replace(recipe, out=str(tmp_path / "unbroken")), tokenizer)
@@ -223,6 +228,7 @@ def test_a_stop_between_shards_loses_and_repeats_nothing(
             break
     assert 2 < stop < 19
     assert contents(Path(recipe.out)) == contents(tmp_path / "unbroken")
+    assert "stopped after 3 shards; the same command goes on behind them" in capsys.readouterr().err
 
 
 def test_other_texts_or_settings_begin_anew(
@@ -234,10 +240,29 @@ def test_other_texts_or_settings_begin_anew(
     monkeypatch.setattr(preparing, "write_index", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(recipe, tokenizer)
-    monkeypatch.undo()
+    monkeypatch.setattr(preparing, "write_index", write_index)
     prepare(replace(recipe, min_tokens=2), tokenizer)
     assert "goes on" not in capsys.readouterr().err
     assert mistakes_of(Path(recipe.out), "…") == []
+
+
+def test_a_stop_at_the_end_loses_nothing(
+    recipe: PrepareRecipe, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the index, in the midst of the manifest, after it, and before the folder has its name."""
+
+    def stop(folder: Path, *_: Any) -> None:
+        (folder / MANIFEST).write_text('{"format": "litre')
+        raise KeyboardInterrupt
+
+    one = replace(recipe, dedup=Dedup(exact=True))
+    prepare(replace(one, out=str(tmp_path / "unbroken")), tokenizer)
+    for name in ("write_index", "write_manifest", "replace_folder"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(preparing, name, (lambda *_: stop(tmp_path)) if name == "replace_folder" else stop)
+            prepare(one, tokenizer)
+    prepare(one, tokenizer)
+    assert contents(Path(recipe.out)) == contents(tmp_path / "unbroken")
 
 
 def test_a_finished_folder_is_left_as_it_is(
@@ -252,8 +277,25 @@ def test_a_finished_folder_is_left_as_it_is(
     assert {path: path.stat().st_mtime_ns for path in Path(recipe.out).iterdir()} == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="exists, and was not written by litrecipe"):
+    with pytest.raises(InputError, match="exists, and holds something else"):
         prepare(replace(recipe, out=str(tmp_path / "mine")), tokenizer)
+
+
+def test_nobody_elses_folder_is_touched(recipe: PrepareRecipe, tokenizer: Tokenizer) -> None:
+    """Neither where it is made, nor when there is nothing to make."""
+    thesis = Path(f"{recipe.out}.part") / "thesis.txt"
+    for made in (False, True):
+        if made:
+            prepare(recipe, tokenizer)
+        thesis.parent.mkdir()
+        thesis.write_text("mine")
+        with pytest.raises(
+            InputError, match=r"out: .*out\.part: is where this would be made, and holds something else"
+        ):
+            prepare(recipe, tokenizer)
+        assert thesis.read_text() == "mine"
+        thesis.unlink()
+        thesis.parent.rmdir()
 
 
 BAD: list[Any] = [
