@@ -51,7 +51,7 @@ EXAMPLES = 3
 """Skipped documents of each kind that the manifest shows; `skipped.jsonl` lists all."""
 EXCERPT = 200
 """Characters of a skipped document that are shown."""
-SMALL = 4 << 20
+SMALL = 1 << 20
 """Bytes of files for which another process is not worth its start."""
 
 
