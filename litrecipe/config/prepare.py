@@ -68,7 +68,7 @@ class PrepareRecipe:
     dedup: Dedup = field(default_factory=Dedup)
     decontaminate: Decontaminate = field(default_factory=Decontaminate)
     on_error: Literal["error", "skip"] = "error"
-    """What cannot be read: `error` tells all mistakes and writes nothing, `skip` leaves it out, counted and listed."""
+    """What cannot be read: `error` tells the mistakes and stops, `skip` leaves it out, counted and listed."""
     shard_size: str = "64MB"
     """Bytes of tokens in a shard, about: `64MB`, `1GiB`. A document is never cut."""
     workers: int | None = None

@@ -188,6 +188,7 @@ def settings_of(recipe: PrepareRecipe, tokenizer: Tokenizer, documents: Document
     bos, eos = bos_and_eos(recipe, tokenizer)
     without = ("sources", "tokenizer", "out", "workers", "schema_version")
     keys = {name: value for name, value in asdict(recipe).items() if name not in without}
+    decisive = {name: value for name, value in keys.items() if name != "on_error"}  # so that `skip` goes on after one
     made_by = {
         "fingerprint": tokenizer.text_fingerprint,
         "vocab_size": tokenizer.backend.get_vocab_size(with_added_tokens=True),
@@ -200,7 +201,7 @@ def settings_of(recipe: PrepareRecipe, tokenizer: Tokenizer, documents: Document
     return {
         "kind": KIND,
         "version": VERSION,
-        "key": key_of(VERSION, made_by, keys, texts),
+        "key": key_of(VERSION, made_by, decisive, texts),
         "tokenizer": {"source": recipe.tokenizer} | made_by,
         "settings": keys,
         "sources": sources,
@@ -304,7 +305,10 @@ class _Preparation:
                 break
             if not isinstance(read.event, Document) and read.event.why:
                 mistakes.add(f"{read.event.where}: {read.event.why}")
-        shutil.rmtree(self.draft)
+        if self.state.chunks:
+            say(f"{len(self.state.chunks)} shards were whole before: `--on_error skip` goes on behind them")
+        else:
+            shutil.rmtree(self.draft)
         mistakes.raise_if_any()
 
     def _take(self, batch: Sequence[Read], encoded: Encoded) -> None:

@@ -324,6 +324,21 @@ def test_mistakes_are_told_by_line_and_nothing_is_written(recipe: PrepareRecipe,
     assert not Path(recipe.out).exists() and not Path(f"{recipe.out}.part").exists()
 
 
+def test_after_a_mistake_skipping_goes_on_behind_what_was_whole(
+    recipe: PrepareRecipe, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = write(tmp_path / "bad.jsonl", BAD)
+    one = replace(recipe, sources=[*recipe.sources, str(bad)])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError):
+        patch.setattr(preparing, "BATCH", 300)
+        prepare(one, tokenizer)
+    assert "shards were whole before: `--on_error skip` goes on behind them" in capsys.readouterr().err
+    prepare(replace(one, on_error="skip"), tokenizer)
+    assert "goes on after" in capsys.readouterr().err
+    prepare(replace(one, on_error="skip", out=str(tmp_path / "unbroken")), tokenizer)
+    assert contents(Path(recipe.out)) == contents(tmp_path / "unbroken")
+
+
 def test_skipping_counts_and_lists_what_it_leaves_out(recipe: PrepareRecipe, tokenizer: Tokenizer) -> None:
     bad = write(Path(recipe.out).with_name("bad.jsonl"), BAD)
     cut = bad.with_name("cut.jsonl.gz")
