@@ -33,3 +33,21 @@ def test_of_two_bases_that_of_the_layers_without_a_window_moves() -> None:
     config = CONFIG | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 8, "rope_theta": 1e6}
     a = read_architecture(config).trained_on(128, 4e6)
     assert [rope.theta for rope in a.ropes] == pytest.approx([4e6, 1e4])
+
+
+def test_a_fresh_gpt2_is_drawn_as_transformers_draws_it() -> None:
+    """What writes into the residual stream has 1/√(2 · 4 layers) of the deviation; over 256 · 64 numbers and more."""
+    transformers = pytest.importorskip("transformers")
+    config = {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 32, "vocab_size": 120}
+    config |= {"layer_norm_epsilon": 1e-5, "bos_token_id": 0, "eos_token_id": 0}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).transformer.h[1]
+    model = Decoder(read_architecture(config))
+    model.init_weights(0)
+    ours = model.model.layers[1]
+    for mine, other in (
+        (ours.self_attn.qkv_proj, theirs.attn.c_attn),
+        (ours.self_attn.o_proj, theirs.attn.c_proj),
+        (ours.mlp.up_proj, theirs.mlp.c_fc),
+        (ours.mlp.down_proj, theirs.mlp.c_proj),
+    ):
+        assert mine.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.05)
