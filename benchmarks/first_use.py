@@ -4,8 +4,8 @@
 
 A process that has imported torch and computed nothing is forked again and again. Each child takes functions of the
 same 51,648 numbers twice with two threads, another one first in each child, and compares: a right first call equals the
-second to the bit. Once as torch comes, and once after `import litrecipe.model`, which calls the functions on one thread
-before. Exits with 1 if any start of the latter differs.
+second to the bit. Once as torch comes, and once after `import litrecipe.model.first_use`, as the decoder does, which
+calls the functions on one thread before. Exits with 1 if any start of the latter differs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def starts(count: int, warmed: bool) -> None:
 
     if warmed:
         sys.path.insert(0, str(REPO))
-        import litrecipe.model  # noqa: F401
+        import litrecipe.model.first_use  # noqa: F401
     numbers = torch.from_numpy(np.random.default_rng(0).uniform(0.1, 3, SIZE).astype(np.float32))
     for number in range(count):
         reader, writer = os.pipe()

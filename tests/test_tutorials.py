@@ -20,6 +20,7 @@ from litrecipe.config.merge import hub_names
 from litrecipe.config.recipes import RECIPES
 from litrecipe.data.prompts import Prompt
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.model.families import FAMILIES
 from litrecipe.rollout.rewards import make_judge
 from litrecipe.rollout.sources import Completions, make_source
 
@@ -123,6 +124,12 @@ def test_what_is_wrong_is_found(text: str, looks: str, tmp_path: Path, monkeypat
     }
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         looking[looks]()
+
+
+def test_the_page_on_families_names_all() -> None:
+    [page] = [page for page in PAGES if page.name.endswith("-model-families.md")]
+    table = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert {name for line in table for name in re.findall(r"`(\w+)`", line)} >= set(FAMILIES)
 
 
 def test_the_functions_are_called_as_they_are_written(

@@ -341,7 +341,8 @@ class Run:
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         self.stop_if_not_finite("gradient norm", float(norm), samples)
-        if role.grad_clip is not None:
+        # Within the bound torch would multiply all gradients by 1: a pass over all of them that changes nothing.
+        if role.grad_clip is not None and not role.grad_clip / (norm + 1e-6) >= 1:
             torch.nn.utils.clip_grads_with_norm_(parameters, role.grad_clip, norm)
         return float(norm)
 

@@ -169,7 +169,7 @@ class Architecture:
         LongRoPE has frequencies for short and for long sequences. One choice holds for a whole run: a choice for each
         sample would compare an answer with another that was read under other positions.
         """
-        return replace(self, longest=tokens) if self._longrope else self
+        return replace(self, longest=min(tokens, self.max_positions)) if self._longrope else self
 
     @property
     def positions_note(self) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+import litrecipe.model.first_use  # noqa: F401
 from litrecipe.model.architecture import Activation, Architecture, LayerShape, Norm, Norms
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep

@@ -270,17 +270,20 @@ class _Work(torch.autograd.Function):
         inwards = _Projection.of(ctx.bases[0], gate_up, a1, b1, ctx.scales[0], x)
         outwards = _Projection.of(ctx.bases[1], down, a2, b2, ctx.scales[1], x)
         gate, up = h.chunk(2, -1)
-        active = F.silu(gate)
-        a = active * up
-        shares = torch.empty_like(share).flatten().scatter_(0, groups.places.flatten(), share.flatten())
-        wide_grad = grad.to(x.dtype).index_select(0, groups.tokens)
-        grad_a = outwards.backward(groups, wide_grad)
-        grad_share = widen(grad_a * a).sum(-1)[groups.places].to(share.dtype)
-        a.mul_(shares[:, None])
-        grad_down = groups.outer(wide_grad, a).to(down.dtype) if needed[6] else None
-        grad_a2, grad_b2 = outwards.update_grads(groups, wide_grad, a)
-        grad_a.mul_(shares[:, None])
-        grad_h = torch.cat((torch.ops.aten.silu_backward(grad_a * up, gate), active.mul_(grad_a)), -1)
+        a = F.silu(gate).mul_(up)
+        shares = torch.empty_like(share).flatten().scatter_(0, groups.places.flatten(), share.flatten())[:, None]
+        grad_y = grad.to(x.dtype).index_select(0, groups.tokens)
+        grad_a = outwards.backward(groups, grad_y)
+        grad_share = (widen(grad_a) * a).sum(-1)[groups.places].to(share.dtype)
+        a.mul_(shares)
+        grad_down = groups.outer(grad_y, a).to(down.dtype) if needed[6] else None
+        grad_a2, grad_b2 = outwards.update_grads(groups, grad_y, a)
+        del grad_y  # of S rows there are to be as few at a time as can be
+        grad_a.mul_(shares)
+        grad_h = torch.empty_like(h)
+        torch.mul(F.silu(gate), grad_a, out=grad_h[:, gate.shape[1] :])
+        grad_h[:, : gate.shape[1]] = torch.ops.aten.silu_backward(torch.mul(grad_a, up, out=a), gate)
+        del a, grad_a
         read = x.index_select(0, groups.tokens)
         grad_gate_up = groups.outer(grad_h, read).to(gate_up.dtype) if needed[5] else None
         grad_a1, grad_b1 = inwards.update_grads(groups, grad_h, read)

@@ -96,6 +96,7 @@ def _gpt2(config: Config) -> dict[str, Any]:
         "ropes": (),
         "kinds": (LayerKind(rope=None),) * config["num_hidden_layers"],
         "query_scalar": None if config["scale_attn_weights"] else 1.0,
+        "scaled_init": True,
     }
 
 

@@ -104,9 +104,9 @@ class Names:
 
     def _laid_out(self, name: str, tensor: Tensor, rows: tuple[int, int, int]) -> Tensor:
         """`rows` are how those of an interleaved layer are counted where the tensor comes from: (H, 3, D) in files,
-        (3, H, D) in memory."""
+        (3, H, D) in memory. A tensor of another size is not of this model, which is told where that is known."""
         layout = self._layout(name)
-        if layout == "interleaved":
+        if layout == "interleaved" and len(tensor) % (3 * rows[2]) == 0:
             tensor = tensor.unflatten(0, rows).transpose(0, 1).flatten(0, 2)
         return (tensor.T if layout == "transposed" else tensor).contiguous()
 

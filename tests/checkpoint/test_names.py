@@ -147,6 +147,16 @@ def test_an_adapter_merges_into_the_files(tmp_path: Path, make_llama, their_logi
         torch.testing.assert_close(their_logits(again), wanted, atol=1e-3, rtol=1e-4)
 
 
+def test_an_adapter_of_another_base_is_told(tmp_path: Path, make_llama) -> None:
+    """Whose rows are not those of whole heads."""
+    for folder, width in (("one", 64), ("other", 40)):
+        make_llama(tmp_path / folder, family="gpt_neox", hidden_size=width)
+    files, settings = open_model(str(tmp_path / "one")), Adapter(method="lora", r=2)
+    save_adapter(tmp_path / "adapter", load_model(files, adapter=settings), settings, str(tmp_path / "other"), tmp_path)
+    with pytest.raises(InputError, match=r"self_attn\.qkv_proj\.lora_B\.weight: shape \[192, 2\]: must be \[120, 2\]"):
+        load_model(open_model(str(tmp_path / "adapter")))
+
+
 # -- OpenELM ----------------------------------------------------------------------------------------------------------
 
 

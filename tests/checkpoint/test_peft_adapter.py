@@ -156,13 +156,17 @@ def rewrite(file: Path, **changes: object) -> None:
         ({"base_model_name_or_path": "/nowhere/at/all"}, "its base model cannot be opened"),
         ({"base_model_name_or_path": "nobody/nothing"}, "its base model cannot be opened"),
         ({"base_model_name_or_path": "."}, "an adapter itself: merge it first"),
+        (
+            {"target_parameters": ["mlp.experts"]},
+            'target_parameters: ["mlp.experts"]: only mlp.experts.gate_up_proj and',
+        ),
+        ({"target_parameters": "down_proj"}, 'target_parameters: "down_proj": only mlp.experts.gate_up_proj and'),
         *[
             ({key: value}, f"{key}: {json.dumps(value)}: not implemented: train it anew without, or merge it with peft")
             for key, value in {
                 "modules_to_save": ["lm_head"],
                 "rank_pattern": {"q_proj": 3},
                 "exclude_modules": "q_proj",
-                "target_parameters": ["mlp.experts"],
                 "lora_bias": True,
                 "use_qalora": True,
                 "alora_invocation_tokens": [5, 6],

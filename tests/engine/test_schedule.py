@@ -1,6 +1,7 @@
 """Learning-rate schedules against values worked out by hand, and cosine and linear against transformers."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -29,6 +30,34 @@ def test_wsd_by_hand():
     """10 steps, the last 4 decay to a tenth: 1 - 0.9·(k/4) for k = 0..3."""
     got = curve(10, name="wsd", decay_steps=4, min_lr_ratio=0.1)
     assert got == pytest.approx([1] * 6 + [1.0, 0.775, 0.55, 0.325])
+
+
+def test_wsds_curves_by_hand():
+    """Ten steps, of which the last four decay, at x = 0, 1/4, 2/4, 3/4: 1 - √x; half a cosine; halves every 2 steps."""
+    decay = [curve(10, name="wsd", decay_steps=4, decay=name)[6:] for name in ("sqrt", "cosine")]
+    assert decay[0] == pytest.approx([1, 1 - math.sqrt(0.25), 1 - math.sqrt(0.5), 1 - math.sqrt(0.75)])
+    assert decay[1] == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
+    halving = {"decay": "exponential", "half_life_steps": 2}
+    assert curve(10, name="wsd", decay_steps=4, **halving)[6:] == pytest.approx([1, 0.5**0.5, 0.5, 0.5**1.5])
+    assert curve(10, name="wsd", decay_steps=4, min_lr_ratio=0.6, **halving)[6:] == pytest.approx(
+        [1, 0.5**0.5, 0.6, 0.6]
+    )
+
+
+@pytest.mark.parametrize("decay", ["linear", "cosine", "1-sqrt"])
+def test_wsd_equals_transformers(decay):
+    """Theirs is told the lengths of all three parts, and falls to 0."""
+    from transformers import get_wsd_schedule
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_wsd_schedule(optimizer, num_warmup_steps=0, num_decay_steps=8, num_training_steps=30, decay_type=decay)
+    expected = []
+    for _ in range(30):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    ours = curve(30, name="wsd", decay_steps=8, decay={"1-sqrt": "sqrt"}.get(decay, decay))
+    assert ours == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])

@@ -280,9 +280,10 @@ def test_fresh_norms_change_nothing() -> None:
         assert (model.model.norm.factor() == 1).all()
 
 
-def test_bf16_is_as_near_to_fp32_as_theirs() -> None:
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "gpt2"])
+def test_bf16_is_as_near_to_fp32_as_theirs(family: str) -> None:
     """Gemma's norms are multiplied before they are cast, and the embedding's scale is rounded."""
-    theirs = theirs_of("gemma2")
+    theirs = theirs_of(family)
     ours, tokens = ours_of(theirs), torch.arange(30)
     with torch.no_grad():
         exact = ours.logits(tokens)
