@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_CONFIG, write_random_model, write_tiny_tokenizer
+from tiny import TINY_CONFIG, write_random_model, write_tiny_tokenizer
 
 from litrecipe import cli
 from litrecipe.checkpoint.hf import save_reward_model

@@ -83,7 +83,7 @@ def test_layers_with_a_window(tmp_path: Path, capsys) -> None:
     config |= {"num_hidden_layers": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 99, "sliding_window": 512}))
     assert info(str(tmp_path / "config.json")) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "10 of 12 layers see the last 512 tokens" in said
     assert "768 bytes a token, also in layers with a window" in said
 

@@ -325,8 +325,9 @@ def test_by_mup_the_layers_matrices_learn_and_start_by_their_width(recipe: Load)
 
 
 def test_a_dry_run_and_a_plan_show_stages_memory_and_scaling_and_train_nothing(
-    recipe: Load, tmp_path: Path, capsys
+    recipe: Load, tmp_path: Path, capsys, monkeypatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     assert pretrain.main(recipe(), dry_run=True) == 0
     shown = capsys.readouterr().out
     for start_of in ("stage core", "stage long", "memory of one rank (1 in all)", "steps", "data", "one sequence"):
