@@ -121,8 +121,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("recipe ls", "recipe: no such verb: did you mean `litrecipe recipes`?"),
         (
             "xyzzy",
-            "xyzzy: no such verb: give one of pretrain, finetune, align, evaluate, generate, chat, recipes, data, model, "
-            "runs",
+            "xyzzy: no such verb: give one of pretrain, finetune, align, evaluate, generate, chat, recipes, data, "
+            "model, runs",
         ),
         ("model", "model: missing: give one of import, export, merge, info"),
         ("model improt a b", "model: improt: did you mean `litrecipe model import`?"),
