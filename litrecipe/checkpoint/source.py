@@ -245,6 +245,8 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
         folder = path_of(tokenizer)
         if not folder.exists() and (match := HUB_ID.fullmatch(tokenizer)):
             folder = fetch(f"model.tokenizer: {tokenizer}", match["repo"], match["revision"], allow=TOKENIZER_FILES)
+        elif folder.is_file():
+            folder = _open(tokenizer).tokenizer_dir  # a GGUF file has one in it
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
         files = replace(files, tokenizer_dir=folder)

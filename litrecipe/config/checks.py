@@ -344,7 +344,8 @@ def _without_effect(recipe: TrainingRecipe) -> Iterator[Mistake]:
     if data.val and data.val_fraction:
         yield "data.val_fraction", data.val_fraction, f"data.val {data.val} is measured instead: remove one of them"
     if recipe.eval.every and not (data.val or data.val_fraction or recipe.eval.tasks):
-        cure = "there is nothing to measure: give data.val, data.val_fraction or eval.tasks, or remove it"
+        share = "" if isinstance(recipe, PretrainRecipe) else " data.val_fraction"
+        cure = f"there is nothing to measure: give data.val,{share} or eval.tasks, or remove it"
         yield "eval.every", recipe.eval.every, cure
     # The default of data.max_length is nobody's wish: then fit counts and tells the samples it leaves out.
     is_cut_to_fit = isinstance(recipe, PretrainRecipe)  # all its sequences are that long

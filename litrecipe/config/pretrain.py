@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from litrecipe.config.groups import Data, Distil, Model, Optim, Router, Train, TrainingRecipe
 
@@ -16,8 +16,6 @@ from litrecipe.config.groups import Data, Distil, Model, Optim, Router, Train, T
 class PretrainModel(Model):
     """Which model, and what it starts from."""
 
-    init: Literal["pretrained", "random"] = "random"
-    """`random` builds the `config.json` of `source` from scratch; `pretrained` goes on with its weights."""
     init_std: float | None = None
     """Standard deviation of fresh matrices (default: `initializer_range` of `config.json`)."""
     scaled_init: bool | None = None
@@ -168,6 +166,9 @@ def check_pretrain(recipe: PretrainRecipe) -> Iterator[tuple[str, Any, str]]:
         if train.initial_batch_size > train.global_batch_size:
             cure = f"batches grow to train.global_batch_size {train.global_batch_size}: give that or less"
             yield "train.initial_batch_size", train.initial_batch_size, cure
+    if recipe.model.init == "random" and recipe.adapter.method != "none":
+        cure = "fresh weights are nothing to adapt: use none, or model.init pretrained"
+        yield "adapter.method", recipe.adapter.method, cure
     if recipe.model.init == "pretrained":
         for key in ("init_std", "scaled_init"):
             if (value := getattr(recipe.model, key)) is not None:

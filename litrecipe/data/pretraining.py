@@ -118,13 +118,17 @@ def _stage(name: str, recipe: PretrainRecipe, tokenizer: Tokenizer, shards: dict
     weights = {source_name: share ** (1 / data.temperature) for source_name, share in shares.items()}
     total = sum(weights.values())
     weights = {source_name: weight / total for source_name, weight in weights.items()}
+    batches, mixture = batches_of(recipe), Mixture(reels, weights, data.max_epochs)
+    return Stage(name, mixture, batches, steps_of(recipe, batches, sum(reel.tokens for reel in reels.values())))
+
+
+def batches_of(recipe: PretrainRecipe) -> Batches:
+    """How many sequences the steps of a stage have."""
     train = recipe.train
-    batches = Batches(train.global_batch_size, train.initial_batch_size, train.batch_warmup_steps)
-    mixture = Mixture(reels, weights, data.max_epochs)
-    return Stage(name, mixture, batches, _steps(recipe, batches, sum(reel.tokens for reel in reels.values())))
+    return Batches(train.global_batch_size, train.initial_batch_size, train.batch_warmup_steps)
 
 
-def _steps(recipe: PretrainRecipe, batches: Batches, tokens: int) -> int:
+def steps_of(recipe: PretrainRecipe, batches: Batches, tokens: int) -> int:
     """The smallest of the limits `max_steps`, `max_tokens` and `epochs` of all `tokens`."""
     train, length = recipe.train, recipe.data.max_length
     limits = [] if train.max_steps is None else [train.max_steps]

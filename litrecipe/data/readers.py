@@ -134,6 +134,8 @@ def _locate(source: str, split: str = "train") -> tuple[Path, list[str]]:
         name, _, query = source.partition("?")
         folder = Path(name).expanduser()
         if folder.is_dir():
+            if (folder / "index.json").is_file() and any(folder.glob("chunk-*.bin")):
+                raise InputError(f"{source}: is token shards: `litrecipe pretrain` reads them; give text here")
             return folder, _choose(source, _files_below(folder), query, split)
         if _kind(folder.name) is None and (match := HUB_ID.fullmatch(name)):
             return _from_hub(source, match["repo"], match["revision"], query, split)

@@ -63,6 +63,8 @@ class Shards:
         """Bytes of UTF-8 that the documents were; 0 where that is not known."""
         self.tokenizer_fingerprint = str(self.manifest.get("tokenizer", {}).get("fingerprint", ""))
         """`Tokenizer.text_fingerprint` of the tokenizer that made them; "" where that is not known."""
+        self.known_ids: int | None = None
+        """Ids that there are, where each token is to be held against that: of shards without a manifest."""
         self._map = lru_cache(OPEN)(self._open)
 
     def __len__(self) -> int:
@@ -75,7 +77,11 @@ class Shards:
         shard = int(np.searchsorted(self._first, document, side="right")) - 1
         first = int(self._starts[document]) + start * self._dtype.itemsize
         part = self._map(shard)[first : first + max(0, stop - start) * self._dtype.itemsize]
-        return part.view(self._dtype).astype(np.int64)
+        tokens = part.view(self._dtype).astype(np.int64)
+        if self.known_ids is not None and len(tokens) and tokens.max() >= self.known_ids:
+            said = f"document {document} has the id {tokens.max()}, the tokenizer {self.known_ids} ids"
+            raise InputError(f"{self.folder}: {said}: give the tokenizer that these shards were made with")
+        return tokens
 
     @cached_property
     def fingerprint(self) -> str:
@@ -166,6 +172,9 @@ def open_shards(
         raise InputError(f"{key}: {source}: was tokenised by {made_by}, which is not the model's tokenizer: {cure}")
     if not shards.tokens:
         raise InputError(f"{key}: {source}: has no tokens in it: {CURE}")
+    if not shards.manifest:
+        shards.known_ids = max(tokenizer.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        warn(f"{source}: has no {MANIFEST}: neither its tokenizer nor whether it is damaged can be told")
     if verify:
         shards.verify()
     return shards

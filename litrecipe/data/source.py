@@ -135,6 +135,8 @@ class RecordedSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved cursor. Raises InputError when it stands in another order of samples."""
         cure = "resume with the same, or start a new out_dir"
+        if "samples" not in state:
+            raise InputError(f"checkpoint.resume: the checkpoint is of another verb's run: {cure}")
         mistakes = []
         if state["samples"] != len(self.samples):
             was = state["samples"]

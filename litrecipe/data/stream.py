@@ -159,6 +159,13 @@ class Mixture:
         mixture.limits = self.limits
         return mixture
 
+    @property
+    def of_all_sources(self) -> dict[str, Any]:
+        """Keys of the recipe by which all its sources are cut and put in order."""
+        reel = next(iter(self.sources.values()))
+        across = reel.attend_across
+        return {"data.max_length": reel.length, "data.attend_across": across, "train.seed": reel.seed}
+
     def draw(self, cursors: dict[str, int]) -> str | None:
         """The source of the next sequence; None where all are used up. `cursors`: what each has given so far."""
         left = [name for name in self.sources if cursors[name] < self.limits.get(name, math.inf)]
@@ -342,10 +349,13 @@ class StreamSource:
             {
                 "name": stage.name,
                 "steps": stage.steps,
-                "batches": [stage.batches.size, stage.batches.initial, stage.batches.warmup],
-                "weights": stage.mixture.weights,
-                "limits": stage.mixture.limits,
-                "sources": {name: reel.key for name, reel in stage.mixture.sources.items()},
+                "train.global_batch_size": stage.batches.size,
+                "train.initial_batch_size": stage.batches.initial,
+                "train.batch_warmup_steps": stage.batches.warmup,
+                "data.mix": {name: round(weight, 6) for name, weight in stage.mixture.weights.items()},
+                "data.max_epochs": stage.mixture.limits,
+                **stage.mixture.of_all_sources,
+                "documents": {name: reel.documents.fingerprint[:16] for name, reel in stage.mixture.sources.items()},
             }
             for stage in self.stages
         ]
@@ -354,15 +364,17 @@ class StreamSource:
         """Continue there. Raises InputError naming what is otherwise in the stages begun so far; what is still to come
         may be changed, and the last begun may be longer or shorter."""
         cure = "resume with the same, or start a new out_dir"
+        if "plan" not in state:
+            raise InputError(f"checkpoint.resume: the checkpoint is of another verb's run: {cure}")
         mistakes = []
         last = len(state["plan"]) - 1
         if last >= len(self.stages):
             mistakes.append(f"stages: {len(self.stages)}: the checkpoint stands in stage {last + 1}: {cure}")
         for number, (was, now) in enumerate(zip(state["plan"], self.plan, strict=False)):
             keys = [key for key in now if not (key == "steps" and number == last) and was.get(key) != now[key]]
-            where = f"stages.{now['name']}" if now["name"] else "data"
+            where = f"stages.{now['name']}." if now["name"] else ""
             mistakes += [
-                f"{where}: {key} {now[key]}: the checkpoint was made with {was.get(key)}: {cure}" for key in keys
+                f"{where}{key}: {now[key]}: the checkpoint was made with {was.get(key)}: {cure}" for key in keys
             ]
         done = state["step"] - sum(stage.steps for stage in self.stages[:last])
         if last < len(self.stages) - 1 and done > self.stages[last].steps:

@@ -298,6 +298,8 @@ class Run:
         else:
             self.teller.warn(f"step {self.at.step + 1}: {refused}")
         self.optimizer.zero_grad()
+        if self.job.guard is not None:
+            metrics["passed_over"] = float(self.job.guard.refused)
         if len(norms) > 1:
             metrics |= {f"grad_norm/{name}": norm for name, norm in norms.items()}
             metrics |= {f"lr/{name}": rate for name, rate in rates.items()}

@@ -38,6 +38,11 @@ class RunDir:
             )
             raise InputError(f"out_dir: {self.path}: {why}") from error
         refuse_foreign(self.final)
+        if (self.path / "recipe.yaml").exists() and not (self.checkpoints.exists() or self.final.exists()):
+            raise InputError(
+                f"out_dir: {self.path}: holds a recipe.yaml that no run wrote, and would be written over: name another "
+                "--out_dir"
+            )
         if resume is None:
             if self.holds_a_run:
                 raise InputError(

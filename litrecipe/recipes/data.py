@@ -110,11 +110,13 @@ def train_tokenizer(
     backend = learn_tokenizer(contents(), vocab_size, tokens, split_digits=split_digits, min_frequency=min_frequency)
     if not count:
         raise InputError(f"texts: {', '.join(texts)}: has no rows: give texts to learn from")
+    replaces = "replaced" if Path(out).exists() else "wrote"
     with new_folder(Path(out)) as draft:
         write_tokenizer(draft, backend, chat=chat)
     found = backend.get_vocab_size()
     fewer = f" of the {vocab_size} asked for: the texts hold no more pairs" if found < vocab_size else ""
-    say(f"wrote {out}: {found} tokens{fewer}, from {count} texts: name it as model.tokenizer, its size as vocab_size")
+    said = f"{found} tokens{fewer}, from {count} texts"
+    say(f"{replaces} {out}: {said}: name it as model.tokenizer, its size as vocab_size")
     return 0
 
 

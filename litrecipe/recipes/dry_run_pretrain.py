@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from rich.table import Table
 
-from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config import progress
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.data.packing import pack
-from litrecipe.data.pretraining import Stream, open_stream
+from litrecipe.data.pretraining import Stream, batches_of, open_stream, steps_of
 from litrecipe.data.report import render
 from litrecipe.data.stream import Stage
 from litrecipe.data.tokenizer import Tokenizer
@@ -46,6 +46,12 @@ def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Token
     console.print(f"[bold]one sequence[/bold] of {len(sample.segments)} documents (what is learnt is coloured)")
     console.print(render(_beginning(sample), tokenizer))
     return 0
+
+
+def has_limits(recipe: PretrainRecipe) -> bool:
+    """Whether each stage says in steps or tokens how long it takes."""
+    trains = [part.train for part in recipe.parts.values()]
+    return all(train.epochs is None and (train.max_steps or train.max_tokens) for train in trains)
 
 
 SHOWN = 512
@@ -94,14 +100,22 @@ def _stages(recipe: PretrainRecipe, stream: Stream, files: ModelFiles) -> Table:
     return table
 
 
-def show_plan(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Tokenizer) -> int:
-    """How many tokens scaling laws would give this model, beside those that the recipe gives it."""
+def show_plan(recipe: PretrainRecipe) -> int:
+    """How many tokens scaling laws would give this model, beside those that the recipe gives it.
+
+    Reads the data, and asks for a tokenizer, only where `train.epochs` says how long it takes.
+    """
     console = progress.console()
+    files = open_asked(replace(recipe.model, tokenizer=None) if has_limits(recipe) else recipe.model)
     parameters = count_parameters(files.architecture)
-    stages = open_stream(recipe, tokenizer).source.stages
+    if has_limits(recipe):
+        steps = [steps_of(part, batches_of(part), tokens=0) for part in recipe.parts.values()]
+    else:
+        tokenizer = Tokenizer.load(files.tokenizer_dir)
+        steps = [stage.steps for stage in open_stream(recipe, tokenizer).source.stages]
     tokens = sum(
-        stage.batches.until(stage.steps) * part.data.max_length
-        for part, stage in zip(recipe.parts.values(), stages, strict=True)
+        batches_of(part).until(count) * part.data.max_length
+        for part, count in zip(recipe.parts.values(), steps, strict=True)
     )
     compute = 6.0 * parameters * tokens
     console.print(

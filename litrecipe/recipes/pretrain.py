@@ -12,7 +12,7 @@ from torch import nn
 from litrecipe.checkpoint.load import load_model
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
-from litrecipe.config.progress import say
+from litrecipe.config.progress import say, warn
 from litrecipe.data.pretraining import HeldOut, open_stream
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
@@ -31,10 +31,10 @@ from litrecipe.recipes.training import begin, identity, load_to_train, make_read
 
 def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -> int:
     """Build model, stream and objective, and hand them to `fit`."""
-    files, tokenizer = begin(recipe, dry_run=dry_run or plan)
-    files = replace(files, architecture=as_asked(recipe, files.architecture, tokenizer))
     if plan:
-        return show_plan(recipe, files, tokenizer)
+        return show_plan(recipe)
+    files, tokenizer = begin(recipe, dry_run=dry_run)
+    files = replace(files, architecture=as_asked(recipe, files.architecture, tokenizer))
     teaching = open_teaching(recipe.distil, tokenizer)
     if dry_run:
         return show_pretraining(recipe, files, tokenizer, teaching)
@@ -43,7 +43,8 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
     stream = open_stream(recipe, tokenizer)
     for line in stream.report():
         say(line)
-    known = identity(recipe, files, tokenizer, None, pretrain=recipe.pretrain)
+    tell_of(recipe, files.architecture)
+    known = identity(recipe, files, tokenizer, None) | {"pretrain.z_loss": str(recipe.pretrain.z_loss)}
     known |= teaching.known_by if teaching else {}
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
@@ -73,6 +74,17 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
     )
 
 
+def tell_of(recipe: PretrainRecipe, architecture: Architecture) -> None:
+    """What a recipe asks for that its user may not have meant."""
+    longest = max(part.data.max_length for part in recipe.parts.values())
+    if longest > architecture.max_positions:
+        say(f"context: grows from {architecture.max_positions} to {longest} tokens")
+    for name, part in recipe.parts.items():
+        steps, where = part.train.batch_warmup_steps, f"stages.{name}." if name else ""
+        if part.train.max_steps is not None and steps > part.train.max_steps:
+            warn(f"{where}train.batch_warmup_steps {steps}: there are {part.train.max_steps} steps: batches stay small")
+
+
 def as_asked(recipe: PretrainRecipe, architecture: Architecture, tokenizer: Tokenizer) -> Architecture:
     """The architecture as the recipe trains it. Raises InputError for sequences that its positions cannot reach."""
     longest = max(part.data.max_length for part in recipe.parts.values())
@@ -81,6 +93,8 @@ def as_asked(recipe: PretrainRecipe, architecture: Architecture, tokenizer: Toke
             f"data.max_length: {longest}: the model has learnt positions, {architecture.max_positions} of them: give "
             "that or less"
         )
+    if not architecture.ropes and any(part.model.rope_theta is not None for part in recipe.parts.values()):
+        raise InputError("model.rope_theta: this model's positions do not turn: remove it")
     if recipe.model.init == "pretrained":
         return architecture
     # A config.json without weights was written for another tokenizer, perhaps.

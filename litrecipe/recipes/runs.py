@@ -10,7 +10,8 @@ from rich.table import Table
 from litrecipe.checkpoint import state
 from litrecipe.config import progress
 from litrecipe.config.errors import InputError
-from litrecipe.config.pipeline import NOTE
+from litrecipe.config.pipeline import NOTE, flat
+from litrecipe.config.schema import load_run
 from litrecipe.engine.recorder import diff as diff_runs
 from litrecipe.engine.rundir import read_records
 
@@ -45,8 +46,24 @@ def diff(a: str, b: str, tolerance: float = 0.0) -> int:
     if mistakes := [line for folder in dict.fromkeys((a, b)) for line in _of_pipeline(Path(folder))]:
         raise InputError(*mistakes)
     lines = diff_runs(Path(a), Path(b), tolerance)
+    if lines:
+        lines += [f"recipe: {line}" for line in _of_recipes(Path(a), Path(b))]
     print("\n".join(lines) if lines else "the two runs agree in every step")
     return 1 if lines else 0
+
+
+WHERE_AND_WHAT_ELSE = ("out_dir", "log.", "checkpoint.", "data.cache_dir")
+"""Keys in which two runs that are to be alike may differ."""
+
+
+def _of_recipes(a: Path, b: Path) -> list[str]:
+    """Keys in which the recipes of two runs differ, with both values."""
+    first, second = ({} if (recipe := load_run(run)) is None else flat(recipe) for run in (a, b))
+    return [
+        f"{key}: {first.get(key, 'absent')} and {second.get(key, 'absent')}"
+        for key in dict.fromkeys([*first, *second])
+        if first.get(key) != second.get(key) and not key.startswith(WHERE_AND_WHAT_ELSE) and key != "stages"
+    ]
 
 
 def _of_pipeline(folder: Path) -> list[str]:

@@ -189,10 +189,13 @@ def test_another_plan_is_refused_by_name_and_what_is_still_to_come_is_free():
     StreamSource(longer).load_state_dict(state)
     StreamSource(other_later).load_state_dict(state)
     wrong = stages(lengths=(6, 9))
-    wrong[0].batches = Batches(5)
+    wrong[0].batches = Batches(5, 1, 2)
     with pytest.raises(InputError) as error:
         StreamSource(wrong).load_state_dict(state)
-    assert [line.split(":")[1].split()[0] for line in error.value.mistakes] == ["batches", "sources"]
+    assert [line.partition(": ")[0] for line in error.value.mistakes] == [
+        "stages.s0.train.global_batch_size",
+        "stages.s0.data.max_length",
+    ]
     for _ in range(3):
         begun.next_step()
     with pytest.raises(InputError, match=r"stages\.s0: 2 steps: 4 of them are done"):

@@ -20,6 +20,7 @@ from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import open_model
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
+from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.data.pretraining import open_stream
 from litrecipe.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ from litrecipe.engine.optim import make_optimizer
 from litrecipe.engine.rundir import read_records
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.loss import Loss
-from litrecipe.recipes import pretrain
+from litrecipe.recipes import finetune, pretrain
 from litrecipe.recipes.pretrain import as_asked, treatment
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "asks", "what", "answer", "is"]
@@ -54,6 +55,7 @@ def flags(tiny_model: Path, texts: Path) -> dict[str, Any]:
     """Two stages: growing batches of short sequences of two sources, then long ones."""
     return {
         "model": tiny_model,
+        "model.init": "random",
         "data.sources": f"{{books: {texts}/books.jsonl, peps: {texts}/peps.jsonl}}",
         "data.mix": "{books: 0.51, peps: 0.49}",
         "data.max_length": 32,
@@ -215,8 +217,18 @@ def test_a_run_is_lengthened_by_a_stage_and_a_stage_that_was_begun_must_stay(
     assert pretrain.main(longer) == 0
     steps = records(tmp_path / "run", "grad_norm")
     assert [step["step"] for step in steps] == list(range(1, 13))
-    with pytest.raises(InputError, match=r"stages\.core: batches .*: the checkpoint was made with"):
-        pretrain.main(recipe(checkpoint__resume="auto", stages__core__train__global_batch_size=9))
+    was = r"the checkpoint was made with"
+    for change, told in (
+        ({"stages__core__train__global_batch_size": 9}, rf"stages\.core\.train\.global_batch_size: 9: {was} 8"),
+        ({"train__seed": 5}, rf"stages\.core\.train\.seed: 5: {was} 0"),
+        ({"data__attend_across": "true"}, rf"stages\.core\.data\.attend_across: True: {was} False"),
+    ):
+        with pytest.raises(InputError, match=told):
+            pretrain.main(recipe(checkpoint__resume="auto", **change))
+    other = {"model.source": longer.model.source, "data.train": "toy:units?n=9&seed=0", "out_dir": longer.out_dir}
+    other |= {"checkpoint.resume": "auto", "data.cache_dir": longer.data.cache_dir, "fabric.accelerator": "cpu"}
+    with pytest.raises(InputError, match="of another verb's run"):
+        finetune.main(schema.load(FinetuneRecipe, [], [(key, str(value)) for key, value in other.items()]))
 
 
 RANKS = """
@@ -285,6 +297,7 @@ def test_a_spike_is_passed_over_counted_and_said(recipe: Load, tmp_path: Path, m
     )
     assert "step 25: loss nan: passed over (2 so far)" in said
     steps = records(tmp_path / "run", "grad_norm")
+    assert [step["passed_over"] for step in steps] == [0.0] * 20 + [1.0] * 4 + [2.0] * 6
     assert len(steps) == 30 and all(math.isfinite(step["loss"]) for step in steps[25:])
 
 
@@ -361,6 +374,26 @@ def test_mistakes_are_one_line_each(recipe: Load, changes: dict[str, Any], told:
     with pytest.raises(InputError, match=told) as error:
         pretrain.main(recipe(stages=False, **changes), dry_run=True)
     assert len(error.value.mistakes) == 1
+
+
+def test_what_cannot_be_meant_is_refused(recipe: Load, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"adapter\.method: lora: fresh weights are nothing to adapt"):
+        recipe(adapter__method="lora")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").write_text("precious")
+    with pytest.raises(InputError, match=r"out_dir: .*mine: holds a recipe\.yaml that no run wrote"):
+        pretrain.main(recipe(out_dir=tmp_path / "mine"))
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 512, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(gpt2 | {"layer_norm_epsilon": 1e-5}))
+    positions = {"model": tmp_path / "config.json", "model__tokenizer": tiny_model}
+    with pytest.raises(InputError, match=r"model\.rope_theta: this model's positions do not turn"):
+        pretrain.main(recipe(**positions), dry_run=True)
+
+
+def test_a_plan_needs_neither_data_nor_tokenizer(recipe: Load, tmp_path: Path, capsys) -> None:
+    sources = {"data__sources": "{books: nowhere, peps: neither}", "model__tokenizer": "nowhere/either"}
+    assert pretrain.main(recipe(**sources), plan=True) == 0
+    assert "2,688 tokens in the recipe" in capsys.readouterr().out
 
 
 def test_the_line_of_a_stage_is_told_with_its_place(tmp_path: Path) -> None:

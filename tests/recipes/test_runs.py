@@ -34,6 +34,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return folder
 
 
+def test_the_keys_in_which_recipes_differ_are_named(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But for where the runs are."""
+    assert runs.diff(str(trained / "a"), str(trained / "seed")) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("recipe: ")] == ["recipe: train.seed: 0 and 1"]
+
+
 def test_equal_runs_agree(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.diff(str(trained / "a"), str(trained / "b")) == 0
     assert "agree in every step" in capsys.readouterr().out
