@@ -278,7 +278,9 @@ class _Preparation:
             raise
         if not state.counts.documents:
             shutil.rmtree(self.draft)
-            raise InputError(f"sources: {', '.join(self.recipe.sources)}: no document in them ({state.counts})")
+            raise InputError(
+                f"sources: {', '.join(self.recipe.sources)}: no document in them ({state.counts}): give texts"
+            )
         self._finish()
 
     def _batches(self, start: Cursor) -> Iterator[tuple[list[Read], list[str]]]:

@@ -38,11 +38,6 @@ class RunDir:
             )
             raise InputError(f"out_dir: {self.path}: {why}") from error
         refuse_foreign(self.final)
-        if (self.path / "recipe.yaml").exists() and not (self.checkpoints.exists() or self.final.exists()):
-            raise InputError(
-                f"out_dir: {self.path}: holds a recipe.yaml that no run wrote, and would be written over: name another "
-                "--out_dir"
-            )
         if resume is None:
             if self.holds_a_run:
                 raise InputError(
@@ -60,6 +55,14 @@ class RunDir:
                     f"out_dir: {self.path}: holds another run than the one of checkpoint.resume {resume}: name another "
                     "--out_dir"
                 )
+
+    def keep_recipe(self) -> None:
+        """Raise InputError where somebody's own recipe would be written over: a run makes its `checkpoints` first."""
+        if (self.path / "recipe.yaml").exists() and not (self.checkpoints.exists() or self.final.exists()):
+            raise InputError(
+                f"out_dir: {self.path}: holds a recipe.yaml that no run wrote, and would be written over: name another "
+                "--out_dir"
+            )
 
     def find_resume(self, resume: str | None) -> Path | None:
         """The checkpoint to continue from, all of it read and found complete, or None for a fresh start.

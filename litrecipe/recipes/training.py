@@ -40,6 +40,7 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
     if not dry_run:
         check_login(recipe.log)
         RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
+        RunDir(recipe.out_dir).keep_recipe()
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_asked(recipe.model).for_length(longest_of(recipe))
