@@ -56,8 +56,9 @@ class RunDir:
                     "--out_dir"
                 )
 
-    def keep_recipe(self) -> None:
-        """Raise InputError where somebody's own recipe would be written over: a run makes its `checkpoints` first."""
+    def check_as_run(self, resume: str | None) -> None:
+        """`check`, of a run that writes its recipe here, which no other may be: a run makes its `checkpoints` first."""
+        self.check(resume)
         if (self.path / "recipe.yaml").exists() and not (self.checkpoints.exists() or self.final.exists()):
             raise InputError(
                 f"out_dir: {self.path}: holds a recipe.yaml that no run wrote, and would be written over: name another "

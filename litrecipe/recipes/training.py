@@ -39,8 +39,7 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
     check_loggers(recipe.log)
     if not dry_run:
         check_login(recipe.log)
-        RunDir(recipe.out_dir).check(recipe.checkpoint.resume)
-        RunDir(recipe.out_dir).keep_recipe()
+        RunDir(recipe.out_dir).check_as_run(recipe.checkpoint.resume)
     if recipe.eval.tasks:
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_asked(recipe.model).for_length(longest_of(recipe))
