@@ -226,6 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; tokenizers refuse what is not Unicode
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
+        if code == 0 and (fabric := sys.modules.get("litrecipe.engine.fabric")):
+            fabric.leave()
         sys.stdout.flush()
     except InputError as error:
         if is_first_of_node():

@@ -154,6 +154,13 @@ def _end_children(fabric: Fabric) -> None:
             process.terminate()
 
 
+def leave() -> None:
+    """End the process group of a run that is over on all ranks: its threads must not meet the end of the interpreter,
+    which now and then aborts a rank that has done everything."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def started_by_fabric() -> bool:
     """Whether another process of ours started this one: then only that one's exit code is seen."""
     return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
