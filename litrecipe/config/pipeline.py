@@ -134,6 +134,10 @@ def flat(recipe: Any) -> dict[str, Any]:
     """Full key → value."""
     found: dict[str, Any] = {}
     for name, value in vars(recipe).items():
+        if isinstance(value, dict) and any(dataclasses.is_dataclass(one) for one in value.values()):
+            # The stages of a pretraining, each a recipe.
+            found |= {f"{name}.{of}.{key}": one for of, stage in value.items() for key, one in flat(stage).items()}
+            continue
         inner = vars(value) if dataclasses.is_dataclass(value) else None
         found |= {name: value} if inner is None else {f"{name}.{key}": one for key, one in inner.items()}
     return found

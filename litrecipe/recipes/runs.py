@@ -62,7 +62,7 @@ def _of_recipes(a: Path, b: Path) -> list[str]:
     return [
         f"{key}: {first.get(key, 'absent')} and {second.get(key, 'absent')}"
         for key in dict.fromkeys([*first, *second])
-        if first.get(key) != second.get(key) and not key.startswith(WHERE_AND_WHAT_ELSE) and key != "stages"
+        if first.get(key) != second.get(key) and not key.startswith(WHERE_AND_WHAT_ELSE)
     ]
 
 

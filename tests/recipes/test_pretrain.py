@@ -425,3 +425,21 @@ def test_a_dumped_recipe_reads_back_with_its_stages(recipe: Load, tmp_path: Path
     assert schema.kind_of(path) is PretrainRecipe
     assert schema.load(PretrainRecipe, [path]) == asked
     assert list(asked.parts) == ["core", "long"] and asked.stages["long"].data.max_length == 128
+
+
+@pytest.mark.slow
+def test_a_pipeline_begins_with_a_pretraining_in_stages(litrecipe, flags: dict[str, Any], tmp_path: Path) -> None:
+    """And is continued when it is over: nothing is done again."""
+    given = {f"stages.base.{key}": value for key, value in flags.items() if key != "model"}
+    given |= {"stages.base.model.source": flags["model"], "out_dir": tmp_path / "run"}
+    (tmp_path / "p.yaml").write_text(
+        "stages:\n  base: {verb: pretrain}\n  sft:\n    verb: finetune\n    model: {source: stage:base}\n"
+        "    data: {train: 'toy:units?n=8&seed=0'}\n    train: {max_steps: 2}\n    log: {loggers: []}\n"
+    )
+    command = ["align", "pipeline", "--config", tmp_path / "p.yaml", "--checkpoint.resume", "auto"]
+    command += [word for key, value in given.items() for word in (f"--{key}", value)]
+    litrecipe(*command)
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    steps = records(tmp_path / "run" / "base", "grad_norm")
+    assert len(steps) == 10
+    assert "finished before" in (again := litrecipe(*command)).stdout + again.stderr
