@@ -28,13 +28,13 @@ HEADS = {"lm_head", "score"}
 """Linear layers that get no adapter. A reward model's `score` is small and new: it trains whole beside the adapter."""
 
 
-def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
+def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0, device: torch.device | str | None = None) -> None:
     """Wrap the target layers of a model whose weights are loaded, and freeze all but the adapter.
 
     The adapter is fp32 whatever the model is, drawn from `seed` alone: A from U(-1/√i, 1/√i), B zero. DoRA's magnitudes
     are the row norms of the weights that are there now: load them first. A reward model's `score` becomes fp32 and
-    belongs to the adapter. A model on the meta device gets an adapter without values. Raises InputError for targets
-    that the model does not have.
+    belongs to the adapter. The adapter is on `device`, or where the model is: one of a model on the meta device has no
+    values, and there magnitudes have none on any device. Raises InputError for targets that the model does not have.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -65,7 +65,7 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for _, layer in _layers(model):
-        layer.init_weights(generator)
+        layer.init_weights(generator, device)
     if (score := _score(model)) is not None:
         score.float().requires_grad_()
 
