@@ -244,3 +244,17 @@ class Ranks:
         if self.world > 1 and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
         return [brought for brought, _ in found]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
+        next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        together = self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
+        try:
+            with stop.interruptible((lambda: None) if together else stop.requested):
+                yield
+        except stop.Stopped:
+            self.agree(None)  # raises on all of several ranks
+            raise
