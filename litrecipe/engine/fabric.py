@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
-    """Build and launch Fabric; with several devices on one node this starts the other processes."""
+    """Build Fabric, and let this rank meet the others, which `engine.launch` or another launcher started."""
     with _without_torchmetrics():
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
@@ -53,7 +52,6 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
         loggers=loggers or [],
     )
-    atexit.register(_end_children, fabric)
     fabric.launch()
     return fabric
 
@@ -120,11 +118,24 @@ def _refuse_lonely_node(config: FabricConfig) -> None:
         )
 
 
-def _end_children(fabric: Fabric) -> None:
-    """Ranks started by this process must not outlive it, waiting for one that is gone."""
-    for process in getattr(fabric.strategy.launcher, "procs", None) or []:
-        if process.poll() is None:
-            process.terminate()
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "connection was")
+"""What gloo, NCCL and the store that ranks meet at say of one that is gone."""
+
+
+def is_left_alone(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    meets = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (meets or isinstance(error, torch.distributed.DistNetworkError)) and any(one in str(error) for one in LOST)
+
+
+def left_alone(error: RuntimeError) -> int:
+    """Say so in a line; the exit code of a rank that was asked to stop is that of the stop, as the others' was."""
+    said = str(error).splitlines()[0]
+    first = next((one for one in LOST if one in said), said)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "?"
+    print(f"litrecipe: rank {rank}: another rank is gone ({first})", file=sys.stderr, flush=True)
+    number = stop.requested()
+    return 1 if number is None else int(stop.Stopped(number).code or 0)
 
 
 def leave() -> None:
@@ -132,11 +143,6 @@ def leave() -> None:
     which now and then aborts a rank that has done everything."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def started_by_fabric() -> bool:
-    """Whether another process of ours started this one: then only that one's exit code is seen."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
@@ -211,3 +217,17 @@ class Ranks:
         if self.world > 1 and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
         return [brought for brought, _ in found]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
+        next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        together = self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
+        try:
+            with stop.interruptible((lambda: None) if together else stop.requested):
+                yield
+        except stop.Stopped:
+            self.agree(None)  # raises on all of several ranks
+            raise
