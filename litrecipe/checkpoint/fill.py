@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,22 @@ class Filling:
             piece, where = piece_of(layer.magnitude)
             rows = read((*where, slice(None))).to(self.dtype).float()
             piece.copy_(torch.linalg.vector_norm(rows, dim=1))
+
+
+def merge_when_filled(model: Trunk, source: str) -> None:
+    """`merge_adapter` for a model without values: they are merged when it gets them. Raises InputError for experts."""
+    from litrecipe.model.adapters import adapted_layers  # peft takes seconds to import
+    from litrecipe.model.lora_linear import LoraLinear
+    from litrecipe.model.quantize import plain_linear
+
+    assert isinstance(model.fill, Filling)
+    merged: dict[str, LoraLinear] = {}
+    for path, layer in adapted_layers(model):
+        if not isinstance(layer, LoraLinear):
+            raise InputError(f"{source}: an adapter on experts: fold it into them with `litrecipe model merge` first")
+        merged[f"{path}.weight"] = layer
+        model.set_submodule(path, plain_linear(layer.base.weight, layer.base.bias))
+    model.fill = replace(model.fill, merged=merged)
 
 
 def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:

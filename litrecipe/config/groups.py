@@ -352,6 +352,11 @@ class Fabric:
     """`fsdp`: every rank holds the whole policy while it samples, which is many times faster where there is room;
     otherwise each block is gathered for every token."""
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes share a model, none of which holds all of it."""
+        return self.strategy == "fsdp"
+
 
 @dataclass
 class Generate:

@@ -64,7 +64,7 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0, device: tor
             model.set_submodule(name, LoraExperts(module, of_experts, config.r, scale))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in _layers(model):
+    for _, layer in adapted_layers(model):
         layer.init_weights(generator, device)
     if (score := _score(model)) is not None:
         score.float().requires_grad_()
@@ -184,7 +184,7 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> No
     """
     from litrecipe.model.quantize import QuantizedLinear, dequantize, plain_linear
 
-    for name, layer in _layers(model):
+    for name, layer in adapted_layers(model):
         if isinstance(layer, LoraExperts):
             model.set_submodule(name, layer.merge(dtype))
             continue
@@ -202,7 +202,7 @@ def has_adapter(model: nn.Module) -> bool:
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base, bit for bit; a reward model keeps its score."""
-    layers = [layer for _, layer in _layers(model)]
+    layers = [layer for _, layer in adapted_layers(model)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         # peft's enable_adapters would also switch requires_grad, which the optimizer and sharding rely on
@@ -247,7 +247,8 @@ def _kind(name: str) -> str:
     return next((kind for word, kind in words.items() if word in parts), "norm")
 
 
-def _layers(model: nn.Module) -> list[tuple[str, LoraLinear | LoraExperts]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, LoraLinear | LoraExperts]]:
+    """Path and layer of all that have an adapter."""
     from litrecipe.model.lora_linear import LoraLinear
 
     kinds = LoraLinear, LoraExperts
@@ -263,7 +264,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's own parameters under peft's names, and the score's."""
     parameters = {
         f"{PEFT_PREFIX}{path}.{name}": parameter
-        for path, layer in _layers(model)
+        for path, layer in adapted_layers(model)
         for name, parameter in layer.adapter_parameters().items()
     }
     if (score := _score(model)) is not None:
