@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -17,9 +17,13 @@ from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.engine.sharding import distribute
+from litrecipe.model.decoder import Trunk
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+M = TypeVar("M", bound=Trunk)
 
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
@@ -211,6 +215,26 @@ class Ranks:
         """Processes."""
         return self.fabric.world_size
 
+    @property
+    def share_models(self) -> bool:
+        """Whether no rank has a whole model: then all must make each pass of one together."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        return self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
+
+    def place(self, model: M, config: FabricConfig) -> M:
+        """Cut and fill a model that is asked only."""
+        distribute(model, cast(Any, self.fabric.strategy).device_mesh, config)
+        return model
+
+    def most(self, mine: int) -> int:
+        """The largest of the numbers that ranks bring."""
+        if self.world == 1:
+            return mine
+        found = torch.tensor(mine, device=self.fabric.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
+
     def agree(self, value: Any) -> list[Any]:
         """What each rank brings, on all of them. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
@@ -222,11 +246,8 @@ class Ranks:
     def apart(self) -> Iterator[None]:
         """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
         next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
-        from lightning_fabric.strategies import ModelParallelStrategy
-
-        together = self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
         try:
-            with stop.interruptible((lambda: None) if together else stop.requested):
+            with stop.interruptible((lambda: None) if self.share_models else stop.requested):
                 yield
         except stop.Stopped:
             self.agree(None)  # raises on all of several ranks
