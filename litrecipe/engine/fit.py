@@ -173,14 +173,14 @@ class Run:
         self.dir = RunDir(job.recipe.out_dir)
         resume = on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
         self.raw = job.module
-        self.module = self.fabric.setup_module(job.module)
+        self.module = self.fabric.setup_module(job.module, move_to_device=not job.recipe.fabric.is_sharded)
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.roles = job.roles or [Role("", job.recipe.optim.lr, self.train_config.grad_clip)]
         self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles, job.treatment)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.lr = 0.0
-        self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
+        self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.is_sharded)
         self.checkpoints = Checkpoints(
             fabric=self.fabric,
             run_dir=self.dir,
@@ -280,7 +280,7 @@ class Run:
         rows = rows if at_once else list(self.with_statistics(rows, samples))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
-        sharded = self.recipe.fabric.strategy == "fsdp"
+        sharded = self.recipe.fabric.is_sharded
         losses = [self.learn(row, counts, exchange=sharded or row is rows[-1], at_once=at_once) for row in rows]
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
