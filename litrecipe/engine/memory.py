@@ -101,9 +101,12 @@ def estimate(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = int(trained * OPTIMIZER_BYTES[recipe.optim.name])
     strategy, exchange = recipe.fabric.strategy, 0
-    if strategy == "fsdp":
+    if recipe.fabric.is_sharded:
         # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
-        exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
+        blocks = 2 if recipe.fabric.reshard_after_forward else architecture.num_layers
+        exchange = gathered(sizes, architecture, blocks=blocks) + gathered(learnt, architecture, blocks=1)
+        if recipe.fabric.param_dtype == "bfloat16":
+            exchange //= 2
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
@@ -113,7 +116,7 @@ def estimate(
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
-        reference=(weights if strategy == "fsdp" else copied) if frozen_copy else 0,
+        reference=(weights if recipe.fabric.is_sharded else copied) if frozen_copy else 0,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
