@@ -121,6 +121,7 @@ OF_A_STAGE: dict[str, tuple[str, ...]] = {
     "schedule": ("name", "warmup_steps", "decay_steps", "decay", "half_life_steps", "min_lr_ratio"),
     "optim": ("lr",),
     "model": ("rope_theta",),
+    "distil": ("teacher",),
     "train": (
         "max_steps",
         "epochs",
@@ -137,6 +138,17 @@ OF_A_STAGE: dict[str, tuple[str, ...]] = {
 def stage_keys(recipe: PretrainRecipe) -> dict[str, dict[str, Any]]:
     """All that a stage may have for itself, as a tree."""
     return {group: {key: getattr(getattr(recipe, group), key) for key in keys} for group, keys in OF_A_STAGE.items()}
+
+
+def check_stages(recipe: PretrainRecipe) -> Iterator[tuple[str, Any, str]]:
+    """How stages go together: key, value, cure."""
+    teacher = recipe.distil.teacher
+    for name, stage in recipe.stages.items():
+        if stage.distil.teacher not in (None, teacher):
+            cure = "write distil outside of the stages, and `distil: {teacher: null}` in those that do without"
+            yield f"stages.{name}.distil.teacher", stage.distil.teacher, cure
+    if teacher is not None and recipe.stages and all(stage.distil.teacher is None for stage in recipe.stages.values()):
+        yield "distil.teacher", teacher, "no stage has it: remove it, or let one learn from it"
 
 
 def check_pretrain(recipe: PretrainRecipe) -> Iterator[tuple[str, Any, str]]:

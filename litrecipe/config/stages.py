@@ -9,7 +9,7 @@ from typing import TypeVar
 from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import Mistakes, Node, overlay, show
 from litrecipe.config.pipeline import FINAL, NAME, PipelineRecipe, Stage
-from litrecipe.config.pretrain import OF_A_STAGE, PretrainRecipe
+from litrecipe.config.pretrain import OF_A_STAGE, PretrainRecipe, check_stages
 from litrecipe.config.recipes import RECIPES
 from litrecipe.config.walk import Walk, held_against, leaves, nearest
 
@@ -102,15 +102,38 @@ def recipe_of(
             mistakes.append(f"{node.where}{key}: {show(node)}: is a group: give the keys in which the stage differs")
         elif is_right:
             mistakes += _foreign(node, key)
-            merged = overlay(outside, node)
-            recipe.stages[name], _ = held_against(  # type: ignore[attr-defined]
+            merged = _over(outside, node)
+            recipe.stages[name], of_stage = held_against(  # type: ignore[attr-defined]
                 kind, merged, mistakes, whole=whole, prefix=f"{key}.", where=node.where
             )
+            places |= of_stage
         else:  # what it would be laid over is wrong: look at its own values only
             walk = Walk(kind, f"{key}.")
             walk.group(kind, node, f"{key}.")
             mistakes += walk.mistakes
+    if is_right:
+        for name, value, cure in check_stages(recipe):  # type: ignore[arg-type]
+            where = places.get(f"{prefix}{name}", "")
+            mistakes.append(f"{where}{prefix}{name}: {value}: {cure}")
     return recipe, places
+
+
+def _over(outside: Node, stage: Node) -> Node:
+    """A stage laid over what stands outside of it; where it has no teacher, without what only one would know."""
+    distil = stage.value.get("distil")
+    if distil is None or not _does_without(distil):
+        return overlay(outside, stage)
+    own = distil.value if distil.is_group else {"teacher": distil}
+    rest = Node({name: node for name, node in outside.value.items() if name != "distil"}, outside.where)
+    return overlay(rest, Node(stage.value | {"distil": Node(own, distil.where)}, stage.where))
+
+
+def _does_without(distil: Node) -> bool:
+    """Whether a stage says `distil: {teacher: null}`, or `distil: null`."""
+    teacher = distil.value.get("teacher") if distil.is_group else distil
+    if teacher is None or teacher.text == "null":
+        return teacher is not None
+    return distil.is_group and not teacher.is_flag and teacher.value is None
 
 
 def _foreign(stage: Node, key: str) -> Iterator[str]:

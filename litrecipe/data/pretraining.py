@@ -119,7 +119,8 @@ def _stage(name: str, recipe: PretrainRecipe, tokenizer: Tokenizer, shards: dict
     total = sum(weights.values())
     weights = {source_name: weight / total for source_name, weight in weights.items()}
     batches, mixture = batches_of(recipe), Mixture(reels, weights, data.max_epochs)
-    return Stage(name, mixture, batches, steps_of(recipe, batches, sum(reel.tokens for reel in reels.values())))
+    steps = steps_of(recipe, batches, sum(reel.tokens for reel in reels.values()))
+    return Stage(name, mixture, batches, steps, taught=recipe.distil.teacher is not None)
 
 
 def batches_of(recipe: PretrainRecipe) -> Batches:

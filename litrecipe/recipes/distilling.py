@@ -63,12 +63,12 @@ class Teaching:
         given, is_top_1 = self.distil.alpha, self.distil.method == "top_1"
         return given if given is not None else 0.1 if is_top_1 else 0.0
 
-    def check_reach(self, longest: int) -> None:
-        """Raises InputError for samples that are longer than the teacher's context."""
+    def check_reach(self, longest: int, where: str = "") -> None:
+        """Raises InputError for samples, of a stage (`stages.core.`), that are longer than the teacher's context."""
         if longest > (context := self.files.architecture.max_positions):
             raise InputError(
-                f"data.max_length: {longest}: the context of distil.teacher {self.distil.teacher} is {context} tokens: "
-                "give that or less"
+                f"{where}data.max_length: {longest}: the context of distil.teacher {self.distil.teacher} is {context} "
+                "tokens: give that or less"
             )
 
     def load(self, recipe: TrainingRecipe) -> Teacher:
@@ -92,6 +92,14 @@ class Lesson:
     objective: CausalLM
     train: SampleList
     val: SampleList | None
+
+    def go_on(self, taught: bool, again: bool) -> None:
+        """Learn from the teacher from here on, or without it; it is kept where it will be asked `again`."""
+        if not isinstance(self.module, StudentAndTeacher) or not isinstance(self.objective, Distillation):
+            return
+        self.module.asks = self.objective.taught = taught
+        if not taught and not again:
+            self.module.let_go()
 
 
 def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
@@ -128,7 +136,6 @@ def lesson(
     student.with_log_z = z_loss > 0
     if teaching is None:
         return Lesson(student, CausalLM(z_loss), train, val)
-    teaching.check_reach(max(train.lengths))
     distil = teaching.distil
     objective = Distillation(teaching.alpha, distil.temperature, z_loss)
     shape: dict[str, Any] = {"temperature": distil.temperature, "hard": distil.method == "top_1"}

@@ -29,10 +29,11 @@ def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Token
     console, world = progress.console(), world_size(recipe.fabric)
     show_recipe(recipe)
     stream = open_stream(recipe, tokenizer)
-    for (name, part), stage in zip(recipe.parts.items(), stream.source.stages, strict=True):
+    stages = zip(recipe.parts.items(), stream.source.stages, strict=True)
+    for place, ((name, part), stage) in enumerate(stages):
         load = _load(part, stage, world)
         table = memory_of(part, files, load, frozen_copy=False)
-        if teaching:
+        if teaching and _has_teacher(recipe, place):
             table = beside_teacher(table, teaching, part, load, world)
         if name:
             console.print(f"[bold]stage {name}[/bold]")
@@ -46,6 +47,14 @@ def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Token
     console.print(f"[bold]one sequence[/bold] of {len(sample.segments)} documents (what is learnt is coloured)")
     console.print(render(_beginning(sample), tokenizer))
     return 0
+
+
+def _has_teacher(recipe: PretrainRecipe, place: int) -> bool:
+    """Whether a teacher lies in memory while a stage runs: also one that only later stages ask, or that is sharded."""
+    taught = [part.distil.teacher is not None for part in recipe.parts.values()]
+    if recipe.distil.cache:
+        return taught[place]
+    return any(taught[place:]) or recipe.fabric.strategy == "fsdp"
 
 
 def has_limits(recipe: PretrainRecipe) -> bool:

@@ -52,6 +52,8 @@ def tune(
 ) -> int:
     """Train the recipe's model on conversations, and on what a teacher says of them."""
     known = identity(recipe, files, tokenizer, data.train) | (teaching.known_by if teaching else {})
+    if teaching:
+        teaching.check_reach(max(data.train.lengths))
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
     router = recipe.router if isinstance(recipe, FinetuneRecipe) else Router()

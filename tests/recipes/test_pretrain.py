@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from processes import assert_equal_runs, kill_at, on_two_ranks, start
+from safetensors.torch import load_file
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import open_model
@@ -24,8 +27,11 @@ from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.data.pretraining import open_stream
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fit import fit
 from litrecipe.engine.optim import make_optimizer
 from litrecipe.engine.rundir import read_records
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.teacher import StudentAndTeacher, Teacher
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.loss import Loss
 from litrecipe.recipes import finetune, pretrain
@@ -244,8 +250,10 @@ print("done")
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(flags: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_equal_one(flags: dict[str, Any], varied_model: Path, tmp_path: Path) -> None:
+    """The first stage has a teacher, the second none."""
     given = {key: str(value) for key, value in flags.items() if key != "model"} | {"model.source": str(flags["model"])}
+    given |= {"distil.teacher": str(varied_model), "stages.long.distil.teacher": "null"}
     runs = {name: given | {"out_dir": str(tmp_path / name)} for name in ("one", "ddp", "fsdp")}
     pretrain.main(schema.load(PretrainRecipe, [], list(runs["one"].items())))
     of_two = [run | {"fabric.strategy": name, "fabric.devices": "2"} for name, run in runs.items() if name != "one"]
@@ -276,6 +284,45 @@ def test_a_teacher_whose_answers_are_kept_teaches_as_one_that_is_asked_in_each_s
         losses.append([step["loss"] for step in steps])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert {"kl", "log_z"} & {name.partition("/")[0] for name in steps[0]}
+
+
+def test_a_stage_does_without_the_teacher_of_the_one_before(
+    recipe: Load, tiny_model: Path, varied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learns from the tokens alone, as reckoned from the weights at its start; the teacher is not asked and gone.
+    Resumed before the boundary and on it the run is the unbroken one to the bit."""
+    asked_at, steps_of = [], []
+    plain = Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda self, row: asked_at.append(len(steps_of)) or plain(self, row))
+    monkeypatch.setattr(pretrain, "fit", lambda job: fit(replace(job, after_step=lambda *_: steps_of.append(job))))
+    taught = {"distil__teacher": varied_model, "distil__method": "top_1", "stages__long__distil__teacher": "null"}
+    taught |= {"checkpoint__keep": 9, "data__val": "null", "eval__every": "null"}
+    assert pretrain.main(recipe(**taught)) == 0
+    assert sorted(set(asked_at)) == list(range(6))
+    assert isinstance(steps_of[-1].module, StudentAndTeacher) and steps_of[-1].module.teacher is None
+    run = tmp_path / "run"
+    steps = records(run, "grad_norm")
+    assert ["kl" in step for step in steps] == [True] * 6 + [False] * 4
+    assert all(step["loss"] == pytest.approx(0.1 * step["nll"] + 0.9 * step["kl"], rel=1e-5) for step in steps[:6])
+    source = open_stream(recipe(**taught), Tokenizer.load(tiny_model)).source
+    samples = [source.next_step() for _ in range(7)][6]
+    weights = load_file(run / "checkpoints" / "step-00000006" / "weights-00000.safetensors")
+    model = Decoder(steps_of[-1].module.student.architecture)
+    model.load_state_dict({name.removeprefix("student."): weight for name, weight in weights.items()}, strict=False)
+    model.tie_weights()
+    texts = [torch.tensor(segment.tokens) for sample in samples for segment in sample.segments if segment.weights.any()]
+    losses = torch.cat([F.cross_entropy(model.logits(text)[:-1], text[1:], reduction="none") for text in texts])
+    assert steps[6]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    for step in (4, 6):
+        folder = tmp_path / str(step) / "checkpoints" / f"step-{step:08}"
+        shutil.copytree(run / "checkpoints" / folder.name, folder)
+        assert pretrain.main(recipe(**taught, out_dir=tmp_path / str(step), checkpoint__resume="auto")) == 0
+        flights = [read_records(path / "flight.jsonl")[-4:] for path in (run, tmp_path / str(step))]
+        assert flights[0] == flights[1]
+        last = [path / "final" / "model.safetensors" for path in (run, tmp_path / str(step))]
+        assert last[0].read_bytes() == last[1].read_bytes()
+    with pytest.raises(InputError, match=r"stages\.long\.distil\.teacher: asked: the checkpoint was made with null"):
+        pretrain.main(recipe(**taught | {"stages__long__distil__teacher": varied_model}, checkpoint__resume="auto"))
 
 
 def test_a_spike_is_passed_over_counted_and_said(recipe: Load, tmp_path: Path, monkeypatch, capsys) -> None:
