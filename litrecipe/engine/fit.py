@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,6 +104,8 @@ class Job:
     flops: Callable[[Sequence[Sample]], float] | None = None
     """Floating-point operations that a step on some samples asks of the model: the progress line tells the share of
     what the devices can do."""
+    looking: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around the pass that looks at a step for its objective: spares what its statistics do not need."""
     told: Callable[[], dict[str, float]] = dict
     """What else the record of a step says, asked for after it: of the samples' making, for example."""
     after_step: Callable[[int, StepResult], None] | None = None
@@ -390,7 +392,8 @@ class Run:
         fitting = (sample for sample in map(samples.__getitem__, range(len(samples))) if sample.length <= budget)
         wanted = objective.statistics_samples(list(fitting))
         looked_at = watched(self.packed(wanted, max([budget, *(sample.length for sample in wanted)])))
-        return with_statistics(rows, looked_at, self.module, objective, self.fabric.global_rank, self.writer.gather)
+        with self.job.looking():
+            return with_statistics(rows, looked_at, self.module, objective, self.fabric.global_rank, self.writer.gather)
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""

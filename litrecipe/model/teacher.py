@@ -5,6 +5,9 @@ Shapes: P predictions of a row, k tokens that are kept of each place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -70,6 +73,15 @@ class StudentAndTeacher(nn.Module):
             assert isinstance(said, Likeliest)
             said = Likeliest(said.ids[:, :1], torch.zeros_like(said.logps[:, :1]))
         return self.student(row, soft=said)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the teacher is not asked."""
+        asked, self.asks = self.asks, False
+        try:
+            yield
+        finally:
+            self.asks = asked
 
     def let_go(self) -> None:
         """Free the memory of the teacher, which will not be asked again. One that is sharded stays where it is: FSDP2

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from litrecipe.data.source import SampleList
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.rundir import RunDir
+from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.row import Row
+from litrecipe.model.flops import forward_flops, training_flops
+from litrecipe.model.row import Row, Sample
 from litrecipe.model.teacher import TEACHER_IDS, TEACHER_LOGPS, StudentAndTeacher, Teacher
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.distillation import Distillation
@@ -92,6 +95,17 @@ class Lesson:
     objective: CausalLM
     train: SampleList
     val: SampleList | None
+
+    def looking(self) -> AbstractContextManager[None]:
+        """What routers choose does not depend on the teacher, which is not asked inside."""
+        return self.module.alone() if isinstance(self.module, StudentAndTeacher) else nullcontext()
+
+    def flops(self, student: Architecture, samples: Sequence[Sample]) -> float:
+        """Operations that a step asks of the model, all of whose weights learn, and of a teacher that answers live."""
+        total = training_flops(student, samples)
+        if isinstance(self.module, StudentAndTeacher) and self.module.asks and self.module.teacher is not None:
+            total += forward_flops(self.module.teacher.architecture, samples)
+        return total
 
     def go_on(self, taught: bool, again: bool) -> None:
         """Learn from the teacher from here on, or without it; it is kept where it will be asked `again`."""

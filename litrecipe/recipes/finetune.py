@@ -68,6 +68,7 @@ def tune(
             val=what.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
+            looking=what.looking,
             identity=known,
         )
     )

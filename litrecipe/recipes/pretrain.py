@@ -22,7 +22,6 @@ from litrecipe.engine.optim import Treatment, plain_treatment
 from litrecipe.engine.spikes import SpikeGuard
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.flops import training_flops
 from litrecipe.objectives.routing import with_routers
 from litrecipe.recipes.distilling import Lesson, lesson, open_teaching
 from litrecipe.recipes.dry_run_pretrain import show_plan, show_pretraining
@@ -72,7 +71,8 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
             treatment=partial(treatment, recipe, files.architecture.hidden_size),
             legs=legs_of(recipe, model, what, [stage.steps for stage in stream.source.stages]),
             guard=None if guard.spike_sigmas is None else SpikeGuard(guard.spike_sigmas, guard.spike_window),
-            flops=None if recipe.adapter.method != "none" else lambda s: training_flops(model.architecture, s),
+            flops=None if recipe.adapter.method != "none" else lambda s: what.flops(model.architecture, s),
+            looking=what.looking,
             identity=known,
         )
     )
