@@ -244,6 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `litrecipe recipes show … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        from litrecipe.checkpoint.manifest import is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        if is_first_of_node():
+            print(f"litrecipe: error: disk full: {error}: make room, and run the same again", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # perhaps it is what has no room
+        return WRONG_INPUT
     return code
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from litrecipe.checkpoint.hub import HUB_ID, fetch
-from litrecipe.checkpoint.manifest import user_cache, verify
+from litrecipe.checkpoint.manifest import keeping_in_cache, user_cache, verify
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
 from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
@@ -147,7 +147,7 @@ class ModelFiles:
         if isinstance(self.weights, FirstLayers):
             stamps.append(self.weights.layers)
         memory = user_cache() / "weights" / sha256(json.dumps(stamps).encode()).hexdigest()[:32]
-        with locked(memory.with_suffix(".lock"), "reads the same weights"):
+        with keeping_in_cache(), locked(memory.with_suffix(".lock"), "reads the same weights"):
             if not memory.is_file():
                 draft = memory.with_suffix(".tmp")
                 draft.write_text(_digest(self.weights))
