@@ -409,14 +409,17 @@ def look_at_stages(recipe: Any) -> None:
 
 
 def _help(name: str, kind: Any, verb: RecipeVerb, group: str) -> str:
-    from litrecipe.config.describe import group_help, recipe_help
+    from litrecipe.config.describe import group_help, key_help, recipe_help
 
     groups = [field.name for field in dataclasses.fields(kind) if dataclasses.is_dataclass(field.default_factory)]
     if group in groups:
         return group_help(name, kind, group)
+    keys = [field.name for field in dataclasses.fields(kind)]
+    if group in keys:
+        return key_help(name, kind, group)
     if group:
-        near = get_close_matches(group, groups, n=1)
-        cure = f"did you mean `--help {near[0]}`?" if near else f"give one of {', '.join(groups)}"
+        near = get_close_matches(group, keys, n=1)
+        cure = f"did you mean `--help {near[0]}`?" if near else f"give one of {', '.join(keys)}"
         raise InputError(f"--help: {group}: no such group: {cure}")
     options = {"--config RECIPE": "a file, or a name of `litrecipe recipes ls`; may be repeated, later ones win"}
     for option, (_, default, words) in verb.options.items():

@@ -232,11 +232,14 @@ def first_layers(files: ModelFiles, layers: int) -> ModelFiles:
     return replace(files, architecture=whole.first_layers(layers), weights=weights, head=None)
 
 
-def open_model(source: str, *, tokenizer: str | None = None, layers: int | None = None) -> ModelFiles:
+def open_model(
+    source: str, *, tokenizer: str | None = None, layers: int | None = None, fresh: bool = False
+) -> ModelFiles:
     """Find a model and read its configuration; tensors are read only when they are asked for.
 
     `tokenizer` is a folder with `tokenizer.json` that replaces the model's own; of the model only the first `layers`
-    are taken. Raises InputError naming the file when something is missing, damaged, or does not fit.
+    are taken, or none of its weights: `fresh`. Raises InputError naming the file when something is missing, damaged,
+    or does not fit.
     """
     files = _open(source)
     if layers is not None:
@@ -250,13 +253,14 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
         files = replace(files, tokenizer_dir=folder)
-    _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
+    _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size, fresh)
     return files
 
 
 def open_asked(model: Model) -> ModelFiles:
     """The same of a recipe's `model` group."""
-    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
+    fresh = model.init == "random"
+    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers, fresh=fresh)
 
 
 def open_model_as(source: str, key: str) -> ModelFiles:
@@ -366,7 +370,7 @@ def _find_head(folder: Path) -> SafetensorsFile | None:
     return head
 
 
-def _check_tokenizer(path: Path, vocab_size: int) -> None:
+def _check_tokenizer(path: Path, vocab_size: int, fresh: bool) -> None:
     """Every id of a tokenizer.json must have a row of the embedding. Who needs the file says so when it is missing."""
     if not path.is_file():
         return
@@ -377,8 +381,12 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
         largest = max([*ids, *(token["id"] for token in state.get("added_tokens", []))], default=-1)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: {error}: no tokenizer the tokenizers library wrote; fetch it again") from error
-    if largest >= vocab_size:
-        raise InputError(
-            f"{path}: token id {largest}: the model's embedding has {vocab_size} rows: use the tokenizer the model was "
-            "trained with"
-        )
+    if largest < vocab_size:
+        return
+    if fresh:
+        cure = f"set it to {largest + 1} or more, or give another model.tokenizer"
+        raise InputError(f"model.source: vocab_size {vocab_size}: {path} has ids up to {largest}: {cure}")
+    raise InputError(
+        f"{path}: token id {largest}: the model's embedding has {vocab_size} rows: use the tokenizer the model was "
+        "trained with"
+    )

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeVar
 
+from litrecipe.config.checks import Mistake, check
 from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import Mistakes, Node, overlay, show
-from litrecipe.config.pipeline import FINAL, NAME, PipelineRecipe, Stage
-from litrecipe.config.pretrain import OF_A_STAGE, PretrainRecipe, check_stages
+from litrecipe.config.pipeline import FINAL, NAME, NAMING, PipelineRecipe, Stage
+from litrecipe.config.pretrain import EACH_STAGE, PretrainRecipe, check_stages
 from litrecipe.config.recipes import RECIPES
 from litrecipe.config.walk import Walk, held_against, leaves, nearest
 
@@ -45,7 +46,7 @@ def read_pipeline(tree: Node, mistakes: Mistakes, *, whole: bool = True) -> Pipe
 def _read(name: str, node: Node, seed: int, names: list[str], mistakes: Mistakes) -> Stage | None:
     key = f"stages.{name}"
     if not NAME.fullmatch(name) or name == FINAL:
-        mistakes.append(f"{node.where}{key}: no name for a stage: use letters, digits, - and _, and not `{FINAL}`")
+        mistakes.append(f"{node.where}{key}: no name for a stage: {NAMING}, and do not take `{FINAL}`")
         return None
     if not node.is_group:
         mistakes.append(f"{node.where}{key}: {show(node)}: is a group: give its verb and its recipe")
@@ -89,33 +90,37 @@ def recipe_of(
         mistakes.append(f"{nodes.where}{prefix}stages: {show(nodes)}: give stages by name: {{core: {{…}}, …}}")
         nodes = Node({})
     outside = Node({name: node for name, node in tree.value.items() if name != "stages"}, tree.where)
-    before = len(mistakes)
     whole = whole and not mistakes.unread
-    alone = whole and not nodes.value
-    recipe, places = held_against(kind, outside, mistakes, whole=alone, prefix=prefix, where=where)
-    is_right = len(mistakes) == before
+    walk = Walk(kind, prefix)
+    recipe = walk.group(kind, outside, prefix)
+    mistakes += walk.mistakes
+    # What stages may have for themselves is missing in those that lack it.
+    later = EACH_STAGE if nodes.value else ()
+    of_all = [one for one in _found(recipe, mistakes) if one[1] != "missing" or (whole and one[0] not in later)]
+    mistakes += walk.told(of_all, where)
+    places = walk.where
     for name, node in nodes.value.items():
         key = f"{prefix}stages.{name}"
         if not NAME.fullmatch(name):
-            mistakes.append(f"{node.where}{key}: no name for a stage: use letters, digits, - and _")
+            mistakes.append(f"{node.where}{key}: no name for a stage: {NAMING}")
         elif not node.is_group:
             mistakes.append(f"{node.where}{key}: {show(node)}: is a group: give the keys in which the stage differs")
-        elif is_right:
-            mistakes += _foreign(node, key)
-            merged = _over(outside, node)
-            recipe.stages[name], of_stage = held_against(  # type: ignore[attr-defined]
-                kind, merged, mistakes, whole=whole, prefix=f"{key}.", where=node.where
-            )
-            places |= of_stage
-        else:  # what it would be laid over is wrong: look at its own values only
-            walk = Walk(kind, f"{key}.")
-            walk.group(kind, node, f"{key}.")
-            mistakes += walk.mistakes
-    if is_right:
-        for name, value, cure in check_stages(recipe):  # type: ignore[arg-type]
-            where = places.get(f"{prefix}{name}", "")
-            mistakes.append(f"{where}{prefix}{name}: {value}: {cure}")
+        else:
+            alone, walk = Walk(kind, f"{key}."), Walk(kind, f"{key}.")
+            alone.group(kind, node, f"{key}.")
+            mistakes += [*_foreign(node, key), *alone.mistakes]
+            stage = recipe.stages[name] = walk.group(kind, _over(outside, node), f"{key}.")  # type: ignore[attr-defined]
+            found = [one for one in _found(stage, mistakes) if one not in of_all and (whole or one[1] != "missing")]
+            mistakes += walk.told(found, node.where)
+            places |= walk.where
+    for name, value, cure in check_stages(recipe):  # type: ignore[arg-type]
+        mistakes.append(f"{places.get(f'{prefix}{name}', '')}{prefix}{name}: {value}: {cure}")
     return recipe, places
+
+
+def _found(recipe: object, mistakes: Mistakes) -> list[Mistake]:
+    """Mistakes in the values of a recipe, unless something of it could not be read."""
+    return [] if mistakes.unread else list(check(recipe))
 
 
 def _over(outside: Node, stage: Node) -> Node:
@@ -138,7 +143,7 @@ def _does_without(distil: Node) -> bool:
 
 def _foreign(stage: Node, key: str) -> Iterator[str]:
     """Keys of a stage that must be the same in all of them."""
-    known = {f"{key}.{group}.{name}" for group, names in OF_A_STAGE.items() for name in names}
+    known = {f"{key}.{name}" for name in EACH_STAGE}
     whole = Walk(PretrainRecipe, f"{key}.").keys
     for name, leaf in leaves(key, stage):
         if name in whole and name not in known:

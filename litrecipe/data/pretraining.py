@@ -152,16 +152,15 @@ def _too_long(stages: list[Stage], recipe: PretrainRecipe) -> Iterator[str]:
             spent[reel.key] = spent.get(reel.key, 0.0) + taken[name]
         # The last step may be a short one.
         if given <= wanted - stage.batches.of_step(stage.steps - 1):
-            where = f"stages.{stage.name}.data" if stage.name else "data"
-            length = next(iter(stage.mixture.sources.values())).length
+            where = f"stages.{stage.name}." if stage.name else ""
+            epochs = recipe.parts[stage.name].data.max_epochs
+            steps = stage.batches.steps_for(math.floor(given))
             yield (
-                f"{where}.max_epochs: {_shown(stage.mixture, recipe)}: leaves {given * length:,.0f} of the "
-                f"{wanted * length:,} tokens that the stage takes: raise it, or train for fewer tokens"
+                f"{where}data.max_epochs: {', '.join(f'{name}: {count:g}' for name, count in epochs.items())}: leaves "
+                f"{steps:,} of {stage.steps:,} steps: raise it, or give {where}train.max_steps {steps}"
+                if steps
+                else f"{where}data.max_epochs: {', '.join(epochs)}: earlier stages leave nothing of them: raise it"
             )
-
-
-def _shown(mixture: Mixture, recipe: PretrainRecipe) -> str:
-    return ", ".join(f"{name}: {recipe.data.max_epochs.get(name, 0):g}" for name in mixture.limits)
 
 
 def _held_out(recipe: PretrainRecipe, tokenizer: Tokenizer) -> HeldOut:

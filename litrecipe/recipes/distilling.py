@@ -129,6 +129,9 @@ def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
         raise InputError(f"{said}: is {what}: give a language model")
     if Tokenizer.load(files.tokenizer_dir).text_fingerprint != tokenizer.text_fingerprint:
         raise InputError(f"{said}: has another tokenizer than the model that is trained: give one of the same family")
+    known = min(tokenizer.size, files.architecture.vocab_size)
+    if distil.method == "top_k" and Distil.top_k != distil.top_k > known:  # the default is nobody's wish
+        raise InputError(f"distil.top_k: {distil.top_k}: the teacher knows {known} tokens: give at most that")
     return Teaching(distil, files, tokenizer.size)
 
 

@@ -83,6 +83,12 @@ def tell_of(recipe: PretrainRecipe, architecture: Architecture) -> None:
     longest = max(part.data.max_length for part in recipe.parts.values())
     if longest > architecture.max_positions:
         say(f"context: grows from {architecture.max_positions} to {longest} tokens")
+    base, width = recipe.optim.mup_base_width, architecture.hidden_size
+    if base not in (None, width) and architecture.logit_divisor == 1:
+        warn(
+            f"optim.mup_base_width: {base}: the rate carries over in part: this model's logits are not divided by "
+            f"{width}/{base}, as `logits_scaling` of model_type granite would, and move the faster the wider it is"
+        )
     for name, part in recipe.parts.items():
         steps, where = part.train.batch_warmup_steps, f"stages.{name}." if name else ""
         if part.train.max_steps is not None and steps > part.train.max_steps:

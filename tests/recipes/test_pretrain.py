@@ -35,7 +35,7 @@ from litrecipe.model.teacher import StudentAndTeacher, Teacher
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.loss import Loss
 from litrecipe.recipes import finetune, pretrain
-from litrecipe.recipes.pretrain import as_asked, treatment
+from litrecipe.recipes.pretrain import as_asked, tell_of, treatment
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "asks", "what", "answer", "is"]
 
@@ -384,6 +384,20 @@ def test_by_mup_the_layers_matrices_learn_and_start_by_their_width(recipe: Load)
         assert found[id(parameter)] == (3e-3 / 4 if inner else 3e-3, 0.1 if matrix and "embed" not in name else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("base", "divisor", "warns"), [(12, 1, True), (12, 4, False), (48, 1, False), ("null", 1, False)]
+)
+def test_mup_is_told_to_be_half_of_it_where_logits_are_not_divided(
+    recipe: Load, base: object, divisor: float, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = recipe(stages=False, optim__mup_base_width=base)
+    tell_of(asked, replace(open_model(asked.model.source).architecture, logit_divisor=divisor))
+    said = (
+        "warning: optim.mup_base_width: 12: the rate carries over in part: this model's logits are not divided by 48/12"
+    )
+    assert (said in capsys.readouterr().err) == warns
+
+
 def test_a_dry_run_and_a_plan_show_stages_memory_and_scaling_and_train_nothing(
     recipe: Load, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -410,7 +424,7 @@ def test_a_dry_run_and_a_plan_show_stages_memory_and_scaling_and_train_nothing(
         ({"data__sources": "{books: nowhere.jsonl}", "data__mix": "{}"}, r"nowhere\.jsonl: no such file"),
         (
             {"data__max_epochs": "{books: 1, peps: 1}", "train__max_steps": 5000},
-            r"data\.max_epochs: books: 1, peps: 1: leaves [\d,]+ of the [\d,]+ tokens that the stage takes",
+            r"data\.max_epochs: books: 1, peps: 1: leaves \d+ of 5,000 steps: raise it, or give train\.max_steps \d+",
         ),
         ({"data__mask": "all"}, r"data\.mask: all: of documents all is learnt"),
         ({"data__max_length": 512}, r"data\.max_length: 512: train\.micro_batch_tokens 256 cannot hold a sequence"),
@@ -421,6 +435,21 @@ def test_mistakes_are_one_line_each(recipe: Load, changes: dict[str, Any], told:
     with pytest.raises(InputError, match=told) as error:
         pretrain.main(recipe(stages=False, **changes), dry_run=True)
     assert len(error.value.mistakes) == 1
+
+
+def test_a_stage_is_told_how_many_steps_its_sources_last(recipe: Load, tiny_model: Path) -> None:
+    """And lasts so many, not one more."""
+    limits = {"stages__core__data__max_epochs": "{books: 0.1, peps: 0.05}", "stages__core__train__max_steps": 5000}
+    tokenizer = Tokenizer.load(tiny_model)
+    told = (
+        r"^stages\.core\.data\.max_epochs: books: 0\.1, peps: 0\.05: leaves ([\d,]+) of 5,000 steps: raise it, or give "
+    )
+    with pytest.raises(InputError, match=rf"{told}stages\.core\.train\.max_steps (\d+)$") as error:
+        open_stream(recipe(**limits), tokenizer)
+    steps = int(str(error.value).rpartition(" ")[2])
+    assert open_stream(recipe(**limits | {"stages__core__train__max_steps": steps}), tokenizer)
+    with pytest.raises(InputError, match=f"leaves {steps} of {steps + 1} steps"):
+        open_stream(recipe(**limits | {"stages__core__train__max_steps": steps + 1}), tokenizer)
 
 
 def test_what_cannot_be_meant_is_refused(recipe: Load, tiny_model: Path, tmp_path: Path) -> None:
@@ -460,7 +489,7 @@ def test_the_line_of_a_stage_is_told_with_its_place(tmp_path: Path) -> None:
     assert [line.partition("bad.yaml:")[2] for line in error.value.mistakes] == [
         "5: stages.core.optim.name: sgd: is the same in all stages: write it outside of them",
         "6: stages.core.train.max_stps: 3: no such key: did you mean `stages.core.train.max_steps`?",
-        "7: stages.long tail: no name for a stage: use letters, digits, - and _",
+        "7: stages.long tail: no name for a stage: use a-z, A-Z, 0-9, and behind the first also - and _",
         "8: stages.long: 4: is a group: give the keys in which the stage differs",
     ]
 
