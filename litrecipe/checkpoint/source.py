@@ -23,6 +23,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
 from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
+from litrecipe.config.progress import counted
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
 from litrecipe.model.families import names_of, read_architecture
 from litrecipe.model.names import Names
@@ -160,7 +161,10 @@ class ModelFiles:
         size = count_parameters(a, is_reward_model=self.is_reward_model)
         kind = f"{a.family} reward model" if self.is_reward_model else a.family
         kind += " with a score beside its language model" if self.is_hydra else ""
-        line = f"{self.source}: {kind}, {size:,} parameters in {a.num_layers} layers of {a.hidden_size}"
+        line = (
+            f"{self.source}: {kind}, {counted(size, 'parameter', ',')} in {counted(a.num_layers, 'layer')} of "
+            f"{a.hidden_size}"
+        )
         if a.experts is not None:
             active = count_parameters(a, is_reward_model=self.is_reward_model, active=True)
             line += f", {active:,} of them at work on a token"

@@ -10,6 +10,7 @@ import numpy as np
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
+from litrecipe.config.progress import counted
 from litrecipe.data.shards import Shards, open_shards
 from litrecipe.data.stream import Batches, Mixture, Sequences, Stage, StreamSource
 from litrecipe.data.tokenizer import Tokenizer
@@ -63,13 +64,14 @@ class Stream:
                 where = f"{stage.name}: " if stage.name else ""
                 share = stage.mixture.weights[name] / total
                 yield (
-                    f"{where}{name}: {len(reel.documents.lengths):,} documents, {reel.tokens:,} tokens in "
-                    f"{len(reel):,} sequences of {reel.length}; {share:.1%} of the stream, "
+                    f"{where}{name}: {counted(len(reel.documents.lengths), 'document', ',')}, "
+                    f"{counted(reel.tokens, 'token', ',')} in "
+                    f"{counted(len(reel), 'sequence', ',')} of {reel.length}; {share:.1%} of the stream, "
                     f"{taken[name] / len(reel):.2f} epochs"
                 )
         if self.val is not None:
             whole = self.val.whole
-            yield f"val: {self.val.count:,} of {len(whole):,} sequences of {whole.length}"
+            yield f"val: {self.val.count:,} of {counted(len(whole), 'sequence', ',')} of {whole.length}"
 
 
 def open_stream(recipe: PretrainRecipe, tokenizer: Tokenizer) -> Stream:
@@ -157,7 +159,7 @@ def _too_long(stages: list[Stage], recipe: PretrainRecipe) -> Iterator[str]:
             steps = stage.batches.steps_for(math.floor(given))
             yield (
                 f"{where}data.max_epochs: {', '.join(f'{name}: {count:g}' for name, count in epochs.items())}: leaves "
-                f"{steps:,} of {stage.steps:,} steps: raise it, or give {where}train.max_steps {steps}"
+                f"{steps:,} of {counted(stage.steps, 'step', ',')}: raise it, or give {where}train.max_steps {steps}"
                 if steps
                 else f"{where}data.max_epochs: {', '.join(epochs)}: earlier stages leave nothing of them: raise it"
             )

@@ -20,6 +20,7 @@ from zlib import crc32
 import numpy as np
 
 from litrecipe.config.errors import InputError
+from litrecipe.config.progress import counted
 from litrecipe.data.source import Order, SampleList
 from litrecipe.model.row import Sample, Segment
 
@@ -312,7 +313,7 @@ class StreamSource:
         if wanted and not samples:
             where = f"stages.{stage.name}.data" if stage.name else "data"
             raise InputError(
-                f"{where}.max_epochs: all sources are used up after {step} of {stage.steps} steps: raise it"
+                f"{where}.max_epochs: all sources are used up after {step} of {counted(stage.steps, 'step')}: raise it"
             )
         self.step += bool(samples)
         return samples
@@ -389,7 +390,7 @@ class StreamSource:
         if last < len(self.stages) - 1 and done > self.stages[last].steps:
             stage = self.stages[last]
             mistakes.append(
-                f"stages.{stage.name}: {stage.steps} steps: {done} of them are done: give that many or more"
+                f"stages.{stage.name}: {counted(stage.steps, 'step')}: {done} of them are done: give that many or more"
             )
         if mistakes:
             raise InputError(*mistakes)

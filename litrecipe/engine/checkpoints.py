@@ -13,7 +13,7 @@ from torch import nn
 
 from litrecipe.checkpoint import state as training_state
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import warn
+from litrecipe.config.progress import counted, warn
 from litrecipe.data.source import StepSource
 from litrecipe.engine.optim import load_optimizer_state, optimizer_state
 from litrecipe.engine.rng import capture_rng, restore_rng
@@ -110,7 +110,7 @@ class Checkpoints:
         if state["world_size"] == self.fabric.world_size:
             restore_rng(state["ranks"][self.fabric.global_rank]["rng"])
         else:
-            warn(f"resuming on {self.fabric.world_size} ranks what {state['world_size']} wrote")
+            warn(f"resuming on {counted(self.fabric.world_size, 'rank')} what {state['world_size']} wrote")
         at = Counters(**{field.name: state[field.name] for field in fields(Counters)})
         if self.run_dir.owns(folder):
             self.saved_at = at.step

@@ -23,20 +23,13 @@ from litrecipe.checkpoint.manifest import is_disk_full
 from litrecipe.config import schema, stop
 from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
 from litrecipe.engine.legs import Leg, leg_of
-from litrecipe.engine.optim import (
-    Role,
-    Treatment,
-    make_optimizer,
-    plain_treatment,
-    set_rates,
-    trained_parameters,
-)
+from litrecipe.engine.optim import Role, Treatment, make_optimizer, plain_treatment, set_rates, trained_parameters
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
@@ -216,9 +209,10 @@ class Run:
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.at.step} of {self.at.total_steps}")
             if started_for != self.at.total_steps:
-                self.teller.warn(f"the run was to have {started_for} steps, now {self.at.total_steps}: look at train.*")
+                was = f"the run was to have {counted(started_for, 'step')}"
+                self.teller.warn(f"{was}, now {self.at.total_steps}: look at train.*")
         else:
-            self.teller.say(f"{self.at.total_steps} steps; the run is in {self.dir.path}")
+            self.teller.say(f"{counted(self.at.total_steps, 'step')}; the run is in {self.dir.path}")
         for leg in self.legs:
             for what in leg.without_room():
                 self.teller.warn(what)
@@ -272,7 +266,8 @@ class Run:
                 self.save_and_stop(signal_number)
         self.job.save_final(self.dir.final)
         self.fabric.barrier()
-        self.teller.say(f"done: {self.at.step} steps, {self.at.tokens} tokens; the model is in {self.dir.final}")
+        steps = counted(self.at.step, "step")
+        self.teller.say(f"done: {steps}, {self.at.tokens} tokens; the model is in {self.dir.final}")
         return 0
 
     def train_step(self, samples: list[Sample]) -> StepResult:
@@ -496,7 +491,7 @@ class Run:
         packing = pack(list(self.job.val.lengths), budget, multiple_of=self.fabric.world_size)
         if packing.oversized:
             self.teller.warn(
-                f"data.val: {len(packing.oversized)} of {len(self.job.val)} samples do not fit "
+                f"data.val: {len(packing.oversized)} of {counted(len(self.job.val), 'sample')} do not fit "
                 f"train.micro_batch_tokens {budget}: eval_loss is without them"
             )
         return packing

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from litrecipe.config.groups import Schedule
+from litrecipe.config.progress import counted
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Leg:
         for key in ("warmup_steps", "decay_steps"):
             steps = getattr(self.schedule, key) or 0
             if steps > self.steps:
-                yield f"{where}schedule.{key} {steps}: {what} ends after {self.steps} steps"
+                yield f"{where}schedule.{key} {steps}: {what} ends after {counted(self.steps, 'step')}"
 
 
 def leg_of(legs: Sequence[Leg], step: int) -> tuple[Leg, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.decoding import Ended, sample
@@ -142,5 +142,5 @@ def _check_room(model: Decoder, prompts: Sequence[list[int]], new_tokens: int) -
         cure = f"at most {reads - longest} are left" if longest < reads else "shorten the prompt"
         raise InputError(
             f"generate.max_new_tokens: {new_tokens}: "
-            f"the longest prompt has {longest} tokens and the model reads {reads}: {cure}"
+            f"the longest prompt has {counted(longest, 'token')} and the model reads {reads}: {cure}"
         )

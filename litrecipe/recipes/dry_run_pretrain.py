@@ -9,6 +9,7 @@ from rich.table import Table
 from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config import progress
 from litrecipe.config.pretrain import PretrainRecipe
+from litrecipe.config.progress import counted
 from litrecipe.data.packing import pack
 from litrecipe.data.pretraining import Stream, batches_of, open_stream, steps_of
 from litrecipe.data.report import render
@@ -44,7 +45,9 @@ def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Token
         console.print(line, highlight=False)
     first = stream.source.stages[0]
     sample = next(iter(first.mixture.sources.values()))[0]
-    console.print(f"[bold]one sequence[/bold] of {len(sample.segments)} documents (what is learnt is coloured)")
+    console.print(
+        f"[bold]one sequence[/bold] of {counted(len(sample.segments), 'document')} (what is learnt is coloured)"
+    )
     console.print(render(_beginning(sample), tokenizer))
     return 0
 

@@ -12,7 +12,7 @@ from torch import nn
 from litrecipe.checkpoint.load import load_model
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
 from litrecipe.data.pretraining import HeldOut, open_stream
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
@@ -92,7 +92,10 @@ def tell_of(recipe: PretrainRecipe, architecture: Architecture) -> None:
     for name, part in recipe.parts.items():
         steps, where = part.train.batch_warmup_steps, f"stages.{name}." if name else ""
         if part.train.max_steps is not None and steps > part.train.max_steps:
-            warn(f"{where}train.batch_warmup_steps {steps}: there are {part.train.max_steps} steps: batches stay small")
+            warn(
+                f"{where}train.batch_warmup_steps {steps}: there are {counted(part.train.max_steps, 'step')}: batches "
+                "stay small"
+            )
 
 
 def as_asked(recipe: PretrainRecipe, architecture: Architecture, tokenizer: Tokenizer) -> Architecture:
