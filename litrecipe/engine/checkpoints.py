@@ -39,6 +39,8 @@ class Counters:
     """Tokens of all samples trained on."""
     skipped: int = 0
     """Samples that fit into no row."""
+    lr: float | None = None
+    """Peak learning rate, of the first role and of the stage that it is in; None where an older litrecipe saved it."""
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Checkpoints:
             restore_rng(state["ranks"][self.fabric.global_rank]["rng"])
         else:
             warn(f"resuming on {counted(self.fabric.world_size, 'rank')} what {state['world_size']} wrote")
-        at = Counters(**{field.name: state[field.name] for field in fields(Counters)})
+        at = Counters(**{field.name: state[field.name] for field in fields(Counters) if field.name in state})
         if self.run_dir.owns(folder):
             self.saved_at = at.step
         return at

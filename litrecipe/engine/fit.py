@@ -191,7 +191,7 @@ class Run:
         )
         seed_rng(self.train_config.seed, self.fabric.global_rank)
         self.at = Counters() if resume is None else self.checkpoints.load(resume)
-        started_for = self.at.total_steps
+        started_for, rate_was = self.at.total_steps, self.at.lr
         self.at.total_steps = job.source.total_steps(self.train_config)
         whole = Leg(
             "", self.at.total_steps, self.roles[0].lr, job.recipe.schedule, self.train_config.micro_batch_tokens
@@ -199,6 +199,7 @@ class Run:
         self.legs = job.legs or [whole]
         self.leg, _ = leg_of(self.legs, max(0, self.at.step - 1))
         self.leg.begin()
+        self.at.lr = self.leg.lr
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.at.step)
             if self.at.step < self.at.total_steps:
@@ -211,6 +212,8 @@ class Run:
             if started_for != self.at.total_steps:
                 was = f"the run was to have {counted(started_for, 'step')}"
                 self.teller.warn(f"{was}, now {self.at.total_steps}: look at train.*")
+            if rate_was not in (None, self.at.lr):
+                self.teller.warn(f"{self.leg.where}optim.lr: was {rate_was:g}, is {self.at.lr:g} from here on")
         else:
             self.teller.say(f"{counted(self.at.total_steps, 'step')}; the run is in {self.dir.path}")
         for leg in self.legs:
@@ -256,7 +259,7 @@ class Run:
                 self.teller.flops += self.job.flops(samples)
             result.metrics.update(self.job.told())
             flight = flight_record(self.at.step, samples, rng, result.loss, result.grad_norm)
-            self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight)
+            self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight, self.leg.name)
             if self.recipe.checkpoint.every and self.at.step % self.recipe.checkpoint.every == 0:
                 self.checkpoints.save(self.at)
         self.checkpoints.save(self.at)
@@ -313,7 +316,7 @@ class Run:
             self.teller.say(f"stage {leg.name}: steps {begin + 1} to {begin + leg.steps}")
         if leg is self.leg:
             return
-        self.leg = leg
+        self.leg, self.at.lr = leg, leg.lr
         leg.begin()
         if self.job.guard is not None:
             self.job.guard.start_anew()

@@ -216,11 +216,14 @@ def test_kill_9_and_resume_equals_the_unbroken_run_across_stages(
 
 
 def test_a_run_is_lengthened_by_a_stage_and_a_stage_that_was_begun_must_stay(
-    recipe: Load, flags: dict[str, Any], tmp_path: Path
+    recipe: Load, flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """At another rate too, which is told."""
     pretrain.main(recipe())
-    longer = recipe(checkpoint__resume="auto", stages__last__train__max_steps=2, stages__last__schedule__name="linear")
+    last = {"stages__last__train__max_steps": 2, "stages__last__schedule__name": "linear"}
+    longer = recipe(checkpoint__resume="auto", stages__long__optim__lr=5e-4, **last)
     assert pretrain.main(longer) == 0
+    assert "stages.long.optim.lr: was 0.001, is 0.0005 from here on" in capsys.readouterr().err
     steps = records(tmp_path / "run", "grad_norm")
     assert [step["step"] for step in steps] == list(range(1, 13))
     was = r"the checkpoint was made with"
@@ -287,7 +290,7 @@ def test_a_teacher_whose_answers_are_kept_teaches_as_one_that_is_asked_in_each_s
 
 
 def test_a_stage_does_without_the_teacher_of_the_one_before(
-    recipe: Load, tiny_model: Path, varied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Load, tiny_model: Path, varied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """It learns from the tokens alone, as reckoned from the weights at its start; the teacher is not asked and gone.
     Resumed before the boundary and on it the run is the unbroken one to the bit."""
@@ -321,6 +324,7 @@ def test_a_stage_does_without_the_teacher_of_the_one_before(
         assert flights[0] == flights[1]
         last = [path / "final" / "model.safetensors" for path in (run, tmp_path / str(step))]
         assert last[0].read_bytes() == last[1].read_bytes()
+    assert "optim.lr: was" not in capsys.readouterr().err
     with pytest.raises(InputError, match=r"stages\.long\.distil\.teacher: asked: the checkpoint was made with null"):
         pretrain.main(recipe(**taught | {"stages__long__distil__teacher": varied_model}, checkpoint__resume="auto"))
 
