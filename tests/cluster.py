@@ -119,7 +119,7 @@ class Cluster:
         """Wait until a job was requeued so often, and let it start soon: Slurm would hold it back for six seconds."""
         self.wait(job, lambda told: told["JobState"] == "PENDING" and told["Restarts"] == str(restarts), seconds)
         time.sleep(1.1)  # a credential of the second in which the last one was revoked is taken for revoked, too
-        self.call("scontrol", "update", f"job={job}", "StartTime=now")
+        self.call("scontrol", "update", f"job={job}", "StartTime=now", check=False)  # it may have started
 
     def clear(self) -> None:
         """End all jobs, and wait until they are gone."""
