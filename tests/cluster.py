@@ -117,7 +117,7 @@ class Cluster:
 
     def hasten(self, job: object, restarts: int = 1, seconds: float = 90) -> None:
         """Wait until a job was requeued so often, and let it start soon: Slurm would hold it back for six seconds."""
-        self.wait(job, lambda told: told["JobState"] == "PENDING" and told["Restarts"] == str(restarts), seconds)
+        self.wait(job, lambda told: int(told["Restarts"]) >= restarts, seconds)
         time.sleep(1.1)  # a credential of the second in which the last one was revoked is taken for revoked, too
         self.call("scontrol", "update", f"job={job}", "StartTime=now", check=False)  # it may have started
 
