@@ -86,7 +86,7 @@ def queued(jobs: Iterable[str] | None = None) -> list[Queued]:
 
 def refusal(said: str) -> list[str]:
     """A line for each of sbatch's own."""
-    return [f"sbatch: {word}: change what it names in the slurm group" for word in _words(said)] or ["sbatch: failed"]
+    return [f"sbatch: {word}: put that right in the slurm group" for word in _words(said)] or ["sbatch: failed"]
 
 
 def _words(said: str) -> list[str]:

@@ -61,10 +61,10 @@ def text_of(job: Job, here: Path) -> str:
     """The script of a job whose relative paths are meant from the folder `here`."""
     parts = [
         ["#!/bin/bash", "# Written by `litrecipe submit`, anew each time that it is called.", *_asked(job, here)],
+        _array(job),
         _environment(job.slurm),
         _meeting(job.slurm),
         _own(job.slurm),
-        _array(job),
         _start(job),
         job.slurm.post,
         _end(job.slurm.requeue),
