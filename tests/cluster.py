@@ -54,6 +54,7 @@ KillWait=20
 MinJobAge=600
 MailProg=/bin/true
 ReturnToService=2
+EnforcePartLimits=ALL
 {more}
 NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=debug Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=15
