@@ -24,7 +24,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
         "TORCHELASTIC_RUN_ID",
         "LOCAL_WORLD_SIZE",
     ):
-        monkeypatch.delenv(name)
+        monkeypatch.delenv(name, raising=False)
 
 
 def put(monkeypatch: pytest.MonkeyPatch, *told: dict[str, str]) -> None:
