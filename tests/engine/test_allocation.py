@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from lightning_fabric.plugins.environments import SLURMEnvironment
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric
-from litrecipe.engine.allocation import refuse_other_tasks, refuse_plain_start
+from litrecipe.engine.allocation import join, refuse_plain_start
 from litrecipe.engine.fabric import make_fabric, world_size
 
 OF_TWO = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
@@ -70,8 +71,13 @@ def test_the_tasks_are_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` is what srun started on each machine; another number is refused, with both."""
     put(monkeypatch, OF_TWO, STEP)
     assert world_size(Fabric(accelerator="cpu", num_nodes=3)) == 6
-    refuse_other_tasks(2, 1)
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    join(2, 1)
+    assert SLURMEnvironment.detect(), "of a job of salloc's, too"
     with pytest.raises(InputError) as wrong:
-        refuse_other_tasks(4, 2)
+        join(4, 2)
     assert [line.partition(":")[0] for line in wrong.value.mistakes] == ["fabric.devices", "fabric.num_nodes"]
     assert "SLURM_NTASKS_PER_NODE is 2: make them the same (srun --ntasks-per-node=4)" in wrong.value.mistakes[0]
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(InputError, match=r"^SLURM_NTASKS: 2: .* use srun --ntasks-per-node"):
+        join(2, 1)
