@@ -12,6 +12,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -221,3 +222,10 @@ def _free_ports(count: int) -> list[int]:
             one.bind(("127.0.0.1", 0))
             found.append(one.getsockname()[1])
         return found
+
+
+if __name__ == "__main__":  # a shell on a cluster, to try things
+    if reason := why_not():
+        sys.exit(reason)
+    with running() as here:
+        subprocess.run([os.environ.get("SHELL", "bash"), *sys.argv[1:]], env=here.environment)
