@@ -8,6 +8,7 @@ this machine, so programs on them meet at 127.0.0.1.
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import socket
@@ -53,6 +54,7 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=20
 MinJobAge=600
+FirstJobId={first}
 MailProg=/bin/true
 ReturnToService=2
 EnforcePartLimits=ALL
@@ -154,6 +156,7 @@ def running(nodes: int = 2, cpus: int = 2, more: Sequence[str] = ("RequeueExit=8
                 names=",".join(names),
                 ports=",".join(map(str, ports)),
                 cpus=cpus,
+                first=random.SystemRandom().randrange(1, 1_000_000),  # ports of jobs are made of it
                 more="\n".join(more),
             )
         )

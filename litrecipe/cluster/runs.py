@@ -12,7 +12,7 @@ from typing import Any
 
 from litrecipe.checkpoint import state
 from litrecipe.cluster.queue import Queued, queued, there_is_slurm
-from litrecipe.cluster.script import NOTE, RECIPE
+from litrecipe.cluster.script import LOG, NOTE, RECIPE
 from litrecipe.config import schema
 from litrecipe.config.files import read_json
 from litrecipe.config.merge import Mistakes, Node, read_file
@@ -123,8 +123,11 @@ class Run:
             return self.job.state.lower()
         if self.is_finished:
             return "finished"
+        if not self.last and not self.checkpoints:
+            log = self.folder / LOG
+            return "failed" if log.is_file() and log.stat().st_size else "not begun"
         if not self.last:
-            return "not begun" if not self.checkpoints else "stopped"
+            return "stopped"
         saved = state.step_of(self.checkpoints[0]) if self.checkpoints else 0
         return "stopped" if saved >= self.last["step"] else "failed"
 

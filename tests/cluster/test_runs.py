@@ -41,7 +41,10 @@ def test_states_of_runs(tmp_path: Path) -> None:
     assert make(tmp_path / "stopped").state == "stopped"
     assert make(tmp_path / "failed", steps=5).state == "failed"
     assert make(tmp_path / "lost", saved=None).state == "failed"
-    assert make(tmp_path / "fresh", steps=0, saved=None).state == "not begun"
+    fresh = make(tmp_path / "fresh", steps=0, saved=None)
+    assert fresh.state == "not begun"
+    (fresh.folder / "job.log").write_text("no such data")
+    assert fresh.state == "failed"
     done = make(tmp_path / "done")
     (done.folder / "final").mkdir()
     assert done.state == "finished"
