@@ -8,6 +8,7 @@ this machine, so programs on them meet at 127.0.0.1.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -58,6 +59,8 @@ NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={cpus}
 PartitionName=debug Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=15
 PartitionName=urgent Nodes={names} MaxTime=60 State=UP PriorityTier=9 PreemptMode=OFF
 """
+PATH = re.compile(r"\s*(Command|WorkDir|StdErr|StdIn|StdOut)=")
+"""Begins a line of `scontrol show job` that is one value, perhaps with spaces."""
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 """States of a job that will not run again."""
 
@@ -92,8 +95,9 @@ class Cluster:
 
     def told(self, job: object) -> dict[str, str]:
         """What Slurm knows of a job: `JobState`, `ExitCode`, `Restarts`, ..."""
-        words = self.call("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()[0].split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        lines = self.call("scontrol", "show", "job", job).stdout.partition("\n\n")[0].splitlines()
+        words = [word for line in lines for word in ([line] if PATH.match(line) else line.split())]
+        return dict(word.strip().split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: object, until: Callable[[dict[str, str]], bool] | None = None, seconds: float = 90) -> str:
         """Until a job is over, or `until` says so of what is told of it; returns its state.
@@ -112,9 +116,10 @@ class Cluster:
             time.sleep(0.05)
 
     def hasten(self, job: object, restarts: int = 1, seconds: float = 90) -> None:
-        """Wait until a job was requeued so often, and let it start at once: Slurm would hold it back for seconds."""
-        self.wait(job, lambda told: told["JobState"] == "PENDING" and told["Restarts"] == str(restarts), seconds)
-        self.call("scontrol", "update", f"job={job}", "StartTime=now")
+        """Wait until a job was requeued so often, and let it start soon: Slurm would hold it back for six seconds."""
+        self.wait(job, lambda told: int(told["Restarts"]) >= restarts, seconds)
+        time.sleep(1.1)  # a credential of the second in which the last one was revoked is taken for revoked, too
+        self.call("scontrol", "update", f"job={job}", "StartTime=now", check=False)  # it may have started
 
     def clear(self) -> None:
         """End all jobs, and wait until they are gone."""

@@ -18,6 +18,7 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.engine.allocation import refuse_other_tasks, refuse_plain_start, tasks_per_node
 from litrecipe.model.decoder import Trunk
 
 if TYPE_CHECKING:
@@ -32,8 +33,9 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-    _refuse_plain_sbatch()
+    refuse_plain_start()
     _refuse_lonely_node(config)
+    refuse_other_tasks(devices_of(config), config.num_nodes)
     world = world_size(config)
     strategy: Any = "auto"
     if config.strategy == "fsdp":
@@ -84,7 +86,8 @@ def devices_of(config: FabricConfig) -> int:
     """Processes of one node. Raises InputError when there are fewer GPUs than that."""
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.devices == "auto" else config.devices
+        started = int(os.environ.get("LOCAL_WORLD_SIZE") or tasks_per_node() or 1)
+        return started if config.devices == "auto" else config.devices
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if config.devices == "auto":
         return there
@@ -126,13 +129,6 @@ def unshare(models: Iterable[nn.Module]) -> None:
                 if id(parameter) in taken:
                     setattr(owner, name, copy.deepcopy(parameter, own))
         taken |= {id(parameter): parameter for parameter in model.parameters()}
-
-
-def _refuse_plain_sbatch() -> None:
-    """Python started by sbatch itself would wait for ranks that nobody starts."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
-        raise InputError(f"SLURM_NTASKS: {tasks}: litrecipe was started without srun: start it as `srun litrecipe …`")
 
 
 def _refuse_lonely_node(config: FabricConfig) -> None:

@@ -158,8 +158,10 @@ def test_a_process_of_torchrun_or_srun_watches_one_rank(alone: Callable[..., Non
     two = Fabric(accelerator="cpu", devices=2)
     alone(SLURM_NTASKS="2", SLURM_STEP_ID="0")
     assert launch.ranks_to_start(two) == [{}]
+    alone(SLURM_STEP_ID="4294967291", SLURM_NTASKS="2")
+    assert launch.ranks_to_start(two) == [], "of a script of two tasks, without srun"
     alone(SLURM_NTASKS="1")
-    assert launch.ranks_to_start(two) == []
+    assert len(launch.ranks_to_start(two)) == 2
     alone(LOCAL_RANK="1", WORLD_SIZE="2")
     assert launch.ranks_to_start(two) == [{}]
 
@@ -185,11 +187,14 @@ def test_kill_9_of_one_rank_ends_the_run_and_the_next_start_goes_on_to_the_bit(
 
     broken, unbroken, log = tmp_path / "broken", tmp_path / "unbroken", tmp_path / "log"
     process = start(command(broken), broken, log, fresh=True)
-    assert wait_until(lambda: steps_done(broken) >= 4, process)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    second = next(int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    os.kill(second, signal.SIGKILL)
-    assert process.wait(60) == 1
+    try:
+        assert wait_until(lambda: steps_done(broken) >= 4, process, seconds=240)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        second = next(int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(second, signal.SIGKILL)
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
     said = log.read_text()
     assert f"litrecipe: error: rank 1 (process {second} on " in said
     assert re.search(r"the last that rank 1 said:\n.*  step \d+/400: loss \d", said, re.DOTALL)
