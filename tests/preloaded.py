@@ -273,7 +273,7 @@ def ask(address: str, words: Sequence[str]) -> int:
     signals = (signal.SIGTERM, signal.SIGUSR1)
     for number in signals:
         signal.signal(number, lambda number, _: waiting.append(number))
-    process = Run(words, sys.stdout, sys.stderr, Path.cwd(), {WATCHED: "seen"})
+    process = Run(words, sys.stdout, sys.stderr, Path.cwd(), {WATCHED: os.environ.get(WATCHED, "seen")})
     for number in signals:
         signal.signal(number, lambda number, _: os.kill(process.pid, number))
     for number in waiting:
@@ -291,5 +291,12 @@ def address() -> str:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(sys.argv[1])
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and WATCHED not in os.environ:
+        # Ranks of several tasks are watched, as a user's are.
+        from litrecipe.config import stop
+        from litrecipe.engine import launch
+
+        stop.install()
+        sys.exit(launch.run_ranks([sys.executable, *sys.argv], [{}]))
     else:
         sys.exit(ask(sys.argv[1], sys.argv[3:]))  # the word between is the program's name
