@@ -246,9 +246,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             fabric.leave()
         sys.stdout.flush()
     except InputError as error:
-        if is_first_of_node():
-            for mistake in error.mistakes:
-                print(f"litrecipe: error: {' '.join(mistake.splitlines())}", file=sys.stderr)
+        from litrecipe.config.progress import whisper
+
+        for mistake in error.mistakes:
+            line = f"litrecipe: error: {' '.join(mistake.splitlines())}"
+            if is_first_of_node():
+                print(line, file=sys.stderr)
+            else:
+                whisper(line)
         return WRONG_INPUT
     except RuntimeError as error:
         if (fabric := sys.modules.get("litrecipe.engine.fabric")) and fabric.is_left_alone(error):

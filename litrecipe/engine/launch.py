@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from litrecipe.config import stop
 from litrecipe.config.errors import WRONG_INPUT
@@ -219,14 +219,20 @@ def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:
         return FAILED if others_failed.is_set() else 0
     failed = [rank for rank in ranks if rank.failed]
     if not first.failed:
+        if first.code == WRONG_INPUT and not any(rank.is_first and rank.code == WRONG_INPUT for rank in ranks):
+            _say(line.strip() for line in first.last_words() if line.startswith("  litrecipe: error: "))
         return int(first.code or 0)
     # One that was killed did not end for want of another, as its neighbours may have.
     culprit = min(failed, key=lambda rank: (int(rank.code or 0) > 0, rank is not first))
     if not others_failed.is_set():
-        for line in culprit.last_words():
-            os.write(2, f"{line}\n".encode(errors="replace"))
+        _say(culprit.last_words())
         _tell_slurm()
     return FAILED
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        os.write(2, f"{line}\n".encode(errors="replace"))
 
 
 def _tell_slurm() -> None:

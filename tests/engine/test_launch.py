@@ -103,6 +103,13 @@ def test_ranks_that_agree_end_as_they_say(ranks: list[str], code: int) -> None:
     assert said == ["both say this"]
 
 
+def test_what_is_wrong_for_one_rank_alone_is_told_by_the_one_that_watches() -> None:
+    alone = "whisper('litrecipe: error: data.train: not on this disk'); sys.exit(2)"
+    code, said, _ = ended("time.sleep(0.5); say('another rank is gone'); sys.exit(1)", alone)
+    assert code == 2
+    assert said[-1] == "litrecipe: error: data.train: not on this disk"
+
+
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")])
 def test_a_signal_reaches_every_rank(number: int, name: str) -> None:
     process = watch(*[f"on(signal.{name}, 85); say(f'ready {{rank}}'); wait()"] * 2)
@@ -175,20 +182,20 @@ def test_kill_9_of_one_rank_ends_the_run_and_the_next_start_goes_on_to_the_bit(
 ) -> None:
     """The only ranks here that are started as a user's are; the others are forked."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    steps = 400
+    steps = 120
 
     def command(out: Path) -> list[object]:
         return [
             *("finetune", "--model", tiny_model, "--data.train", "toy:units?n=30&seed=0", "--out_dir", out),
             *("--data.cache_dir", tmp_path / "cache", "--train.micro_batch_tokens", 300, "--log.loggers", "[]"),
-            *("--train.global_batch_size", 4, "--train.max_steps", steps, "--checkpoint.every", 3),
+            *("--train.global_batch_size", 4, "--train.max_steps", steps, "--checkpoint.every", 20),
             *("--checkpoint.resume", "auto", "--fabric.accelerator", "cpu", "--fabric.devices", 2),
         ]
 
     broken, unbroken, log = tmp_path / "broken", tmp_path / "unbroken", tmp_path / "log"
     process = start(command(broken), broken, log, fresh=True)
     try:
-        assert wait_until(lambda: steps_done(broken) >= 4, process, seconds=240)
+        assert wait_until(lambda: steps_done(broken) >= 22, process, seconds=240)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         second = next(int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
         os.kill(second, signal.SIGKILL)
@@ -197,7 +204,7 @@ def test_kill_9_of_one_rank_ends_the_run_and_the_next_start_goes_on_to_the_bit(
         process.kill()
     said = log.read_text()
     assert f"litrecipe: error: rank 1 (process {second} on " in said
-    assert re.search(r"the last that rank 1 said:\n.*  step \d+/400: loss \d", said, re.DOTALL)
+    assert re.search(r"the last that rank 1 said:\n.*  step \d+/120: loss \d", said, re.DOTALL)
     assert steps_done(broken) < steps
     litrecipe(*command(broken))
     litrecipe(*command(unbroken))
