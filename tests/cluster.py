@@ -8,10 +8,12 @@ this machine, so programs on them meet at 127.0.0.1.
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -52,8 +54,10 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=20
 MinJobAge=600
+FirstJobId={first}
 MailProg=/bin/true
 ReturnToService=2
+EnforcePartLimits=ALL
 {more}
 NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=debug Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=15
@@ -152,6 +156,7 @@ def running(nodes: int = 2, cpus: int = 2, more: Sequence[str] = ("RequeueExit=8
                 names=",".join(names),
                 ports=",".join(map(str, ports)),
                 cpus=cpus,
+                first=random.SystemRandom().randrange(1, 1_000_000),  # ports of jobs are made of it
                 more="\n".join(more),
             )
         )
@@ -220,3 +225,10 @@ def _free_ports(count: int) -> list[int]:
             one.bind(("127.0.0.1", 0))
             found.append(one.getsockname()[1])
         return found
+
+
+if __name__ == "__main__":  # a shell on a cluster, to try things
+    if reason := why_not():
+        sys.exit(reason)
+    with running() as here:
+        subprocess.run([os.environ.get("SHELL", "bash"), *sys.argv[1:]], env=here.environment)

@@ -12,10 +12,10 @@ from typing import Any
 
 from litrecipe.checkpoint import state
 from litrecipe.cluster.queue import Queued, queued, there_is_slurm
-from litrecipe.cluster.script import NOTE, RECIPE
+from litrecipe.cluster.script import LOG, NOTE, RECIPE
 from litrecipe.config import schema
 from litrecipe.config.files import read_json
-from litrecipe.config.merge import Mistakes, read_file
+from litrecipe.config.merge import Mistakes, Node, read_file
 from litrecipe.config.pipeline import NOTE as STAGE
 from litrecipe.config.recipes import RECIPES
 from litrecipe.engine.rundir import RunDir, read_records
@@ -91,10 +91,23 @@ class Run:
         if self.checkpoints:
             found = read_json(self.checkpoints[0] / "state.json").get("total_steps")
             return int(found) if found else None
-        written = self.folder / ("recipe.yaml" if (self.folder / "recipe.yaml").is_file() else RECIPE)
-        train = read_file(written, Mistakes()).value.get("train") if written.is_file() else None
-        steps = train.value.get("max_steps") if train is not None and train.is_group else None
-        return steps.value if steps is not None and isinstance(steps.value, int) else None
+        train = self.written.value.get("train", Node({}))
+        steps = train.value.get("max_steps", Node(None)) if train.is_group else Node(None)
+        return steps.value if isinstance(steps.value, int) else None
+
+    @cached_property
+    def written(self) -> Node:
+        """The recipe that the run has written, or that its job is to read."""
+        path = self.folder / "recipe.yaml"
+        path = path if path.is_file() else self.folder / RECIPE
+        return read_file(path, Mistakes()) if path.is_file() else Node({})
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether what it makes is there: beside the folder of its job, where that is no run directory."""
+        out = self.written.value.get("out", Node(None)).text
+        result = self.folder.parent / Path(out).name if out else RunDir(self.folder).final
+        return result.exists()
 
     @property
     def state(self) -> str:
@@ -108,10 +121,13 @@ class Run:
             return f"waiting ({self.job.reason})" if self.job.reason not in ("", "None") else "waiting"
         if self.job is not None:
             return self.job.state.lower()
-        if RunDir(self.folder).final.exists():
+        if self.is_finished:
             return "finished"
+        if not self.last and not self.checkpoints:
+            log = self.folder / LOG
+            return "failed" if log.is_file() and log.stat().st_size else "not begun"
         if not self.last:
-            return "not begun" if not self.checkpoints else "stopped"
+            return "stopped"
         saved = state.step_of(self.checkpoints[0]) if self.checkpoints else 0
         return "stopped" if saved >= self.last["step"] else "failed"
 

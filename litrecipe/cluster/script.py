@@ -120,10 +120,11 @@ def _environment(slurm: Slurm) -> Iterator[str]:
 
 def _meeting(slurm: Slurm) -> Iterator[str]:
     if (slurm.nodes or 1) * (slurm.tasks_per_node or 1) > 1:
-        yield "# The tasks meet at the first node, on a port of this job's own."
+        yield "# The tasks meet at the first node, which is this one, on a port of this job's own where nobody listens."
         yield 'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         yield "MASTER_ADDR=$(scontrol show node \"$first\" | sed -nE 's/.*NodeAddr=([^ ]+).*/\\1/p')"
         yield f'export MASTER_ADDR="${{MASTER_ADDR:-$first}}" MASTER_PORT=$(({FIRST_PORT} + SLURM_JOB_ID % {PORTS}))'
+        yield 'while (: < "/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2> /dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done'
 
 
 def _own(slurm: Slurm) -> Iterator[str]:

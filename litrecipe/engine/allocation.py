@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from litrecipe.config.errors import InputError
 
 FIRST_OF_SHELLS = 0xFFFFFFF0
 """Numbers from here on are of no srun: the script's step, and that of a shell of salloc's."""
+
+NO_TASKS = ("bash", "interactive")
+"""Names of jobs, those of salloc's, whose tasks Lightning takes for none."""
 
 
 def is_a_task() -> bool:
@@ -33,10 +37,19 @@ def refuse_plain_start() -> None:
             raise InputError(f"{name}: {told}: litrecipe was started without srun: start it as `srun litrecipe …`")
 
 
-def refuse_other_tasks(devices: int, num_nodes: int) -> None:
-    """Another number of tasks than the recipe has processes would wait for those that are not there."""
+def join(devices: int, num_nodes: int) -> None:
+    """Be one of srun's tasks, where this process is one, also in an allocation of salloc's.
+
+    Another number of tasks than the recipe has processes would wait for those that are not there: raises InputError.
+    """
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # on every machine of a cluster
     if not is_a_task() or "TORCHELASTIC_RUN_ID" in os.environ:
         return
+    if os.environ.get("SLURM_JOB_NAME") in NO_TASKS:
+        os.environ["SLURM_JOB_NAME"] = "litrecipe"
+    if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and tasks_per_node() is None:
+        tasks = os.environ["SLURM_NTASKS"]
+        raise InputError(f"SLURM_NTASKS: {tasks}: nobody says how many on each machine: use srun --ntasks-per-node")
     mistakes = [
         f"{key}: {value}: {name} is {told}: make them the same ({flag}={value})"
         for key, value, name, flag in (

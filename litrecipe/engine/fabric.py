@@ -18,7 +18,7 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
-from litrecipe.engine.allocation import refuse_other_tasks, refuse_plain_start, tasks_per_node
+from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
 from litrecipe.model.decoder import Trunk
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
     refuse_plain_start()
+    join(devices_of(config), config.num_nodes)
     _refuse_lonely_node(config)
-    refuse_other_tasks(devices_of(config), config.num_nodes)
     world = world_size(config)
     strategy: Any = "auto"
     if config.strategy == "fsdp":
