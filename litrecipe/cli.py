@@ -246,11 +246,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             fabric.leave()
         sys.stdout.flush()
     except InputError as error:
-        if is_first_of_node():
-            for mistake in error.mistakes:
-                print(f"litrecipe: error: {' '.join(mistake.splitlines())}", file=sys.stderr)
+        from litrecipe.config.progress import whisper
+
+        for mistake in error.mistakes:
+            line = f"litrecipe: error: {' '.join(mistake.splitlines())}"
+            if is_first_of_node():
+                print(line, file=sys.stderr)
+            else:
+                whisper(line)
         return WRONG_INPUT
     except RuntimeError as error:
+        if (fabric := sys.modules.get("litrecipe.engine.fabric")) and fabric.is_left_alone(error):
+            return fabric.left_alone(error)
         if "torchvision::nms" not in str(error):
             raise
         print(f"litrecipe: error: torchvision: does not fit this torch: {TORCHVISION_CURE}", file=sys.stderr)
@@ -389,6 +396,11 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
         stop.install()
     recipe = read_recipe(verb, line)
     try:
+        if hasattr(recipe, "train") and not any(line.options.values()):
+            from litrecipe.engine import launch
+
+            if several := launch.ranks_to_start(recipe.fabric):
+                return launch.run_ranks([sys.executable, "-m", "litrecipe", *name.split(), *argv], several)
         return call(verb.code, recipe, **line.options)
     finally:
         if verb.preemptible:

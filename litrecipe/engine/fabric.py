@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -25,9 +24,11 @@ from litrecipe.model.decoder import Trunk
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+T = TypeVar("T")
+
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
-    """Build and launch Fabric; with several devices on one node this starts the other processes."""
+    """Build Fabric, and let this rank meet the others, which `engine.launch` or another launcher started."""
     with _without_torchmetrics():
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
@@ -52,7 +53,6 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
         loggers=loggers or [],
     )
-    atexit.register(_end_children, fabric)
     fabric.launch()
     return fabric
 
@@ -143,11 +143,24 @@ def _refuse_lonely_node(config: FabricConfig) -> None:
         )
 
 
-def _end_children(fabric: Fabric) -> None:
-    """Ranks started by this process must not outlive it, waiting for one that is gone."""
-    for process in getattr(fabric.strategy.launcher, "procs", None) or []:
-        if process.poll() is None:
-            process.terminate()
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "connection was")
+"""What gloo, NCCL and the store that ranks meet at say of one that is gone."""
+
+
+def is_left_alone(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    meets = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (meets or isinstance(error, torch.distributed.DistNetworkError)) and any(one in str(error) for one in LOST)
+
+
+def left_alone(error: RuntimeError) -> int:
+    """Say so in a line; the exit code of a rank that was asked to stop is that of the stop, as the others' was."""
+    said = str(error).splitlines()[0]
+    first = next((one for one in LOST if one in said), said)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "?"
+    print(f"litrecipe: rank {rank}: another rank is gone ({first})", file=sys.stderr, flush=True)
+    number = stop.requested()
+    return 1 if number is None else int(stop.Stopped(number).code or 0)
 
 
 def leave() -> None:
@@ -157,9 +170,19 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def started_by_fabric() -> bool:
-    """Whether another process of ours started this one: then only that one's exit code is seen."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
+    """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
+    found: Any = None
+    mistakes: list[str] = []
+    if fabric.global_rank == 0:
+        try:
+            found = act()
+        except InputError as error:
+            mistakes = error.mistakes
+    found, mistakes = fabric.broadcast((found, mistakes))
+    if mistakes:
+        raise InputError(*mistakes)
+    return cast(T, found)
 
 
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
@@ -198,18 +221,24 @@ def stop_requested(fabric: Fabric) -> int | None:
     return int(flag) or None
 
 
-def gather(fabric: Fabric, value: Any) -> list[Any]:
+def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     """What each rank brings, on all of them."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
     return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
+
+
+def background_writer(fabric: Fabric, writer: Writer) -> Writer:
+    """The same on a thread beside the training, over connections of its own: every rank must call this."""
+    group = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+    return replace(writer, gather=partial(gather, fabric, group=group))
 
 
 @dataclass(frozen=True)
@@ -234,3 +263,17 @@ class Ranks:
         if self.world > 1 and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
         return [brought for brought, _ in found]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
+        next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        together = self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
+        try:
+            with stop.interruptible((lambda: None) if together else stop.requested):
+                yield
+        except stop.Stopped:
+            self.agree(None)  # raises on all of several ranks
+            raise

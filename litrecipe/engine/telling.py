@@ -118,6 +118,7 @@ class Teller:
         self, step: int, tokens: int, lr: float, result: StepResult, flight: dict[str, Any], stage: str = ""
     ) -> None:
         """One optimizer step, of a `stage` where there are several."""
+        progress.whisper(f"step {step}/{self.total}: loss {result.loss:.4f}")
         if not self.speaks:
             return
         self.dir.append("flight.jsonl", flight)
