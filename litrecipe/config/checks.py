@@ -18,6 +18,7 @@ from litrecipe.config.groups import (
     DpoLoss,
     DpoRecipe,
     EvaluateRecipe,
+    Fabric,
     RewardRecipe,
     Target,
     TrainingRecipe,
@@ -238,6 +239,18 @@ def _combinations(recipe: Any) -> Iterator[Mistake]:
     if recipe.fabric.tensor_parallel > 1:
         cure = "tensor parallelism is not there yet: use 1, and fabric.strategy fsdp to share a model between devices"
         yield "fabric.tensor_parallel", recipe.fabric.tensor_parallel, cure
+    yield from _sharding(recipe.fabric)
+
+
+def _sharding(fabric: Fabric) -> Iterator[Mistake]:
+    """Keys of models that processes share."""
+    for key in ("reshard_after_forward", "cpu_offload", "param_dtype", "reduce_dtype", "gather_to_sample"):
+        value = getattr(fabric, key)
+        if value != getattr(Fabric, key) and not fabric.is_sharded:
+            yield f"fabric.{key}", value, "only fabric.strategy fsdp knows it: remove it, or use that"
+    if fabric.param_dtype != "auto" and fabric.precision != "bf16-mixed":
+        cure = f"fabric.precision is {fabric.precision}: use bf16-mixed, or remove it"
+        yield "fabric.param_dtype", fabric.param_dtype, cure
 
 
 def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:

@@ -80,20 +80,26 @@ class LoraLinear(PeftLinear):
         return parameters | {"lora_magnitude_vector": self.magnitude} if self.is_dora else parameters
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """peft's making of the parameters, without memory or random numbers: `init_weights` gives them values."""
+        """peft's making of the parameters, without memory or random numbers; `init_weights` gives them values. It looks
+        at the weight below, which may be packed, and needs no more of it than its shape."""
+        base, weight = self.base, self.base.weight
         with torch.device("meta"):
+            base.weight = nn.Parameter(torch.empty(base.out_features, base.in_features), requires_grad=False)
             super().update_layer(*args, **kwargs)
+        base.weight = weight
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """A from U(-1/√i, 1/√i) and B zero, in fp32 on the base's device; m the row norms. `generator` is a CPU one, so
-        that every device starts with the same adapter."""
-        device, bound = self.base.weight.device, 1 / math.sqrt(self.base.in_features)
+    def init_weights(self, generator: torch.Generator, device: torch.device | str | None = None) -> None:
+        """A from U(-1/√i, 1/√i) and B zero, in fp32 on a device or that of the base; m the row norms, zeros where the
+        base has no values. `generator` is a CPU one, so that every device starts with the same adapter."""
+        device, bound = device or self.base.weight.device, 1 / math.sqrt(self.base.in_features)
         a = torch.empty(self.a.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
         self.lora_A[NAME].weight = nn.Parameter(a.to(device))
         self.lora_B[NAME].weight = nn.Parameter(torch.zeros(self.b.shape, dtype=torch.float32, device=device))
         if self.is_dora:
-            weight = dense_weight(self.base, torch.float32).detach()  # B A is zero
-            self.lora_magnitude_vector[NAME].weight = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
+            norms = torch.zeros(self.base.out_features, device=device)
+            if not self.base.weight.is_meta:
+                norms = torch.linalg.vector_norm(dense_weight(self.base, torch.float32).detach(), dim=1)  # B A is zero
+            self.lora_magnitude_vector[NAME].weight = nn.Parameter(norms)
 
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:
