@@ -59,7 +59,7 @@ class PolicyAndReference(nn.Module):
                 other = policy.hidden(row, row.predict_from)
         weights = policy.lm_head.weight, (reference or policy).lm_head.weight
         cap = policy.architecture.final_softcap
-        return divergence(hidden, weights[0], other, weights[1], self.temperature, softcap=cap)
+        return divergence(hidden, weights[0], other, weights[1], self.temperature, cap, policy.own_tokens)
 
     def moving(self) -> dict[str, nn.Parameter]:
         """The reference's copies of what the policy learns, by their names in this module."""
