@@ -8,8 +8,8 @@ A checkpoint is a folder `step-00000100` with
 
 It is written under another name and renamed once it is complete, so a folder with its final name that fails its
 manifest was damaged later. A folder of any other name, such as a user's copy, is no checkpoint of the run. A sharded
-tensor is stored as the piece its rank holds; each file's header says where along dimension 0 its pieces belong, so any
-number of ranks can read what any number wrote.
+tensor is stored as the pieces that ranks hold, each by one of them; each file's header says where in the whole tensor,
+along every dimension, its pieces begin, so any number of ranks, however they divide tensors, can read what any wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -29,12 +29,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from litrecipe.checkpoint.manifest import describe_file, mistakes_of, replace_folder, write_manifest, write_text
 from litrecipe.config.errors import InputError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 had pieces along dimension 0 only, and is read."""
 NAME = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(rf"{NAME.pattern}\.tmp|\.{NAME.pattern}\..+")
 """What a kill within a save leaves behind: the draft, or the folder that was to be replaced."""
@@ -92,7 +93,7 @@ def save(
         if writer.writes_tensors:
             for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
                 path = draft / f"{kind}-{writer.rank:05d}.safetensors"
-                _write_pieces(path, tensors)
+                _write_pieces(path, tensors, writer.rank)
                 files[path.name] = describe_file(path)
     of_ranks = writer.gather((files, state.get("rank")))
     with _together(writer, target):
@@ -130,30 +131,40 @@ def _disk_mistake(target: Path, failure: str) -> str:
     )
 
 
-def _write_pieces(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_pieces(path: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
     pieces: dict[str, Tensor] = {}
     stored: set[int] = set()
     layout: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
+        if not is_written_by(rank, tensor):
+            continue
         piece, offset = local_piece(tensor)
         pieces[name] = piece.detach().to("cpu").contiguous()
         if pieces[name].data_ptr() in stored:  # 8-bit optimizers share their code tables; the format shares nothing
             pieces[name] = pieces[name].clone()
         stored.add(pieces[name].data_ptr())
-        layout[name] = {"offset": offset, "shape": list(tensor.shape)}
+        layout[name] = {"offset": list(offset), "shape": list(tensor.shape)}
     save_file(pieces, path, metadata={"layout": json.dumps(layout)})
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 
 
-def local_piece(tensor: Tensor) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, and where along dimension 0 it begins."""
+def local_piece(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this rank holds of a tensor, and where in it that begins along each dimension."""
     if not isinstance(tensor, DTensor):
-        return tensor, 0
+        return tensor, (0,) * tensor.dim()
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), (offset[0] if offset else 0)
+    return tensor.to_local(), tuple(offset)
+
+
+def is_written_by(rank: int, tensor: Tensor) -> bool:
+    """Whether a rank is the first of those that hold the same of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return rank == 0
+    where: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
+    return not any(isinstance(kind, Replicate) and at for kind, at in zip(tensor.placements, where, strict=True))
 
 
 class Saved:
@@ -179,41 +190,62 @@ class Saved:
 
 
 class Pieces:
-    """Tensors spread over files along dimension 0, read piece by piece."""
+    """Tensors that lie in pieces in several files, read piece by piece."""
 
     def __init__(self, files: list[Path]) -> None:
+        self.paths = files
         self.files = [safe_open(str(path), framework="pt") for path in files]
-        self.where: dict[str, list[tuple[int, int]]] = {}
+        self.where: dict[str, dict[tuple[int, ...], int]] = {}
+        """Where the pieces of a tensor begin → number of the file."""
         self.shapes: dict[str, torch.Size] = {}
         for index, file in enumerate(self.files):
             for name, entry in json.loads(file.metadata()["layout"]).items():
-                self.where.setdefault(name, []).append((entry["offset"], index))
-                self.shapes[name] = torch.Size(entry["shape"])
+                self.shapes[name] = shape = torch.Size(entry["shape"])
+                offset = entry["offset"]
+                if isinstance(offset, int):  # of schema 1
+                    offset = [offset, *[0] * (len(shape) - 1)] if shape else []
+                self.where.setdefault(name, {}).setdefault(tuple(offset), index)
 
     def names(self) -> set[str]:
         """All tensors' names."""
         return set(self.where)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start to stop of a tensor, whoever wrote them."""
-        shape = self.shapes[name]
-        if not shape:
-            return self.files[self.where[name][0][1]].get_tensor(name)
-        stop = shape[0] if stop is None else stop
-        parts = []
-        for offset, index in sorted(self.where[name]):
+    def read(self, name: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        """A tensor, or the part of this shape that begins at an offset, whoever wrote it.
+
+        Raises InputError where some of it lies in no file.
+        """
+        whole = self.shapes[name]
+        if not whole:
+            return self.files[next(iter(self.where[name].values()))].get_tensor(name)
+        begin = [0] * len(whole) if offset is None else offset
+        size = torch.Size(whole if shape is None else shape)
+        end = [at + length for at, length in zip(begin, size, strict=True)]
+        result: Tensor | None = None
+        left = size.numel()
+        for at, index in self.where[name].items():
             piece = self.files[index].get_slice(name)
-            low, high = max(start, offset), min(stop, offset + piece.get_shape()[0])
-            if low < high:
-                parts.append(piece[low - offset : high - offset])
-        if not parts:
-            return self.files[self.where[name][0][1]].get_slice(name)[0:0]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            low = [max(a, b) for a, b in zip(begin, at, strict=True)]
+            high = [min(a, b + length) for a, b, length in zip(end, at, piece.get_shape(), strict=True)]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            found: Tensor = piece[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at, strict=True))]
+            left -= found.numel()
+            if found.shape == size:
+                return found
+            result = torch.empty(size, dtype=found.dtype) if result is None else result
+            result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))] = found
+        if left:
+            raise InputError(f"{self.paths[0].parent}: {name}: {left} of {size.numel()} values are missing: {CURE}")
+        if result is None:  # a rank may hold nothing of a small tensor
+            slices = self.files[next(iter(self.where[name].values()))].get_slice(name)
+            result = slices[:0].new_empty(size)
+        return result
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a saved tensor that this rank holds of `tensor`."""
         piece, offset = local_piece(tensor)
-        return self.read(name) if piece.dim() == 0 else self.read(name, offset, offset + piece.shape[0])
+        return self.read(name, offset, piece.shape)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:

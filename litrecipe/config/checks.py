@@ -30,6 +30,7 @@ from litrecipe.config.prepare import PREPARE_RANGES, PrepareRecipe, check_prepar
 from litrecipe.config.pretrain import PretrainRecipe, check_pretrain
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.config.rounds_checks import ROUNDS_RANGES, check_iterative_dpo, check_rejection_sampling
+from litrecipe.config.slurm import SLURM_RANGES, Slurm, check_slurm
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
@@ -44,6 +45,8 @@ def check(recipe: Any) -> Iterator[Mistake]:
         if value is not None and not is_right(value):
             yield key, value, f"give {cure}"
             reset(plausible, key)
+    if slurm := _get(plausible, "slurm"):
+        yield from _slurm(slurm)
     if isinstance(recipe, PipelineRecipe):  # its stages are looked at one by one
         return
     if isinstance(recipe, PrepareRecipe):
@@ -171,6 +174,7 @@ RANGES: dict[str, Range] = {
     **ONLINE_RANGES,
     **ROUNDS_RANGES,
     **PREPARE_RANGES,
+    **SLURM_RANGES,
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 
@@ -257,6 +261,15 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
     if half_life is not None and not is_halved:
         yield "schedule.half_life_steps", half_life, "only schedule.decay exponential knows it: remove it"
     yield from _without_effect(recipe)
+
+
+def _slurm(slurm: Slurm) -> Iterator[Mistake]:
+    try:
+        seconds = None if slurm.time is None else parse_duration(slurm.time)
+    except ValueError as error:
+        yield "slurm.time", slurm.time, str(error)
+        seconds = None
+    yield from check_slurm(slurm, seconds)
 
 
 def _preference_rows(recipe: DpoRecipe | RewardRecipe) -> Iterator[Mistake]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from litrecipe.config.slurm import Slurm
+
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 Decay = Literal["linear", "sqrt", "cosine", "exponential"]
@@ -370,6 +372,7 @@ class TrainingRecipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     fabric: Fabric = field(default_factory=Fabric)
+    slurm: Slurm = field(default_factory=Slurm)
     out_dir: str = "runs"
     """Run directory: recipe, metrics, checkpoints and the final model."""
     schema_version: int = 1
@@ -427,6 +430,7 @@ class EvaluateRecipe:
     model: Model = field(default_factory=Model)
     quantize: Quantize = field(default_factory=Quantize)
     fabric: Fabric = field(default_factory=Fabric)
+    slurm: Slurm = field(default_factory=Slurm)
     generate: Generate = field(default_factory=Generate)
     tasks: list[str] = field(default_factory=list)
     """lm-eval names, a folder of lm-eval YAML, or built-ins: `perplexity:FILE`, `exact_match:FILE`, and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import copy
 import os
 import sys
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
-    """Build and launch Fabric; with several devices on one node this starts the other processes."""
+    """Build Fabric, and let this rank meet the others, which `engine.launch` or another launcher started."""
     with _without_torchmetrics():
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
@@ -50,7 +49,6 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
         loggers=loggers or [],
     )
-    atexit.register(_end_children, fabric)
     fabric.launch()
     return fabric
 
@@ -147,11 +145,24 @@ def _refuse_lonely_node(config: FabricConfig) -> None:
         )
 
 
-def _end_children(fabric: Fabric) -> None:
-    """Ranks started by this process must not outlive it, waiting for one that is gone."""
-    for process in getattr(fabric.strategy.launcher, "procs", None) or []:
-        if process.poll() is None:
-            process.terminate()
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "connection was")
+"""What gloo, NCCL and the store that ranks meet at say of one that is gone."""
+
+
+def is_left_alone(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    meets = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (meets or isinstance(error, torch.distributed.DistNetworkError)) and any(one in str(error) for one in LOST)
+
+
+def left_alone(error: RuntimeError) -> int:
+    """Say so in a line; the exit code of a rank that was asked to stop is that of the stop, as the others' was."""
+    said = str(error).splitlines()[0]
+    first = next((one for one in LOST if one in said), said)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "?"
+    print(f"litrecipe: rank {rank}: another rank is gone ({first})", file=sys.stderr, flush=True)
+    number = stop.requested()
+    return 1 if number is None else int(stop.Stopped(number).code or 0)
 
 
 def leave() -> None:
@@ -159,11 +170,6 @@ def leave() -> None:
     which now and then aborts a rank that has done everything."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def started_by_fabric() -> bool:
-    """Whether another process of ours started this one: then only that one's exit code is seen."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:

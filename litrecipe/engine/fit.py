@@ -505,8 +505,6 @@ class Run:
             f"stopped by {signal.Signals(signal_number).name}: step {self.at.step} of {self.at.total_steps} is saved "
             f"in {self.dir.path}; the same command with --checkpoint.resume auto goes on"
         )
-        if ranks.started_by_fabric():
-            raise SystemExit(0)  # the process that started this one answers for all
         raise stop.Stopped(signal_number)
 
     def out_of_time(self, started: float) -> bool:
