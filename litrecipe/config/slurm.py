@@ -105,7 +105,19 @@ OWN_FLAGS = {
     "--no-requeue": "requeue",
 }
 """Flag → the key that says it."""
-GIVEN_FLAGS = ("--array", "-a", "--output", "-o", "--error", "-e", "--open-mode", "--chdir", "-D", "--wrap", "--parsable")
+GIVEN_FLAGS = (
+    "--array",
+    "-a",
+    "--output",
+    "-o",
+    "--error",
+    "-e",
+    "--open-mode",
+    "--chdir",
+    "-D",
+    "--wrap",
+    "--parsable",
+)
 """Flags that `litrecipe submit` decides."""
 ON_ONE_LINE = ("gpu_type", "partition", "account", "qos", "constraint", "reservation", "dependency", "name")
 """Keys that become a line `#SBATCH …`."""

@@ -42,7 +42,9 @@ def with_defaults(tree: Node, mistakes: Mistakes) -> Node:
             near = nearest(asked.text, list(clusters.value))
             there = f"did you mean {near[0]}?" if near else f"there are {', '.join(clusters.value) or 'none'}"
             file = path or f"~/.config/litrecipe/slurm.yaml (or ${VARIABLE})"
-            mistakes.append(f"{asked.where}slurm.cluster: {asked.text}: no such name under `{CLUSTERS}` in {file}: {there}")
+            mistakes.append(
+                f"{asked.where}slurm.cluster: {asked.text}: no such name under `{CLUSTERS}` in {file}: {there}"
+            )
         elif cluster.is_group:
             written = overlay(written, cluster)
         elif cluster.value is not None:

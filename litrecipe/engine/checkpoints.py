@@ -19,6 +19,7 @@ from litrecipe.engine.optim import load_optimizer_state, optimizer_state
 from litrecipe.engine.rng import capture_rng, restore_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.spikes import SpikeGuard
+from litrecipe.model.tensor_plan import alike, held_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -77,7 +78,7 @@ class Checkpoints:
             "world_size": self.fabric.world_size,
             "rank": {"rng": capture_rng()},
         }
-        weights = {name: parameter.data for name, parameter in self.changed.items()}
+        weights = {name: alike(parameter.data, parameter) for name, parameter in self.changed.items()}
         tensors = optimizer_state(self.optimizer, self.parameters)
         target = training_state.step_folder(self.run_dir.checkpoints, at.step)
         training_state.save(target, weights, tensors, state, self.writer)
@@ -104,7 +105,7 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in self.changed.items():
                 piece, _ = training_state.local_piece(parameter.data)
-                piece.copy_(weights.like(name, parameter.data))
+                piece.copy_(weights.like(name, parameter))
         kinds = (self.optimizer_kind, state["optimizer"])
         load_optimizer_state(self.optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
         if state["world_size"] == self.fabric.world_size:
@@ -124,7 +125,7 @@ class Checkpoints:
     def mismatches(self, folder: Path, was: dict[str, str], shapes: dict[str, torch.Size]) -> list[str]:
         """What differs between this run and the checkpoint's: settings by name, then the trained weights' shapes."""
         mistakes = other_settings(folder, was, self.identity)
-        ours = {name: list(parameter.shape) for name, parameter in self.changed.items()}
+        ours = {name: list(held_of(one).whole_shape(one.shape)) for name, one in self.changed.items()}
         theirs = {name: list(shape) for name, shape in shapes.items()}
         if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
             first = f"{odd[0]}: {theirs.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.engine.grid import Grid, grid_of, rows_of
 from litrecipe.engine.sharding import distribute
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    if config.strategy == "fsdp":
+    rows = rows_of(config, world)
+    if config.splits_models:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
-            data_parallel_size=world,
-            tensor_parallel_size=1,
+            data_parallel_size=rows,
+            tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=False,
             # What lies in main memory is added up there.
             process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
@@ -146,21 +148,24 @@ def leave() -> None:
 
 
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """Each value summed over the ranks, which must all bring the same names."""
-    if fabric.world_size == 1 or not values:
+    """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
+    names."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=grid.across)
     return dict(zip(names, total.tolist(), strict=True))
 
 
 def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor summed over the ranks, which must all bring the same names and shapes."""
-    if fabric.world_size == 1 or not values:
+    """As `sums`, of tensors; all must bring the same names and shapes."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, group=grid.across)
     parts = flat.split([values[name].numel() for name in sorted(values)])
     return {name: part.view(values[name].shape) for name, part in zip(sorted(values), parts, strict=True)}
 
@@ -190,6 +195,11 @@ def gather(fabric: Fabric, value: Any) -> list[Any]:
     return values
 
 
+def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
+    """The same of those that see different data: of ranks that share a copy of a model the first speaks."""
+    return gather(fabric, value)[:: grid_of(fabric).in_row]
+
+
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
     return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
@@ -201,19 +211,33 @@ class Ranks:
 
     fabric: Fabric
 
+    @cached_property
+    def _grid(self) -> Grid:
+        return grid_of(self.fabric)
+
     @property
     def rank(self) -> int:
-        """This process's place."""
-        return self.fabric.global_rank
+        """Whose share of the work this process does; those that share a copy of a model do the same."""
+        return self._grid.rank
 
     @property
     def world(self) -> int:
-        """Processes."""
-        return self.fabric.world_size
+        """Shares."""
+        return self._grid.rows
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.fabric.world_size == 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what all know."""
+        return self.fabric.global_rank == 0
 
     def agree(self, value: Any) -> list[Any]:
-        """What each rank brings, on all of them. Raises `Stopped` on all when one was asked to stop."""
+        """What comes of each share, on all ranks. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
-        if self.world > 1 and (signals := [number for _, number in found if number is not None]):
+        if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
-        return [brought for brought, _ in found]
+        return [brought for brought, _ in found[:: self._grid.in_row]]

@@ -36,7 +36,7 @@ class TokenEmbedding(nn.Embedding):
 
     def __init__(self, embedding: nn.Embedding, group: Group, start: int) -> None:
         """Takes the weight (own V, d) of `embedding`, whose first row is that of token `start`."""
-        super().__init__(*embedding.weight.shape, device="meta")
+        super().__init__(len(embedding.weight), embedding.embedding_dim, device="meta")
         self.weight, self.group, self.start = embedding.weight, group, start
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """A model made into one rank's part of it, by the plan of `tensor_plan`.
 
 What is left on a rank is a model like any other, with fewer heads, narrower MLPs and fewer tokens, that asks its group
-twice a layer: attention and each MLP read what all ranks have (`entered`), and what they write is added up. So adapters,
-packed rows, caches and sharding know nothing of it. Embedding and head share the vocabulary (`split_layers`, `head`).
+twice a layer: attention and each MLP read what all ranks have (`entered`), and what they write is added up. So packed
+rows, caches and sharding know nothing of it. Embedding and head share the vocabulary (`split_layers`, `head`).
 
 Every parameter says what it is a part of (`held_of`), for checkpoints, exports and gradients.
 """
@@ -25,13 +25,12 @@ from litrecipe.model.head import OwnTokens
 from litrecipe.model.lora_experts import LoraExperts
 from litrecipe.model.split_layers import RowLinear, TokenEmbedding
 from litrecipe.model.tensor_plan import (
-    EVERYTHING,
     EXPERT_DIMS,
-    SHARED,
     Held,
     Style,
     bounds_of,
     held,
+    mark,
     plan_of,
     tokens_held,
     width_of,
@@ -58,25 +57,6 @@ def split(module: nn.Module, group: Group) -> None:
     mark(module)
 
 
-def mark(module: nn.Module) -> None:
-    """Let each parameter know what it is a part of; again, where parameters were replaced or copied."""
-    for owner in module.modules():
-        for leaf, what in getattr(owner, "held", {}).items():
-            cast(Any, getattr(owner, leaf)).held = what
-
-
-def held_of(tensor: Tensor) -> Held:
-    """What a parameter, or what is `like` one, is a part of; everything where nothing is split."""
-    return getattr(tensor, "held", EVERYTHING)
-
-
-def alike(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """`tensor`, which from now on is a part of what `parameter` is a part of, if it has its shape."""
-    if tensor.shape == parameter.shape and hasattr(parameter, "held"):
-        cast(Any, tensor).held = parameter.held
-    return tensor
-
-
 @torch.no_grad()
 def whole(part: Tensor, what: Held, group: Group | None) -> Tensor:
     """The whole tensor, on every rank of the group, from each one's part."""
@@ -100,6 +80,8 @@ class _Splitting:
         """`seen`: modules and parameters of models before it, which may be its own."""
         self.model, self.group, self.bounds, self.seen = model, group, bounds, seen
         self.known: set[Tensor] = set()
+        self.everything = Held(is_copy=group.rank > 0)
+        self.shared = self.everything._replace(is_share=True)
 
     def run(self) -> None:
         model, group, plan = self.model, self.group, plan_of(self.model.architecture)
@@ -134,7 +116,7 @@ class _Splitting:
             self._hold(part, weight=held(0, widths, self.group.rank, self.group.size))
             cast(RMSNorm, part).group = self.group
         else:
-            what = SHARED if style.of_own_heads else EVERYTHING
+            what = self.shared if style.of_own_heads else self.everything
             self._hold(part, **{leaf: what for leaf, _ in part.named_parameters(recurse=False)})
 
     def _vocabulary(self, name: str, part: nn.Module) -> None:
@@ -150,23 +132,23 @@ class _Splitting:
         self._hold(base, weight=rows, bias=rows)
         base.out_features = len(base.weight)
         if adapter is not None:
-            self._hold(adapter.lora_A["default"], weight=SHARED)
+            self._hold(adapter.lora_A["default"], weight=self.shared)
             self._hold(adapter.lora_B["default"], weight=rows)
             if adapter.is_dora:
                 self._hold(adapter.lora_magnitude_vector["default"], weight=rows)
 
     def _row(self, name: str, part: nn.Module, columns: Held) -> None:
         base, adapter = _parts(part)
-        self._hold(base, weight=columns, bias=EVERYTHING)
+        self._hold(base, weight=columns, bias=self.everything)
         if not isinstance(base, RowLinear):
             linear = RowLinear(base, self.group)
             linear.held = base.held
             self.model.set_submodule(name if adapter is None else f"{name}.base_layer", linear)
         if adapter is not None:
             self._hold(adapter.lora_A["default"], weight=columns)
-            self._hold(adapter.lora_B["default"], weight=SHARED)
+            self._hold(adapter.lora_B["default"], weight=self.shared)
             if adapter.is_dora:
-                self._hold(adapter.lora_magnitude_vector["default"], weight=SHARED)
+                self._hold(adapter.lora_magnitude_vector["default"], weight=self.shared)
 
     def _experts(self, part: nn.Module, width: int) -> None:
         """Of gate and up (E, 2 I, d) rows, of down (E, d, I) columns; in an adapter's factors for all experts, A
@@ -179,7 +161,7 @@ class _Splitting:
             if isinstance(part, LoraExperts) and projection in part.lora_A:
                 factor, other = (part.lora_B, part.lora_A) if dim == 1 else (part.lora_A, part.lora_B)
                 self._hold(factor, **{projection: own._replace(dim=dim - 1)})
-                self._hold(other, **{projection: SHARED})
+                self._hold(other, **{projection: self.shared})
         if self._is_new(part):
             base.shapes = {name: tuple(getattr(base, name).shape[1:]) for name in PROJECTIONS}
             part.register_forward_pre_hook(partial(_enter, self.group))

@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from litrecipe.config.errors import InputError
 from litrecipe.model.architecture import EXPERTS, PROJECTIONS, Architecture, LayerShape
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Kind = Literal["column", "row", "vocabulary", "experts", "norm", "whole"]
 """`column`: some of a linear layer's outputs, in several runs where projections are fused. `row`: some of its inputs;
@@ -102,6 +105,8 @@ class Held(NamedTuple):
     """Of the whole tensor along the dimension."""
     is_share: bool = False
     """Whether the gradient of what every rank holds is a share of it on each, to be added up."""
+    is_copy: bool = False
+    """Whether the first rank has the same."""
 
     @property
     def is_split(self) -> bool:
@@ -113,7 +118,26 @@ class Held(NamedTuple):
         return (*shape[: self.dim], self.size, *shape[self.dim + 1 :]) if self.ranges else tuple(shape)
 
 
-EVERYTHING, SHARED = Held(), Held(is_share=True)
+EVERYTHING = Held()
+
+
+def held_of(tensor: Tensor) -> Held:
+    """What a parameter, or what is `alike`, is a part of; everything where nothing is split."""
+    return getattr(tensor, "held", EVERYTHING)
+
+
+def alike(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """`tensor`, which is known from now on to be a part as `parameter` is, if it has its shape."""
+    if tensor.shape == parameter.shape and hasattr(parameter, "held"):
+        tensor.held = parameter.held  # type: ignore[attr-defined]
+    return tensor
+
+
+def mark(module: nn.Module) -> None:
+    """Let each parameter know what it is a part of; again, where parameters were replaced or copied."""
+    for owner in module.modules():
+        for leaf, what in getattr(owner, "held", {}).items():
+            getattr(owner, leaf).held = what
 
 
 def held(dim: int, widths: Sequence[int], rank: int, size: int) -> Held:
