@@ -58,8 +58,8 @@ class LaidOut:
 @torch.no_grad()
 def lay_out(model: Decoder) -> LaidOut | None:
     """None where it would not help, or could not compute the same: elsewhere than on a CPU, in other dtypes than fp32,
-    with layers that are quantised, sharded or compiled, or not made as Llama's, with dropout, above `LARGEST`, and where
-    ranks split the model."""
+    with layers that are quantised, sharded or compiled, or not made as Llama's, with dropout, above `LARGEST`, and
+    where ranks split the model."""
     layers = [cast(Layer, layer) for layer in model.model.layers]
     helps = (
         is_like_llama(model.architecture)
