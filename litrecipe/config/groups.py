@@ -356,8 +356,8 @@ class Fabric:
     otherwise each block is gathered for every token."""
 
     @property
-    def splits_models(self) -> bool:
-        """Whether no process has the whole of what is trained."""
+    def is_sharded(self) -> bool:
+        """Whether processes share a model, none of which holds all of it."""
         return self.strategy == "fsdp" or self.tensor_parallel > 1
 
 

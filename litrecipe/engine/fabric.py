@@ -34,7 +34,7 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
     rows = rows_of(config, world)
-    if config.splits_models:
+    if config.is_sharded:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
             data_parallel_size=rows,
@@ -241,3 +241,17 @@ class Ranks:
         if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
         return [brought for brought, _ in found[:: self._grid.in_row]]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
+        next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        together = not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
+        try:
+            with stop.interruptible((lambda: None) if together else stop.requested):
+                yield
+        except stop.Stopped:
+            self.agree(None)  # raises on all of several ranks
+            raise

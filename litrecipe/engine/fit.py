@@ -183,7 +183,7 @@ class Run:
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.lr = 0.0
         self.grid = grid_of(self.fabric)
-        self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.splits_models)
+        self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.is_sharded)
         self.checkpoints = Checkpoints(
             fabric=self.fabric,
             run_dir=self.dir,
@@ -283,7 +283,7 @@ class Run:
         rows = rows if at_once else list(self.with_statistics(rows, samples))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
-        sharded = self.recipe.fabric.splits_models
+        sharded = self.recipe.fabric.is_sharded
         losses = [self.learn(row, counts, exchange=sharded or row is rows[-1], at_once=at_once) for row in rows]
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]

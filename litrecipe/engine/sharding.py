@@ -35,15 +35,20 @@ def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.
     if (group := row_of(mesh)) is not None:
         split(module, group)
     models = [model for model in models if model not in heads]
+    device = torch.device("cpu") if config.cpu_offload else _device_of(mesh)
     if config.strategy == "fsdp" or mesh["data_parallel"].size() > 1:
         cut(models, heads, mesh["data_parallel"], config)
-    device = torch.device("cpu") if config.cpu_offload else _device_of(mesh)
+        for model in models:
+            if model.fill is not None:
+                give_memory(model, device)
+    else:
+        give_common_memory(models, device)
+        module.to(device)
+    mark(module)
     for model in models:
         if model.fill is not None:
-            give_memory(model, device)
             model.fill(model)
             model.fill = None
-    mark(module)
     return module
 
 
@@ -108,6 +113,18 @@ def give_memory(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)
+
+
+def give_common_memory(models: Iterable[nn.Module], device: torch.device) -> None:
+    """The same for several models; what they share they share afterwards."""
+    given: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in (module for model in models for module in model.modules()):
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                if parameter not in given:
+                    values = torch.empty_like(parameter, device=device)
+                    given[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                setattr(owner, name, given[parameter])
 
 
 def unshare(models: Iterable[nn.Module]) -> None:

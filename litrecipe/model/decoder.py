@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class Trunk(nn.Module):
         self.group: Group | None = None
         """The ranks that this model is split over (`tensor_parallel`); None where one computes all of it."""
         self.model = Backbone(architecture)
-        self.fill: Callable[[Self], None] | None = None
+        self.fill: Callable[[Trunk], None] | None = None
         """Of a model on the meta device: gives values to what is on this process, once that has memory."""
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
         self.frequencies = frequencies_of(architecture)

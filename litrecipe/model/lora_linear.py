@@ -87,16 +87,18 @@ class LoraLinear(PeftLinear):
         with torch.device("meta"):
             super().update_layer(*args, **kwargs)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """A from U(-1/√i, 1/√i) and B zero, in fp32 on the base's device; m the row norms. `generator` is a CPU one, so
-        that every device starts with the same adapter."""
-        device, bound = self.base.weight.device, 1 / math.sqrt(self.base.in_features)
+    def init_weights(self, generator: torch.Generator, device: torch.device | str | None = None) -> None:
+        """A from U(-1/√i, 1/√i) and B zero, in fp32 on a device or that of the base; m the row norms, zeros where the
+        base has no values. `generator` is a CPU one, so that every device starts with the same adapter."""
+        device, bound = device or self.base.weight.device, 1 / math.sqrt(self.base.in_features)
         a = torch.empty(self.a.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
         self.lora_A[NAME].weight = nn.Parameter(a.to(device))
         self.lora_B[NAME].weight = nn.Parameter(torch.zeros(self.b.shape, dtype=torch.float32, device=device))
         if self.is_dora:
-            weight = dense_weight(self.base, torch.float32).detach()  # B A is zero
-            self.lora_magnitude_vector[NAME].weight = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
+            norms = torch.zeros(self.base.out_features, device=device)
+            if not self.base.weight.is_meta:
+                norms = torch.linalg.vector_norm(dense_weight(self.base, torch.float32).detach(), dim=1)  # B A is zero
+            self.lora_magnitude_vector[NAME].weight = nn.Parameter(norms)
 
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:

@@ -74,7 +74,8 @@ class Teaching:
     def load(self, recipe: TrainingRecipe) -> Teacher:
         """The teacher, frozen; in bf16 where anything is: its weights do not move, so that no rounding adds up."""
         quantize, files = Quantize(method=self.distil.quantize), self.files.for_length(longest_of(recipe))
-        teacher = load_teacher(files, dtype=teacher_dtype(recipe), quantize=quantize)
+        shared = recipe.fabric.is_sharded and not self.distil.cache
+        teacher = load_teacher(files, dtype=teacher_dtype(recipe), quantize=quantize, shared=shared)
         teacher.k = self.k
         teacher.temperature, teacher.tokens = self.distil.temperature, self.tokens
         if recipe.fabric.compile:
