@@ -15,6 +15,7 @@ from litrecipe.checkpoint import state as training_state
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import warn
 from litrecipe.data.source import StepSource
+from litrecipe.engine.grid import grid_of
 from litrecipe.engine.optim import load_optimizer_state, optimizer_state
 from litrecipe.engine.rng import capture_rng, restore_rng
 from litrecipe.engine.rundir import RunDir
@@ -76,6 +77,7 @@ class Checkpoints:
             "optimizer": self.optimizer_kind,
             "identity": self.identity,
             "world_size": self.fabric.world_size,
+            "data_ranks": grid_of(self.fabric).rows,
             "rank": {"rng": capture_rng()},
         }
         weights = {name: alike(parameter.data, parameter) for name, parameter in self.changed.items()}
@@ -108,8 +110,10 @@ class Checkpoints:
                 piece.copy_(weights.like(name, parameter))
         kinds = (self.optimizer_kind, state["optimizer"])
         load_optimizer_state(self.optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
-        if state["world_size"] == self.fabric.world_size:
-            restore_rng(state["ranks"][self.fabric.global_rank]["rng"])
+        grid, world = grid_of(self.fabric), state["world_size"]
+        rows = state.get("data_ranks", world)
+        if rows == grid.rows:  # ranks that share a model draw alike
+            restore_rng(state["ranks"][grid.rank * (world // rows)]["rng"])
         else:
             warn(f"resuming on {self.fabric.world_size} ranks what {state['world_size']} wrote")
         at = Counters(**{field.name: state[field.name] for field in fields(Counters)})

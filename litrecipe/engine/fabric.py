@@ -33,7 +33,7 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    rows = rows_of(config, world)
+    rows = data_shares(config)
     if config.is_sharded:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
@@ -99,6 +99,11 @@ def devices_of(config: FabricConfig) -> int:
 def world_size(config: FabricConfig) -> int:
     """Processes of the whole run."""
     return devices_of(config) * config.num_nodes
+
+
+def data_shares(config: FabricConfig) -> int:
+    """How many processes, or groups that share a copy of a model, see data of their own."""
+    return rows_of(config, world_size(config))
 
 
 def _refuse_plain_sbatch() -> None:

@@ -169,7 +169,7 @@ def narrowed(architecture: Architecture, size: int) -> Architecture:
     return replace(a, shapes=shapes, experts=experts, **widths)
 
 
-def check_divides(architecture: Architecture, size: int) -> None:
+def check_divides(architecture: Architecture, size: int, whose: str = "the model") -> None:
     """Raise InputError naming all that so many ranks cannot split evenly. Tokens need not be: some ranks get one more.
 
     Heads of keys and values are not copied, so there must be one for each rank.
@@ -190,9 +190,9 @@ def check_divides(architecture: Architecture, size: int) -> None:
     for what, found in widths.items():
         odd = next(((width, where) for width, where in found if width % size), None)
         if odd is not None:
-            mistakes.append(f"the model's {what}, {odd[0]}{odd[1]}, cannot be split evenly: give a divisor of it")
+            mistakes.append(f"{whose}'s {what}, {odd[0]}{odd[1]}, cannot be split evenly: give a divisor of it")
     if a.vocab_size < size:
-        mistakes.append(f"the model knows {a.vocab_size} tokens: give at most that")
+        mistakes.append(f"{whose} knows {a.vocab_size} tokens: give at most that")
     if mistakes:
         raise InputError(*(f"fabric.tensor_parallel: {size}: {mistake}" for mistake in mistakes))
 
