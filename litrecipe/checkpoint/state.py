@@ -14,6 +14,7 @@ along every dimension, its pieces begin, so any number of ranks, however they di
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -43,6 +44,8 @@ LEFTOVER = re.compile(rf"{NAME.pattern}\.tmp|\.{NAME.pattern}\..+")
 PART = "@"
 """Stands between a tensor's name and the number of a piece, where a rank has several of it."""
 CURE = "the checkpoint is damaged; use another"
+MARGIN = 2**20
+"""Bytes beside the tensors: headers, counters, random numbers."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -74,6 +77,31 @@ class Writer:
 ALONE = Writer(rank=0, sharded=False, gather=lambda value: [value])
 
 
+@dataclass(frozen=True)
+class Piece:
+    """What one rank writes of a tensor."""
+
+    values: Tensor
+    """On the CPU."""
+    offset: tuple[int, ...]
+    """Where in the whole tensor it begins, along each dimension."""
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+
+def pieces_of(tensors: Mapping[str, Tensor], writer: Writer, *, copied: bool = False) -> dict[str, Piece]:
+    """What this rank writes of some tensors, by name, with a number where it has several pieces of one; `copied`: as
+    they are now, whatever becomes of them."""
+    pieces = {}
+    for name, tensor in tensors.items():
+        if is_written_by(writer.rank, tensor):
+            shape = held_of(tensor).whole_shape(tensor.shape)
+            for number, (piece, offset) in enumerate(local_pieces(tensor)):
+                key = f"{name}{PART}{number}" if number else name
+                pieces[key] = Piece(piece.detach().to("cpu", copy=copied), offset, shape)
+    return pieces
+
+
 def save(
     target: Path,
     weights: Mapping[str, Tensor],
@@ -81,32 +109,63 @@ def save(
     state: dict[str, Any],
     writer: Writer = ALONE,
 ) -> None:
-    """Write one checkpoint; it has its name only once it is complete.
+    """Write one checkpoint, `begin` and `finish`."""
+    pieces = {"weights": pieces_of(weights, writer), "optimizer": pieces_of(optimizer, writer)}
+    begin(target, pieces, state, writer)
+    finish(target, pieces, writer)
+
+
+def begin(target: Path, pieces: Mapping[str, Mapping[str, Piece]], state: dict[str, Any], writer: Writer) -> None:
+    """Make the draft of a checkpoint and write its state, if there is room for all of it.
 
     `state` is rank 0's JSON; a key `ranks` in it is filled with every rank's `state["rank"]`. Raises InputError on
-    every rank when the disk is full on any; what was there before is untouched.
+    every rank when there is not enough room; what was there before is untouched.
     """
-    draft = target.with_name(target.name + ".tmp")
+    draft = draft_of(target)
+    size = sum(piece.values.nbytes for of_kind in pieces.values() for piece in of_kind.values())
+    of_ranks = writer.gather((size, state.get("rank")))
     with _together(writer, target):
         if writer.rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
-    files: dict[str, dict[str, Any]] = {}
-    with _together(writer, target):
-        if writer.writes_tensors:
-            for kind, tensors in (("weights", weights), ("optimizer", optimizer)):
-                path = draft / f"{kind}-{writer.rank:05d}.safetensors"
-                _write_pieces(path, tensors, writer.rank)
-                files[path.name] = describe_file(path)
-    of_ranks = writer.gather((files, state.get("rank")))
-    with _together(writer, target):
-        if writer.rank == 0:
+            needed, free = sum(size for size, _ in of_ranks) + MARGIN, free_bytes(draft)
+            if free is not None and free < needed:
+                raise OSError(errno.ENOSPC, f"it takes {needed / 1e6:.0f} MB")
             whole = {**state, "ranks": [rank for _, rank in of_ranks], "checkpoint_schema": SCHEMA_VERSION}
             whole.pop("rank", None)
             write_text(draft / "state.json", json.dumps(whole, indent=1))
-            files = {name: entry for written, _ in of_ranks for name, entry in written.items()}
+
+
+def finish(target: Path, pieces: Mapping[str, Mapping[str, Piece]], writer: Writer) -> None:
+    """Write the tensors of a checkpoint that was begun; it has its name only once it is complete.
+
+    Raises InputError on every rank when the disk is full on any; what was there before is untouched.
+    """
+    draft = draft_of(target)
+    files: dict[str, dict[str, Any]] = {}
+    with _together(writer, target):
+        if writer.writes_tensors:
+            for kind, of_kind in pieces.items():
+                path = draft / f"{kind}-{writer.rank:05d}.safetensors"
+                _write_pieces(path, of_kind)
+                files[path.name] = describe_file(path)
+    of_ranks = writer.gather(files)
+    with _together(writer, target):
+        if writer.rank == 0:
+            files = {name: entry for written in of_ranks for name, entry in written.items()}
             write_manifest(draft, {**files, "state.json": describe_file(draft / "state.json")})
             replace_folder(draft, target)
+
+
+def draft_of(target: Path) -> Path:
+    """Where a checkpoint is written before it is complete."""
+    return target.with_name(target.name + ".tmp")
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Room on a folder's disk; None where its file system does not tell."""
+    usage = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.is_dir()))
+    return usage.free if usage.total else None
 
 
 @contextmanager
@@ -120,36 +179,33 @@ def _together(writer: Writer, target: Path) -> Iterator[None]:
     failures = [text for text in writer.gather(failure) if text]
     if failures:
         if writer.rank == 0:
-            shutil.rmtree(target.with_name(target.name + ".tmp"), ignore_errors=True)
+            shutil.rmtree(draft_of(target), ignore_errors=True)
         raise InputError(_disk_mistake(target, failures[0]))
 
 
 def _disk_mistake(target: Path, failure: str) -> str:
     older = newest_complete(target.parent)
     kept = f"the checkpoint {older.name} is intact" if older else "there is no older checkpoint"
-    free = shutil.disk_usage(next(parent for parent in target.parents if parent.is_dir())).free
+    free = free_bytes(target.parent)
+    room = "" if free is None else f"{free / 1e6:.0f} MB free; "
     return (
-        f"out_dir: {target}: could not be saved ({failure}; {free / 1e6:.0f} MB free; {kept}): make room and run again "
-        "with --checkpoint.resume auto"
+        f"out_dir: {target}: could not be saved ({failure}; {room}{kept}): make room and run again with "
+        "--checkpoint.resume auto"
     )
 
 
-def _write_pieces(path: Path, tensors: Mapping[str, Tensor], rank: int) -> None:
-    pieces: dict[str, Tensor] = {}
+def _write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
+    written: dict[str, Tensor] = {}
     stored: set[int] = set()
     layout: dict[str, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        if not is_written_by(rank, tensor):
-            continue
-        shape = held_of(tensor).whole_shape(tensor.shape)
-        for number, (piece, offset) in enumerate(local_pieces(tensor)):
-            key = f"{name}{PART}{number}" if number else name
-            pieces[key] = piece.detach().to("cpu").contiguous()
-            if pieces[key].data_ptr() in stored:  # 8-bit optimizers share their code tables; the format shares nothing
-                pieces[key] = pieces[key].clone()
-            stored.add(pieces[key].data_ptr())
-            layout[key] = {"offset": list(offset), "shape": list(shape)}
-    save_file(pieces, path, metadata={"layout": json.dumps(layout)})
+    for name, piece in pieces.items():
+        values = piece.values.contiguous()
+        if values.data_ptr() in stored:  # 8-bit optimizers share their code tables; the format shares nothing
+            values = values.clone()
+        stored.add(values.data_ptr())
+        written[name] = values
+        layout[name] = {"offset": list(piece.offset), "shape": list(piece.shape)}
+    save_file(written, path, metadata={"layout": json.dumps(layout)})
     with path.open("rb") as handle:
         os.fsync(handle.fileno())
 
@@ -300,6 +356,13 @@ def prune(written: Path, keep: int) -> None:
     Call it only once `written` is complete.
     """
     older = [path for path in all_checkpoints(written.parent) if step_of(path) < step_of(written)]
-    leftovers = [path for path in written.parent.iterdir() if LEFTOVER.fullmatch(path.name)]
-    for path in older[max(0, keep - 1) :] + leftovers:
+    for path in older[max(0, keep - 1) :]:
         shutil.rmtree(path, ignore_errors=True)
+    clear_leftovers(written.parent)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what kills left behind of saves, while nothing is being saved."""
+    for path in folder.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

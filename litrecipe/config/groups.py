@@ -301,6 +301,8 @@ class Checkpoint:
     """Steps between checkpoints (null: only when stopped and at the end)."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    asynchronous: bool = False
+    """Write them while the training goes on, from a copy of weights and optimizer in memory."""
     resume: str | None = None
     """`auto` continues the newest complete checkpoint of `out_dir`, if any; or a checkpoint folder."""
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -21,6 +21,8 @@ from litrecipe.engine.sharding import distribute
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+T = TypeVar("T")
 
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
@@ -152,6 +154,21 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
+    """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
+    found: Any = None
+    mistakes: list[str] = []
+    if fabric.global_rank == 0:
+        try:
+            found = act()
+        except InputError as error:
+            mistakes = error.mistakes
+    found, mistakes = fabric.broadcast((found, mistakes))
+    if mistakes:
+        raise InputError(*mistakes)
+    return cast(T, found)
+
+
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
     names."""
@@ -191,12 +208,12 @@ def stop_requested(fabric: Fabric) -> int | None:
     return int(flag) or None
 
 
-def gather(fabric: Fabric, value: Any) -> list[Any]:
+def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     """What each rank brings, on all of them."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 
@@ -208,6 +225,12 @@ def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
     return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
+
+
+def background_writer(fabric: Fabric, writer: Writer) -> Writer:
+    """The same on a thread beside the training, over connections of its own: every rank must call this."""
+    group = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+    return replace(writer, gather=partial(gather, fabric, group=group))
 
 
 @dataclass(frozen=True)

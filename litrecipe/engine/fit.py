@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -64,8 +64,6 @@ from litrecipe.objectives.loss import (
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -137,9 +135,9 @@ def fit(job: Job) -> int:
     folder = RunDir(job.recipe.out_dir)
     try:
         with ExitStack() as lock:
-            on_first_rank(job.fabric, lambda: lock.enter_context(folder.held()))
+            ranks.on_first_rank(job.fabric, lambda: lock.enter_context(folder.held()))
             run = Run(job)
-            with closing(run.teller), stop.deferred():
+            with closing(run.teller), closing(run.checkpoints), stop.deferred():
                 return run.train()
     except OSError as error:
         ours = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(folder.path)
@@ -151,21 +149,6 @@ def fit(job: Job) -> int:
         ) from error
 
 
-def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
-    """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
-    found: Any = None
-    mistakes: list[str] = []
-    if fabric.global_rank == 0:
-        try:
-            found = act()
-        except InputError as error:
-            mistakes = error.mistakes
-    found, mistakes = fabric.broadcast((found, mistakes))
-    if mistakes:
-        raise InputError(*mistakes)
-    return cast(T, found)
-
-
 class Run:
     """The state of one training run."""
 
@@ -173,7 +156,7 @@ class Run:
         self.job, self.fabric, self.recipe = job, job.fabric, job.recipe
         self.train_config = job.recipe.train
         self.dir = RunDir(job.recipe.out_dir)
-        resume = on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
+        resume = ranks.on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
         self.raw = job.module
         self.module = self.fabric.setup_module(job.module)
         self.parameters = trained_parameters(self.raw)
@@ -193,8 +176,10 @@ class Run:
             optimizer_name=job.recipe.optim.name,
             source=job.source,
             identity=job.identity,
+            seed=self.train_config.seed,
             keep=job.recipe.checkpoint.keep,
             writer=self.writer,
+            behind=ranks.background_writer(self.fabric, self.writer) if job.recipe.checkpoint.asynchronous else None,
             guard=job.guard,
         )
         seed_rng(self.train_config.seed, self.grid.rank)
@@ -209,6 +194,7 @@ class Run:
         self.leg.begin()
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.at.step)
+            self.checkpoints.warn_of_little_room()
             if self.at.step < self.at.total_steps:
                 self.dir.put_final_aside()
         self.fabric.barrier()
@@ -271,6 +257,7 @@ class Run:
             signal_number = self.evaluate()
             if signal_number is not None:
                 self.save_and_stop(signal_number)
+        self.checkpoints.wait()
         self.job.save_final(self.dir.final)
         self.fabric.barrier()
         self.teller.say(f"done: {self.at.step} steps, {self.at.tokens} tokens; the model is in {self.dir.final}")
@@ -507,6 +494,7 @@ class Run:
     def save_and_stop(self, signal_number: int) -> None:
         """Save, say so and leave with the exit code that the signal stands for."""
         self.checkpoints.save(self.at)
+        self.checkpoints.wait()
         self.teller.say(
             f"stopped by {signal.Signals(signal_number).name}: step {self.at.step} of {self.at.total_steps} is saved "
             f"in {self.dir.path}; the same command with --checkpoint.resume auto goes on"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from litrecipe.config.groups import RewardRecipe, TrainingRecipe
 from litrecipe.config.online import PpoRecipe
+from litrecipe.engine.optim import optimizer_bytes
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
@@ -29,8 +30,6 @@ from litrecipe.model.row import Row
 from litrecipe.model.tensor_parallel import split
 from litrecipe.model.tensor_plan import narrowed
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd": 4.0}
-"""Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
 CPU_HOLES = 0.2
@@ -69,6 +68,9 @@ class MemoryTable:
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
     """Copies of the weights for as long."""
+    saving: int = 0
+    """A copy of what a checkpoint holds, while it is written in the background; of a GPU's it lies in the host's
+    memory."""
 
     @property
     def peak(self) -> int:
@@ -78,6 +80,7 @@ class MemoryTable:
         """
         backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
         always = self.weights + self.reference + self.judges + self.teacher + self.optimizer + self.exchange
+        always += self.saving
         return max(always + max(backward, self.cache + self.laid_out), self.weights + self.asked)
 
 
@@ -91,8 +94,8 @@ def estimate(
     device: torch.device | str = "cpu",
     frozen_copy: bool = False,
 ) -> MemoryTable:
-    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step. Where ranks share
-    a copy of the model, that of the first.
+    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step. Where ranks
+    share a copy of the model, that of the first.
 
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
     """
@@ -106,7 +109,7 @@ def estimate(
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
     copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
-    optimizer = int(sum(p.numel() for p in model.parameters() if p.requires_grad) * OPTIMIZER_BYTES[recipe.optim.name])
+    optimizer = optimizer_bytes(recipe.optim.name, (p for p in model.parameters() if p.requires_grad))
     strategy, exchange = recipe.fabric.strategy, 0
     cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
     if cuts:
@@ -115,6 +118,7 @@ def estimate(
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
+    saved = (sum(learnt.values()) // (world_size if strategy == "fsdp" else 1)) + optimizer
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
@@ -129,6 +133,7 @@ def estimate(
         scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
+        saving=saved if recipe.checkpoint.asynchronous and torch.device(device).type == "cpu" else 0,
         parameters=parameters,
         trained=trained,
     )

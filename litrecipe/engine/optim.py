@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,9 @@ from litrecipe.checkpoint.state import Pieces
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Optim, Schedule
 from litrecipe.model.tensor_plan import alike, held_of
+
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd": 4.0}
+"""Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -93,6 +96,11 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Optim, factors: Mapping[
         if config.adam_style == "tf":
             taken = max((int(optimizer.state[p]["step"]) for p in group["params"] if p in optimizer.state), default=0)
             group["eps"] = config.eps / math.sqrt(1 - config.betas[1] ** (taken + 1))
+
+
+def optimizer_bytes(name: str, trained: Iterable[nn.Parameter]) -> int:
+    """About what the state of an optimizer will take."""
+    return int(sum(STATE_BYTES[name] / 4 * (p.numel() * p.element_size()) for p in trained))
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -161,13 +161,14 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "asked": "a teacher, before anything is learnt",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
+        "saving": "a copy of what a checkpoint holds, while it is written in the background",
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
         "activations": f"largest row: {len(load.row.tokens)} tokens, {len(load.row.target)} of them predicted",
         "scratch": "logits of one block, gradients on their way",
         "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
-    for name in ("reference", "judges", "teacher", "asked"):
+    for name in ("reference", "judges", "teacher", "asked", "saving"):
         if not getattr(table, name):
             del notes[name]
     for name, note in notes.items():

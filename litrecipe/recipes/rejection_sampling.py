@@ -25,8 +25,7 @@ from litrecipe.data.prompts import Prompt, PromptSet
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.checkpoints import other_settings
-from litrecipe.engine.fabric import Ranks, make_fabric
-from litrecipe.engine.fit import on_first_rank
+from litrecipe.engine.fabric import Ranks, make_fabric, on_first_rank
 from litrecipe.engine.rundir import RunDir
 from litrecipe.evaluation.pictures import draw_best_of
 from litrecipe.recipes.dry_run_online import show_rejection_sampling
