@@ -70,7 +70,9 @@ OF_VERB: dict[str, dict[str, Any]] = {
     },
 }
 EXPERTS = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+EXPERTS |= {"head_dim": 12}
 FUSED = {"model_type": "gpt2", "vocab_size": 321, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 512}
+FUSED |= {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new"}
 SCRIPT = """
 import json, os, sys
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/engine"]
