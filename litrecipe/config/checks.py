@@ -18,6 +18,7 @@ from litrecipe.config.groups import (
     DpoLoss,
     DpoRecipe,
     EvaluateRecipe,
+    Fabric,
     RewardRecipe,
     Target,
     TrainingRecipe,
@@ -231,6 +232,18 @@ def _combinations(recipe: Any) -> Iterator[Mistake]:
         yield "quantize.method", recipe.quantize.method, "there is nothing to quantise in model.init random: use none"
     if recipe.fabric.tensor_parallel > 1:
         yield from _tensor_parallel(recipe)
+    yield from _sharding(recipe.fabric)
+
+
+def _sharding(fabric: Fabric) -> Iterator[Mistake]:
+    """Keys of models that processes share."""
+    for key in ("reshard_after_forward", "cpu_offload", "param_dtype", "reduce_dtype", "gather_to_sample"):
+        value = getattr(fabric, key)
+        if value != getattr(Fabric, key) and not fabric.is_sharded:
+            yield f"fabric.{key}", value, "only fabric.strategy fsdp knows it: remove it, or use that"
+    if fabric.param_dtype != "auto" and fabric.precision != "bf16-mixed":
+        cure = f"fabric.precision is {fabric.precision}: use bf16-mixed, or remove it"
+        yield "fabric.param_dtype", fabric.param_dtype, cure
 
 
 def _tensor_parallel(recipe: Any) -> Iterator[Mistake]:
@@ -248,6 +261,9 @@ def _tensor_parallel(recipe: Any) -> Iterator[Mistake]:
     if recipe.quantize.method != "none":
         cure = "blocks of quantised weights do not end where ranks' parts do: use none with fabric.tensor_parallel"
         yield "quantize.method", recipe.quantize.method, cure
+    distil = _get(recipe, "distil")
+    if distil and distil.quantize != "none" and not distil.cache:
+        yield "distil.quantize", distil.quantize, "a quantised teacher cannot be split: use none, or distil.cache"
     if recipe.optim.name.endswith("8bit"):
         cure = "8-bit state of a part is not part of the whole's: use adamw with fabric.tensor_parallel"
         yield "optim.name", recipe.optim.name, cure

@@ -18,11 +18,16 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.engine.grid import Grid, grid_of, rows_of
 from litrecipe.engine.sharding import distribute
+from litrecipe.model.decoder import Trunk
+from litrecipe.model.tensor_plan import check_divides
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
+
+
+M = TypeVar("M", bound=Trunk)
 
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
@@ -263,6 +268,27 @@ class Ranks:
         """Whether this process writes what all know."""
         return self.fabric.global_rank == 0
 
+    @property
+    def share_models(self) -> bool:
+        """Whether no rank has a whole model: then all must make each pass of one together."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        return not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
+
+    def place(self, model: M, config: FabricConfig) -> M:
+        """Cut and fill a model that is asked only. Raises InputError where it cannot be split evenly."""
+        check_divides(model.architecture, config.tensor_parallel, f"a {model.architecture.family} model that is asked")
+        distribute(model, cast(Any, self.fabric.strategy).device_mesh, config)
+        return model
+
+    def most(self, mine: int) -> int:
+        """The largest of the numbers that ranks bring."""
+        if self.alone:
+            return mine
+        found = torch.tensor(mine, device=self.fabric.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
+
     def agree(self, value: Any) -> list[Any]:
         """What comes of each share, on all ranks. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
@@ -274,11 +300,8 @@ class Ranks:
     def apart(self) -> Iterator[None]:
         """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
         next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
-        from lightning_fabric.strategies import ModelParallelStrategy
-
-        together = not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
         try:
-            with stop.interruptible((lambda: None) if together else stop.requested):
+            with stop.interruptible((lambda: None) if self.share_models else stop.requested):
                 yield
         except stop.Stopped:
             self.agree(None)  # raises on all of several ranks

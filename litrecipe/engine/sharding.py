@@ -7,7 +7,8 @@ that it works; what is outside of the blocks (embedding, head, last norm) is gat
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,6 +107,23 @@ def second_heads(models: Sequence[Trunk]) -> list[RewardModel]:
             found.append(model)
         seen.add(model.model)
     return found
+
+
+@contextmanager
+def gathered(model: Trunk, config: FabricConfig) -> Iterator[None]:
+    """Inside, every process holds all of a model, and none waits for another. All must enter and leave together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model and config.reshard_after_forward, recurse=False)
+            part.reshard()
 
 
 def give_memory(model: nn.Module, device: torch.device) -> None:

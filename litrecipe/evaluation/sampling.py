@@ -10,7 +10,7 @@ from litrecipe.config.groups import Generate
 from litrecipe.config.progress import track
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.decoding import Ended, sample
+from litrecipe.model.decoding import AnyLeft, Ended, sample
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ def complete(
     batch_tokens: int = 8192,
     progress: str | None = None,
     on_text: Callable[[str], None] | None = None,
+    any_left: AnyLeft | None = None,
 ) -> list[Completion]:
     """Continue every prompt until its end token, a stop string or the token limit, `completions` times.
 
     Results are in the order of `prompts`, those of one prompt together; `streams` numbers their random streams
     (default: their places). They are sampled as one batch that is refilled as answers end, with a cache of at most
     `batch_tokens` places (or those of one answer). With one answer `on_text` is given it piece by piece, each piece
-    certain to be in the final text. Raises InputError when a prompt leaves no room for `settings.max_new_tokens`.
+    certain to be in the final text. `any_left` is for processes that share the model, see `sample`. Raises InputError
+    when a prompt leaves no room for `settings.max_new_tokens`.
     """
     _check_room(model, prompts, settings.max_new_tokens)
     texts = [TextStream(tokenizer, settings.stop) for _ in range(len(prompts) * completions)]
@@ -71,6 +73,7 @@ def complete(
         streams=streams,
         cache_tokens=batch_tokens,
         on_token=on_token,
+        any_left=any_left,
     )
     for index, found in track(sampled, progress, len(texts)) if progress else sampled:
         give(texts[index].end())

@@ -34,7 +34,7 @@ from litrecipe.recipes.known import known_by
 from litrecipe.recipes.training import asked, begin, load_to_train, prepared
 from litrecipe.rollout.candidates import CandidateFile, choose, gains, sample_candidates
 from litrecipe.rollout.rewards import Scorer
-from litrecipe.rollout.sampler import OwnSampler
+from litrecipe.rollout.sampler import own_sampler
 from litrecipe.rollout.sources import check_light, make_sources
 
 if TYPE_CHECKING:
@@ -109,20 +109,21 @@ def answer(
     fabric: Fabric,
 ) -> None:
     """Let the model that training will start from answer; it is gone before that is loaded."""
-    budget = recipe.train.micro_batch_tokens
+    config, budget, ranks = recipe.rejection_sampling, recipe.train.micro_batch_tokens, Ranks(fabric)
     sources = make_sources(
-        recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe)
+        recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe), ranks=ranks
     )
-    scorer = Scorer(sources, recipe.rewards, recipe.rejection_sampling, Ranks(fabric).agree)
+    scorer = Scorer(sources, recipe.rewards, config, ranks.agree)
     bare = replace(recipe, adapter=LoraAdapter(method="none"))
-    policy = load_to_train(load_model, files, bare).to(fabric.device).eval()
+    policy = load_to_train(load_model, files, bare).eval()
+    policy = ranks.place(policy, recipe.fabric) if policy.fill else policy.to(fabric.device)
     try:
         # Ranks are not in lockstep while they sample: of several, they agree on stopping between batches.
         with stop.deferred(), stop.interruptible(stop.requested if fabric.world_size == 1 else lambda: None):
             sample_candidates(
                 file,
                 done,
-                OwnSampler(policy, tokenizer, recipe.rejection_sampling.cache_tokens),
+                own_sampler(policy, tokenizer, config.cache_tokens, recipe.fabric, ranks),
                 prompts,
                 scorer,
                 recipe.train.seed,

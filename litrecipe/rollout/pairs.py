@@ -259,7 +259,8 @@ class WinRates:
             for first in range(0, len(completions), n)
             for one, other in permutations(range(n), 2)
         ]
-        chances = self.judge(*(completions.at(side) for side in zip(*duels, strict=True))) if duels else []
+        sides = zip(*duels, strict=True) if duels else ([], [])  # ranks that share a judge ask it together
+        chances = self.judge(*(completions.at(side) for side in sides))
         wins = [0.0] * len(completions)
         for (one, other), chance in zip(duels, chances, strict=True):
             wins[one] += chance

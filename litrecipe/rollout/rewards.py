@@ -17,6 +17,7 @@ from litrecipe.config import groups
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import Rewards, Sampling
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import Ranks
 from litrecipe.objectives.advantages import length_penalty
 from litrecipe.rollout.sources import (
     FUNCTION,
@@ -216,11 +217,12 @@ def make_judge(
     *,
     budget: int = 8192,
     longest: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Judge:
     """`function:MODULE:NAME`, or any reward source, as a judge; see `make_sources`."""
     if spec.startswith(FUNCTION):
         return FunctionJudge(spec, find_function(spec))
-    return ScoreJudge(make_source(spec, tokenizer, fabric, device, budget=budget, longest=longest))
+    return ScoreJudge(make_source(spec, tokenizer, fabric, device, budget=budget, longest=longest, ranks=ranks))
 
 
 def _sigmoid(x: float) -> float:

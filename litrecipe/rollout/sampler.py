@@ -10,12 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from litrecipe.config import groups
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
 from litrecipe.data.prompts import Prompt
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import Ranks
+from litrecipe.engine.sharding import gathered
 from litrecipe.evaluation.sampling import complete
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.decoding import AnyLeft
 from litrecipe.rollout.sources import FUNCTION, Completions, find_function
 
 ENDS = ("eos", "stop", "length")
@@ -43,6 +47,8 @@ class OwnSampler:
     tokenizer: Tokenizer
     cache_tokens: int
     """Places of the cache."""
+    any_left: AnyLeft | None = None
+    """Of ranks that share the policy and sample in step."""
 
     def __call__(
         self, prompts: Sequence[Prompt], settings: Generate, completions: int, streams: Sequence[int], progress: str
@@ -57,6 +63,7 @@ class OwnSampler:
             streams=streams,
             batch_tokens=self.cache_tokens,
             progress=f"{progress}: completion",
+            any_left=self.any_left,
         )
         return Completions(
             [prompt for prompt in prompts for _ in range(completions)],
@@ -108,18 +115,54 @@ class Engine:
         return None
 
 
-def make_sampler(key: str, spec: str | None, policy: Decoder, tokenizer: Tokenizer, cache_tokens: int) -> Sampler:
+@dataclass(frozen=True)
+class Gathered:
+    """A sampler of a policy that ranks share: each has all of it for as long as it samples."""
+
+    sampler: Sampler
+    policy: Decoder
+    fabric: groups.Fabric
+
+    def __call__(
+        self, prompts: Sequence[Prompt], settings: Generate, completions: int, streams: Sequence[int], progress: str
+    ) -> Completions:
+        """All ranks must call it."""
+        with gathered(self.policy, self.fabric):
+            return self.sampler(prompts, settings, completions, streams, progress)
+
+
+def own_sampler(
+    policy: Decoder, tokenizer: Tokenizer, cache_tokens: int, fabric: groups.Fabric, ranks: Ranks
+) -> Sampler:
+    """The policy's own decoder. Where ranks share the policy they sample in step, a block at a time, or gather it."""
+    if not ranks.share_models:
+        return OwnSampler(policy, tokenizer, cache_tokens)
+    if fabric.gather_to_sample:
+        return Gathered(OwnSampler(policy, tokenizer, cache_tokens), policy, fabric)
+    return OwnSampler(policy, tokenizer, cache_tokens, lambda busy: ranks.most(int(busy)) > 0)
+
+
+def make_sampler(
+    key: str,
+    spec: str | None,
+    policy: Decoder,
+    tokenizer: Tokenizer,
+    cache_tokens: int,
+    fabric: groups.Fabric,
+    ranks: Ranks,
+) -> Sampler:
     """The policy's own, or what the function of `function:MODULE:NAME` makes of policy and tokenizer: a `Sampler`.
 
     The policy it is given is the one that learns: it must be looked at anew at each call. Raises InputError naming
     `key` where there is no such function.
     """
     if spec is None:
-        return OwnSampler(policy, tokenizer, cache_tokens)
+        return own_sampler(policy, tokenizer, cache_tokens, fabric, ranks)
     if not spec.startswith(FUNCTION):
         raise InputError(f"{key}: {spec}: give {FUNCTION}MODULE:NAME, which makes an engine of policy and tokenizer")
     try:
         maker: Any = find_function(spec)
     except InputError as error:
         raise InputError(*(f"{key}: {mistake}" for mistake in error.mistakes)) from error
-    return Engine(f"{key}: {spec}", maker(policy=policy, tokenizer=tokenizer))
+    engine = Engine(f"{key}: {spec}", maker(policy=policy, tokenizer=tokenizer))
+    return Gathered(engine, policy, fabric) if ranks.share_models else engine
