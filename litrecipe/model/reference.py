@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litrecipe.model.adapters import adapter_off
+from litrecipe.model.adapters import adapter_off, let_go
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row
@@ -97,11 +97,8 @@ class PolicyAndReference(nn.Module):
 
 
 def kept(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter as it is kept: of a model that processes share their pieces, also where it was just asked and
-    holds more for the next to ask."""
-    for part in model.modules():
-        if (let_go := getattr(part, "reshard", None)) is not None:
-            let_go()
+    """Name → parameter as it is kept: of a model that processes share the pieces, see `let_go`."""
+    let_go(model)
     return dict(model.named_parameters())
 
 
