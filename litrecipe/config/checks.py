@@ -237,8 +237,7 @@ def _combinations(recipe: Any) -> Iterator[Mistake]:
     if quantized and recipe.model.init == "random":
         yield "quantize.method", recipe.quantize.method, "there is nothing to quantise in model.init random: use none"
     if recipe.fabric.tensor_parallel > 1:
-        cure = "tensor parallelism is not there yet: use 1, and fabric.strategy fsdp to share a model between devices"
-        yield "fabric.tensor_parallel", recipe.fabric.tensor_parallel, cure
+        yield from _tensor_parallel(recipe)
     yield from _sharding(recipe.fabric)
 
 
@@ -251,6 +250,29 @@ def _sharding(fabric: Fabric) -> Iterator[Mistake]:
     if fabric.param_dtype != "auto" and fabric.precision != "bf16-mixed":
         cure = f"fabric.precision is {fabric.precision}: use bf16-mixed, or remove it"
         yield "fabric.param_dtype", fabric.param_dtype, cure
+
+
+def _tensor_parallel(recipe: Any) -> Iterator[Mistake]:
+    """What goes with processes that compute one copy of a model."""
+    fabric = recipe.fabric
+    if not isinstance(recipe, TrainingRecipe):
+        yield "fabric.tensor_parallel", fabric.tensor_parallel, "only what is trained is split: remove it"
+        return
+    if fabric.strategy == "ddp":
+        cure = "with fabric.tensor_parallel the others shard each model's parts: use auto or fsdp"
+        yield "fabric.strategy", fabric.strategy, cure
+    if fabric.devices != "auto" and fabric.devices * fabric.num_nodes % fabric.tensor_parallel:
+        cure = f"the run has {fabric.devices * fabric.num_nodes} processes: give a divisor of it"
+        yield "fabric.tensor_parallel", fabric.tensor_parallel, cure
+    if recipe.quantize.method != "none":
+        cure = "blocks of quantised weights do not end where ranks' parts do: use none with fabric.tensor_parallel"
+        yield "quantize.method", recipe.quantize.method, cure
+    distil = _get(recipe, "distil")
+    if distil and distil.quantize != "none" and not distil.cache:
+        yield "distil.quantize", distil.quantize, "a quantised teacher cannot be split: use none, or distil.cache"
+    if recipe.optim.name.endswith("8bit"):
+        cure = "8-bit state of a part is not part of the whole's: use adamw with fabric.tensor_parallel"
+        yield "optim.name", recipe.optim.name, cure
 
 
 def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:

@@ -331,9 +331,12 @@ class Fabric:
     num_nodes: int = 1
     """Machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes."""
+    """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes, and fsdp with
+    tensor parallelism."""
     tensor_parallel: int = 1
-    """Processes that share one copy of a layer; not there yet: only 1 is accepted."""
+    """Processes that compute one copy of the model together, each with some heads, some of each MLP's width and some
+    tokens of the vocabulary: a divisor of the number of processes. They talk four times a layer: keep them on one node.
+    """
     precision: Precision = "32-true"
     """`32-true`, `bf16-true`, or `bf16-mixed` (fp32 weights, bf16 arithmetic)."""
     compile: bool = False
@@ -358,7 +361,7 @@ class Fabric:
     @property
     def is_sharded(self) -> bool:
         """Whether processes share a model, none of which holds all of it."""
-        return self.strategy == "fsdp"
+        return self.strategy == "fsdp" or self.tensor_parallel > 1
 
 
 @dataclass

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -17,8 +17,10 @@ from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
+from litrecipe.engine.grid import Grid, grid_of, rows_of
 from litrecipe.engine.sharding import distribute
 from litrecipe.model.decoder import Trunk
+from litrecipe.model.tensor_plan import check_divides
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -40,11 +42,12 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    if config.strategy == "fsdp":
+    rows = data_shares(config)
+    if config.is_sharded:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
-            data_parallel_size=world,
-            tensor_parallel_size=1,
+            data_parallel_size=rows,
+            tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=False,
             # What lies in main memory is added up there.
             process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
@@ -108,6 +111,11 @@ def world_size(config: FabricConfig) -> int:
     return devices_of(config) * config.num_nodes
 
 
+def data_shares(config: FabricConfig) -> int:
+    """How many processes, or groups that share a copy of a model, see data of their own."""
+    return rows_of(config, world_size(config))
+
+
 def _refuse_lonely_node(config: FabricConfig) -> None:
     """A node that nobody told where the others are would wait for them for ever."""
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -163,21 +171,24 @@ def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
 
 
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """Each value summed over the ranks, which must all bring the same names."""
-    if fabric.world_size == 1 or not values:
+    """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
+    names."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=grid.across)
     return dict(zip(names, total.tolist(), strict=True))
 
 
 def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor summed over the ranks, which must all bring the same names and shapes."""
-    if fabric.world_size == 1 or not values:
+    """As `sums`, of tensors; all must bring the same names and shapes."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, group=grid.across)
     parts = flat.split([values[name].numel() for name in sorted(values)])
     return {name: part.view(values[name].shape) for name, part in zip(sorted(values), parts, strict=True)}
 
@@ -207,6 +218,11 @@ def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     return values
 
 
+def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
+    """The same of those that see different data: of ranks that share a copy of a model the first speaks."""
+    return gather(fabric, value)[:: grid_of(fabric).in_row]
+
+
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
     return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
@@ -224,42 +240,57 @@ class Ranks:
 
     fabric: Fabric
 
+    @cached_property
+    def _grid(self) -> Grid:
+        return grid_of(self.fabric)
+
     @property
     def rank(self) -> int:
-        """This process's place."""
-        return self.fabric.global_rank
+        """Whose share of the work this process does; those that share a copy of a model do the same."""
+        return self._grid.rank
 
     @property
     def world(self) -> int:
-        """Processes."""
-        return self.fabric.world_size
+        """Shares."""
+        return self._grid.rows
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.fabric.world_size == 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what all know."""
+        return self.fabric.global_rank == 0
 
     @property
     def share_models(self) -> bool:
         """Whether no rank has a whole model: then all must make each pass of one together."""
         from lightning_fabric.strategies import ModelParallelStrategy
 
-        return self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
+        return not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
 
     def place(self, model: M, config: FabricConfig) -> M:
-        """Cut and fill a model that is asked only."""
+        """Cut and fill a model that is asked only. Raises InputError where it cannot be split evenly."""
+        check_divides(model.architecture, config.tensor_parallel, f"a {model.architecture.family} model that is asked")
         distribute(model, cast(Any, self.fabric.strategy).device_mesh, config)
         return model
 
     def most(self, mine: int) -> int:
         """The largest of the numbers that ranks bring."""
-        if self.world == 1:
+        if self.alone:
             return mine
         found = torch.tensor(mine, device=self.fabric.device)
         torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
         return int(found)
 
     def agree(self, value: Any) -> list[Any]:
-        """What each rank brings, on all of them. Raises `Stopped` on all when one was asked to stop."""
+        """What comes of each share, on all ranks. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
-        if self.world > 1 and (signals := [number for _, number in found if number is not None]):
+        if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
-        return [brought for brought, _ in found]
+        return [brought for brought, _ in found[:: self._grid.in_row]]
 
     @contextmanager
     def apart(self) -> Iterator[None]:

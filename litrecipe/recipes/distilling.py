@@ -26,6 +26,7 @@ from litrecipe.model.decoder import Decoder
 from litrecipe.model.flops import forward_flops, training_flops
 from litrecipe.model.row import Row, Sample
 from litrecipe.model.teacher import TEACHER_IDS, TEACHER_LOGPS, StudentAndTeacher, Teacher
+from litrecipe.model.tensor_plan import check_divides
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.distillation import Distillation
 from litrecipe.recipes.known import start
@@ -158,6 +159,7 @@ def lesson(
     objective = Distillation(teaching.alpha, distil.temperature, z_loss)
     shape: dict[str, Any] = {"temperature": distil.temperature, "hard": distil.method == "top_1"}
     if not distil.cache:
+        check_divides(teaching.files.architecture, recipe.fabric.tensor_parallel, "the teacher")
         return Lesson(StudentAndTeacher(student, teaching.load(recipe), **shape), objective, train, val)
     refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
     remember = remembering(teaching, recipe, fabric)

@@ -103,7 +103,7 @@ def choose_reference(recipe: DpoRecipe, files: ModelFiles) -> Reference | None:
     recorded = dpo.loss != "kto" or bool(dpo.mix)
     if dpo.reference == "auto":
         # What is kept is computed before the model is sharded, by one device that would have to hold all of it.
-        cached = recorded and recipe.fabric.strategy != "fsdp"
+        cached = recorded and not recipe.fabric.is_sharded
         return "cache" if cached else "adapter_off" if has_fresh_adapter else "copy"
     if dpo.reference == "cache" and not recorded:
         raise InputError("dpo.reference: cache: kto pairs answers with other prompts in every step: use auto")

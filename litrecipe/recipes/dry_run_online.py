@@ -15,10 +15,11 @@ from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import accelerator_of, world_size
+from litrecipe.engine.fabric import accelerator_of, data_shares, world_size
 from litrecipe.model.architecture import Architecture, count_parameters
 from litrecipe.model.laid_out import LARGEST, pays, size
 from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.model.tensor_plan import narrowed
 from litrecipe.recipes.dry_run import Load, memory_of, parameter_and_memory_table, show_recipe
 from litrecipe.recipes.training import precision_of
 from litrecipe.rollout.source import steps_of
@@ -114,15 +115,16 @@ def _show(
     """`said` is about steps."""
     console, world = progress.console(), world_size(recipe.fabric)
     show_recipe(recipe)
-    load = longest_rows(recipe, shape, prompts, world)
+    shares, own = data_shares(recipe.fabric), narrowed(files.architecture, recipe.fabric.tensor_parallel)
+    load = longest_rows(recipe, shape, prompts, shares)
     bytes_each = precision_of(recipe).itemsize
     sources = [*recipe.rewards.sources, *(recipe.eval.sources if isinstance(recipe, OnlineRecipe) else [])]
     judges = [open_model(spec.removeprefix(MODEL)) for spec in sources if spec.startswith(MODEL)]
     table = replace(
         memory_of(recipe, files, load, frozen_copy),
         judges=sum(bytes_each * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
-        cache=cache_bytes(recipe, shape, files.architecture, prompts, world),
-        laid_out=laid_out_bytes(recipe, shape, files.architecture, world),
+        cache=cache_bytes(recipe, shape, own, prompts, shares),
+        laid_out=laid_out_bytes(recipe, shape, own, shares),
     )
     console.print(parameter_and_memory_table(recipe, table, load, world))
     console.print(said)
@@ -164,5 +166,6 @@ def laid_out_bytes(recipe: TrainingRecipe, shape: Shape, architecture: Architect
     """Copies of the weights that are sampled with, see `model.laid_out`."""
     fabric, completions = recipe.fabric, -(-shape.completions // world)
     plain = fabric.precision == "32-true" and recipe.quantize.method == "none" and not fabric.compile
+    plain = plain and fabric.tensor_parallel == 1
     copied = plain and accelerator_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
     return size(architecture) if copied and size(architecture) <= LARGEST else 0

@@ -30,6 +30,7 @@ from litrecipe.evaluation.session import say_positions
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
+from litrecipe.model.tensor_plan import check_divides
 
 M = TypeVar("M", bound=Trunk)
 R = TypeVar("R", bound=TrainingRecipe)
@@ -45,6 +46,7 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_asked(recipe.model).for_length(longest_of(recipe))
     say_positions(files)
+    check_divides(files.architecture, recipe.fabric.tensor_parallel)
     if not isinstance(recipe, RewardRecipe) or recipe.reward.sft_coef:
         files.refuse_reward_model()
     return files, Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
@@ -87,7 +89,7 @@ def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRec
 
 def alone(recipe: R) -> R:
     """The same for a process that shares its models with no other."""
-    return replace(recipe, fabric=replace(recipe.fabric, strategy="auto"))
+    return replace(recipe, fabric=replace(recipe.fabric, strategy="auto", tensor_parallel=1))
 
 
 def save_trained(

@@ -218,7 +218,7 @@ class Rollouts:
         self.metrics |= about(rollout.scored) | lesson.metrics
         self._plan()
         self.at.minibatch, self.at.minibatches = 0, len(self.plan)
-        if self.ranks.rank == 0:
+        if self.ranks.writes:
             self._save(rollout, lesson)
         self.metrics["time/rollout"] = time.monotonic() - started
         self.ranks.agree(None)
