@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from litrecipe import __version__, cli
-from litrecipe.cli import VERBS, main
+from litrecipe.cli import main
 from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.verbs import VERBS
 
 HEAVY = ("torch", "lightning_fabric", "peft", "transformers", "bitsandbytes", "lm_eval", "pyarrow", "numpy")
 
