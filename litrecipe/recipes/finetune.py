@@ -17,15 +17,8 @@ from litrecipe.engine.fit import Job, fit
 from litrecipe.objectives.routing import with_routers
 from litrecipe.recipes.distilling import Teaching, lesson, open_teaching
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import (
-    begin,
-    identity,
-    load_to_train,
-    make_ready,
-    prepared,
-    save_trained,
-    task_runner,
-)
+from litrecipe.recipes.known import identity
+from litrecipe.recipes.training import begin, load_to_train, make_ready, prepared, save_trained, task_runner
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -25,7 +25,8 @@ from litrecipe.model.decoder import Decoder
 from litrecipe.objectives.routing import with_routers
 from litrecipe.recipes.distilling import Lesson, lesson, open_teaching
 from litrecipe.recipes.dry_run_pretrain import show_plan, show_pretraining
-from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, save_trained, task_runner
+from litrecipe.recipes.known import identity
+from litrecipe.recipes.training import begin, load_to_train, make_ready, save_trained, task_runner
 
 
 def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -> int:
