@@ -18,12 +18,13 @@ import torch.distributed
 from torch import Tensor, nn
 
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.checkpoint.state import local_piece
+from litrecipe.checkpoint.state import local_pieces
 from litrecipe.checkpoint.weight_files import rank_and_world
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import track
 from litrecipe.model.architecture import EXPERTS, PROJECTIONS, SCORE
 from litrecipe.model.decoder import Trunk
+from litrecipe.model.tensor_plan import alike, held_of
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
@@ -70,7 +71,8 @@ class Filling:
                 continue
             read: Callable[[tuple[slice, ...]], Tensor]
             if self.init == "random":
-                whole = torch.empty(parameters[name].shape, device="cpu")
+                shape = held_of(parameters[name]).whole_shape(parameters[name].shape)
+                whole = torch.empty(shape, device="cpu")
                 model.draw(stored, whole, generator)
                 read = whole.__getitem__
             else:
@@ -83,8 +85,8 @@ class Filling:
             elif stored in self.merged:
                 put(parameters[name], _merged(self.merged[stored], read(()).to(self.dtype)))
             else:
-                piece, where = piece_of(parameters[name])
-                piece.copy_(read(where))
+                for piece, where in pieces_of(parameters[name]):
+                    piece.copy_(read(where))
             if leaf == "weight" and self.fresh_adapter and path.endswith(".base_layer"):
                 self._make_magnitude(modules[path.removesuffix(".base_layer")], read)
 
@@ -98,9 +100,9 @@ class Filling:
     def _make_magnitude(self, layer: Any, read: Callable[[tuple[slice, ...]], Tensor]) -> None:
         """The norms of a layer's rows, where it has a magnitude: B A is zero."""
         if getattr(layer, "is_dora", False):
-            piece, where = piece_of(layer.magnitude)
-            rows = read((*where, slice(None))).to(self.dtype).float()
-            piece.copy_(torch.linalg.vector_norm(rows, dim=1))
+            for piece, where in pieces_of(layer.magnitude):
+                rows = read((*where, slice(None))).to(self.dtype).float()
+                piece.copy_(torch.linalg.vector_norm(rows, dim=1))
 
 
 def merge_when_filled(model: Trunk, source: str) -> None:
@@ -130,15 +132,17 @@ def _merged(layer: LoraLinear, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put(parameter: Tensor, whole: Tensor) -> None:
-    """Give a parameter its values, or those of the piece of it that is here."""
-    piece, where = piece_of(parameter)
-    piece.copy_(whole[where])
+    """Give a parameter its values, or those of the pieces of it that are here."""
+    for piece, where in pieces_of(parameter):
+        piece.copy_(whole[where])
 
 
-def piece_of(tensor: Tensor) -> tuple[Tensor, tuple[slice, ...]]:
+def pieces_of(tensor: Tensor) -> list[tuple[Tensor, tuple[slice, ...]]]:
     """What this process holds of a tensor, and where in the whole it lies: a slice for each dimension."""
-    piece, offset = local_piece(tensor.detach())
-    return piece, tuple(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True))
+    return [
+        (piece, tuple(slice(at, at + size) for at, size in zip(offset, piece.shape, strict=True)))
+        for piece, offset in local_pieces(alike(tensor.detach(), tensor))
+    ]
 
 
 def _together(act: Callable[[], None]) -> None:

@@ -28,6 +28,7 @@ from litrecipe.model.families import names_of, to_hf_config
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reference import kept
 from litrecipe.model.reward import RewardModel
+from litrecipe.model.tensor_plan import whole_size
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -149,12 +150,12 @@ def _save(
     called = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     names = [SINGLE] if len(shards) == 1 else called
     translate = partial(names_of(model.architecture).written, architecture=model.architecture)
-    weights = WeightFiles(parameters, dict(zip(names, shards, strict=True)), translate, dtype)
+    weights = WeightFiles(parameters, dict(zip(names, shards, strict=True)), translate, dtype, model.group)
 
     def write(draft: Path) -> None:
         if len(shards) > 1:
             where = {stored: name for name in names for stored in weights.announced(name)}
-            size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+            size = sum(map(whole_size, parameters.values())) * dtype.itemsize
             write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
         copy_tokenizer(tokenizer_dir, draft, chat_template)
         configure(draft, dtype_name(dtype))
@@ -234,11 +235,11 @@ def _cut(parameters: dict[str, nn.Parameter], itemsize: int, limit: float) -> It
     names: list[str] = []
     size = 0
     for name, parameter in parameters.items():
-        if names and size + parameter.numel() * itemsize > limit:
+        if names and size + whole_size(parameter) * itemsize > limit:
             yield names
             names, size = [], 0
         names.append(name)
-        size += parameter.numel() * itemsize
+        size += whole_size(parameter) * itemsize
     yield names
 
 

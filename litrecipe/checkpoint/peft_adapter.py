@@ -221,4 +221,4 @@ def save_adapter(
             write_config(draft / BESIDE_ADAPTER, model.architecture, dtype, pad_token, statistics)
 
     translate = partial(names.written, architecture=model.architecture)
-    write_folder(folder, write, WeightFiles(state, {ADAPTER_WEIGHTS: list(state)}, translate))
+    write_folder(folder, write, WeightFiles(state, {ADAPTER_WEIGHTS: list(state)}, translate, group=model.group))

@@ -22,6 +22,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from litrecipe.checkpoint.safetensors_files import FLOATS
+from litrecipe.model.group import Group
+from litrecipe.model.tensor_parallel import whole
+from litrecipe.model.tensor_plan import held_of
 
 T = TypeVar("T")
 
@@ -94,15 +97,18 @@ class WeightFiles:
         files: Mapping[str, Sequence[str]],
         translate: Callable[[dict[str, Tensor]], dict[str, Tensor]],
         dtype: torch.dtype | None = None,
+        group: Group | None = None,
     ) -> None:
         """`files`: name → names of the tensors in it, which `translate` turns into what files have of them. Tensors are
-        stored in `dtype`, or as they are."""
-        self.tensors, self.files = tensors, files
+        stored in `dtype`, or as they are. The ranks of a `group` have parts of them."""
+        self.tensors, self.files, self.group = tensors, files, group
         self.translate, self.dtype = translate, dtype
 
     def announced(self, name: str) -> dict[str, Tensor]:
         """What a file will have, without values."""
-        empty = {own: torch.empty(t.shape, dtype=self.dtype or t.dtype, device="meta") for own, t in self._of(name)}
+        shapes = {own: held_of(tensor).whole_shape(tensor.shape) for own, tensor in self._of(name)}
+        dtypes = {own: self.dtype or tensor.dtype for own, tensor in self._of(name)}
+        empty = {own: torch.empty(shape, dtype=dtypes[own], device="meta") for own, shape in shapes.items()}
         return self.translate(empty)
 
     def write(self, folder: Path) -> Written:
@@ -111,7 +117,8 @@ class WeightFiles:
         Raises the first error of any rank on all of them, once all are through: one whose disk is full still helps.
         """
         rank, world = rank_and_world()
-        writers = world if any(isinstance(tensor, DTensor) for tensor in self.tensors.values()) else 1
+        shared = self.group is not None or any(isinstance(tensor, DTensor) for tensor in self.tensors.values())
+        writers = world if shared else 1
         names, written, attempts = list(self.files), Written(), Attempts()
         for first in range(0, len(names), writers):
             group = names[first : first + writers]
@@ -132,9 +139,10 @@ class WeightFiles:
 
     def _whole(self, own: str, is_mine: bool) -> Tensor | None:
         """A tensor for the rank whose it is; all ranks put it together."""
-        tensor = self.tensors[own].detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return whole.to(self.dtype or whole.dtype) if is_mine else None
+        tensor = self.tensors[own]
+        part = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        found = whole(part, held_of(tensor), self.group)
+        return found.to(self.dtype or found.dtype) if is_mine else None
 
 
 def _told(written: Written, failure: OSError | None) -> Written:

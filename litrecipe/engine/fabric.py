@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -16,11 +16,16 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
+from litrecipe.engine.grid import Grid, grid_of, rows_of
 from litrecipe.engine.sharding import distribute
 from litrecipe.model.decoder import Trunk
+from litrecipe.model.tensor_plan import check_divides
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+T = TypeVar("T")
 
 
 M = TypeVar("M", bound=Trunk)
@@ -32,15 +37,17 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-    _refuse_plain_sbatch()
+    refuse_plain_start()
+    join(devices_of(config), config.num_nodes)
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    if config.strategy == "fsdp":
+    rows = data_shares(config)
+    if config.is_sharded:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
-            data_parallel_size=world,
-            tensor_parallel_size=1,
+            data_parallel_size=rows,
+            tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=False,
             # What lies in main memory is added up there.
             process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
@@ -89,7 +96,8 @@ def devices_of(config: FabricConfig) -> int:
     """Processes of one node. Raises InputError when there are fewer GPUs than that."""
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.devices == "auto" else config.devices
+        started = int(os.environ.get("LOCAL_WORLD_SIZE") or tasks_per_node() or 1)
+        return started if config.devices == "auto" else config.devices
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if config.devices == "auto":
         return there
@@ -103,11 +111,9 @@ def world_size(config: FabricConfig) -> int:
     return devices_of(config) * config.num_nodes
 
 
-def _refuse_plain_sbatch() -> None:
-    """Python started by sbatch itself would wait for ranks that nobody starts."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
-        raise InputError(f"SLURM_NTASKS: {tasks}: litrecipe was started without srun: start it as `srun litrecipe …`")
+def data_shares(config: FabricConfig) -> int:
+    """How many processes, or groups that share a copy of a model, see data of their own."""
+    return rows_of(config, world_size(config))
 
 
 def _refuse_lonely_node(config: FabricConfig) -> None:
@@ -149,22 +155,40 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
+def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
+    """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
+    found: Any = None
+    mistakes: list[str] = []
+    if fabric.global_rank == 0:
+        try:
+            found = act()
+        except InputError as error:
+            mistakes = error.mistakes
+    found, mistakes = fabric.broadcast((found, mistakes))
+    if mistakes:
+        raise InputError(*mistakes)
+    return cast(T, found)
+
+
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """Each value summed over the ranks, which must all bring the same names."""
-    if fabric.world_size == 1 or not values:
+    """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
+    names."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=grid.across)
     return dict(zip(names, total.tolist(), strict=True))
 
 
 def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor summed over the ranks, which must all bring the same names and shapes."""
-    if fabric.world_size == 1 or not values:
+    """As `sums`, of tensors; all must bring the same names and shapes."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, group=grid.across)
     parts = flat.split([values[name].numel() for name in sorted(values)])
     return {name: part.view(values[name].shape) for name, part in zip(sorted(values), parts, strict=True)}
 
@@ -185,18 +209,29 @@ def stop_requested(fabric: Fabric) -> int | None:
     return int(flag) or None
 
 
-def gather(fabric: Fabric, value: Any) -> list[Any]:
+def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     """What each rank brings, on all of them."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
+    """The same of those that see different data: of ranks that share a copy of a model the first speaks."""
+    return gather(fabric, value)[:: grid_of(fabric).in_row]
 
 
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
     return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
+
+
+def background_writer(fabric: Fabric, writer: Writer) -> Writer:
+    """The same on a thread beside the training, over connections of its own: every rank must call this."""
+    group = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+    return replace(writer, gather=partial(gather, fabric, group=group))
 
 
 @dataclass(frozen=True)
@@ -205,42 +240,57 @@ class Ranks:
 
     fabric: Fabric
 
+    @cached_property
+    def _grid(self) -> Grid:
+        return grid_of(self.fabric)
+
     @property
     def rank(self) -> int:
-        """This process's place."""
-        return self.fabric.global_rank
+        """Whose share of the work this process does; those that share a copy of a model do the same."""
+        return self._grid.rank
 
     @property
     def world(self) -> int:
-        """Processes."""
-        return self.fabric.world_size
+        """Shares."""
+        return self._grid.rows
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.fabric.world_size == 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what all know."""
+        return self.fabric.global_rank == 0
 
     @property
     def share_models(self) -> bool:
         """Whether no rank has a whole model: then all must make each pass of one together."""
         from lightning_fabric.strategies import ModelParallelStrategy
 
-        return self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
+        return not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
 
     def place(self, model: M, config: FabricConfig) -> M:
-        """Cut and fill a model that is asked only."""
+        """Cut and fill a model that is asked only. Raises InputError where it cannot be split evenly."""
+        check_divides(model.architecture, config.tensor_parallel, f"a {model.architecture.family} model that is asked")
         distribute(model, cast(Any, self.fabric.strategy).device_mesh, config)
         return model
 
     def most(self, mine: int) -> int:
         """The largest of the numbers that ranks bring."""
-        if self.world == 1:
+        if self.alone:
             return mine
         found = torch.tensor(mine, device=self.fabric.device)
         torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
         return int(found)
 
     def agree(self, value: Any) -> list[Any]:
-        """What each rank brings, on all of them. Raises `Stopped` on all when one was asked to stop."""
+        """What comes of each share, on all ranks. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
-        if self.world > 1 and (signals := [number for _, number in found if number is not None]):
+        if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
-        return [brought for brought, _ in found]
+        return [brought for brought, _ in found[:: self._grid.in_row]]
 
     @contextmanager
     def apart(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from litrecipe.model.architecture import EXPERTS, PROJECTIONS, Architecture
 from litrecipe.model.experts import ExpertMLPs
 from litrecipe.model.lora_experts import LoraExperts
 from litrecipe.model.names import PEFT_PREFIX, SAME_NAMES, Names
+from litrecipe.model.tensor_plan import alike
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
@@ -123,7 +124,7 @@ def _check_experts(model: nn.Module, config: Adapter) -> None:
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter under the names of `adapter_model.safetensors`; tensors of a sharded model stay sharded."""
     let_go(model)
-    return {name: parameter.detach() for name, parameter in _parameters(model).items()}
+    return {name: alike(parameter.detach(), parameter) for name, parameter in _parameters(model).items()}
 
 
 def let_go(model: nn.Module) -> None:

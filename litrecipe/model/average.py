@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
 
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import kept
+from litrecipe.model.tensor_plan import alike
 
 
 class Average:
@@ -23,7 +25,7 @@ class Average:
     def begin(self) -> dict[str, nn.Parameter]:
         """Start from the policy as it is, on its device; name → weights that a checkpoint must hold."""
         self.twins = {
-            name: nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            name: cast(nn.Parameter, alike(nn.Parameter(parameter.detach().clone(), requires_grad=False), parameter))
             for name, parameter in kept(self.policy).items()
             if parameter.requires_grad
         }

@@ -18,6 +18,7 @@ from litrecipe.config.progress import say
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.critic import Critic, critic_as, critic_beside
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.tensor_plan import check_divides
 from litrecipe.recipes.training import adapter_of, precision_of
 from litrecipe.rollout.sources import MODEL
 
@@ -93,6 +94,7 @@ def make_critic(policy: Decoder, start: ModelFiles | None, files: ModelFiles, re
     """The critic of a policy, see `start_of_critic`. From a reward model it keeps the units of its rewards."""
     if start is not None and adapter_of(recipe, files) is None:
         shared = recipe.fabric.is_sharded
+        check_divides(start.architecture, recipe.fabric.tensor_parallel, "the critic")
         model = load_reward_model(start.for_length(longest_of(recipe)), dtype=precision_of(recipe), shared=shared)
         if shared and start.adapter is not None:
             merge_when_filled(model, start.source)
