@@ -38,6 +38,8 @@ CONFIG = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""The C library gives back at once what is freed, so that resident memory is what is in use, without holes."""
 METHODS = {
     "full": {},
     "qlora": {"adapter.method": "lora", "quantize.method": "nf4"},
@@ -176,7 +178,7 @@ def main() -> None:
             for strategy in (["auto", "fsdp"] if ranks == 1 else ["fsdp"])
         ]
         jobs = [(ranks, flags_of(folder, ranks, method, strategy)) for method, strategy, ranks in kinds]
-        run_child([sys.executable, "-c", HOST, folder, json.dumps(jobs)], threads=1).check()
+        run_child([sys.executable, "-c", HOST, folder, json.dumps(jobs)], threads=1, extra=RETURNED).check()
         parameters = int((folder / "parameters").read_text())
         rows = []
         for number, (method, strategy, ranks) in enumerate(kinds):
