@@ -62,7 +62,7 @@ def plan_run(verb: str, recipe: Any) -> Plan:
     elif isinstance(recipe, TrainingRecipe):
         command += AUTO
     job = Job(f"{verb.split()[-1]}-{folder.name}", folder, recipe.slurm, command, resume_from=from_other)
-    return Plan(verb, folder, [job], {folder: schema.dump(recipe)})
+    return Plan(verb, folder, [job], {folder: written(recipe)})
 
 
 def plan_sweep(verb: str, read: Read, points: list[Point]) -> Plan:
@@ -103,7 +103,7 @@ def plan_sweep(verb: str, read: Read, points: list[Point]) -> Plan:
         verb,
         folder,
         [job],
-        {folder_of(recipe): schema.dump(recipe) for recipe in recipes},
+        {folder_of(recipe): written(recipe) for recipe in recipes},
         [point.name for point, is_done in zip(points, done, strict=True) if is_done],
     )
 
@@ -141,7 +141,17 @@ def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
         for name in waiting
     ]
     finished = [name for name in recipe.wanted if name not in waiting]
-    return Plan(verb, folder, jobs, {folder: schema.dump(replace(recipe, only=[]))}, finished)
+    return Plan(verb, folder, jobs, {folder: written(replace(recipe, only=[]))}, finished)
+
+
+def written(recipe: Any) -> str:
+    """The YAML of a recipe as its job reads it, and as it may be submitted again: nothing in it waits for a job that is
+    long gone, or looks into the file of defaults for a cluster."""
+    recipe = deepcopy(recipe)
+    stages = recipe.stages.values() if isinstance(recipe, PipelineRecipe) else ()
+    for slurm in (recipe.slurm, *(stage.recipe.slurm for stage in stages)):
+        slurm.dependency = slurm.cluster = None
+    return schema.dump(recipe)
 
 
 def folder_of(recipe: Any) -> Path:

@@ -57,11 +57,16 @@ def test_what_does_not_go_together_names_both_keys(words: list[str], capsys: pyt
 
 
 def test_devices_and_nodes_say_what_is_asked_for_where_slurm_does_not(words: list[str]) -> None:
-    assert submit("finetune", *words, "--fabric.devices", 2, "--fabric.num_nodes", 3) == 0
+    Path("slurm.yaml").write_text("clusters: {c: {qos: q}}\n")
+    asked = ["--slurm.cluster", "c", "--slurm.dependency", "afterok:7"]
+    assert submit("finetune", *words, "--fabric.devices", 2, "--fabric.num_nodes", 3, *asked) == 0
     written = schema.load(FinetuneRecipe, ["run/job.yaml"])
     assert (written.slurm.nodes, written.slurm.tasks_per_node) == (3, 2)
     assert (written.fabric.num_nodes, written.fabric.devices, written.checkpoint.resume) == (3, 2, "auto")
+    assert (written.slurm.cluster, written.slurm.dependency, written.slurm.qos) == (None, None, "q")
+    Path("slurm.yaml").write_text("qos: r\n")
     assert submit("finetune", "--config", "run/job.yaml") == 0, "what was written is a recipe to submit"
+    assert schema.load(FinetuneRecipe, ["run/job.yaml"]) == written
 
 
 def test_what_the_verb_would_refuse_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
