@@ -17,7 +17,7 @@ from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.prepare import PrepareRecipe
 from litrecipe.engine.rundir import RunDir
 from litrecipe.recipes.dry_run_pipeline import Preview, check_recipes, mistakes_of
-from litrecipe.recipes.pipeline import check_runs
+from litrecipe.recipes.pipeline import check_place, check_runs
 from litrecipe.recipes.runs import differing
 from litrecipe.recipes.stage_runs import StageRun
 
@@ -122,13 +122,14 @@ def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
             mistakes += stage.placed(name, [line])
     if mistakes:
         raise InputError(*mistakes)
+    recipe.checkpoint.resume = "auto"
+    check_place(RunDir(recipe.out_dir), recipe)
     runs = {name: StageRun(recipe, name) for name in recipe.stages}
     check_runs(runs, recipe)
     waiting = [name for name in recipe.wanted if not runs[name].done]
     check_recipes(recipe, waiting)
     if not waiting:
         raise InputError(f"out_dir: {recipe.out_dir}: all stages that are asked for are finished")
-    recipe.checkpoint.resume = "auto"
     folder = folder_of(recipe)
     jobs = [
         Job(

@@ -10,6 +10,7 @@ import pytest
 from litrecipe import cli
 from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.engine.rundir import RunDir
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +78,10 @@ def test_what_the_verb_would_refuse_is_told(words: list[str], capsys: pytest.Cap
         "model.source: no/such/folder"
     )
     assert "Slurm reads a backslash" in refused(capsys, "finetune", *words, "--out_dir", "a\\b")[0]
+    Path("file").write_text("")
+    assert (
+        "file: Not a directory: name another --out_dir" in refused(capsys, "finetune", *words, "--out_dir", "file/a")[0]
+    )
     Path("run").mkdir()
     Path("run/recipe.yaml").write_text("a: b\n")
     assert "holds a recipe.yaml that no run wrote" in refused(capsys, "finetune", *words)[0]
@@ -117,6 +122,13 @@ def test_verbs_without_a_run_directory(tiny_model: Path, capsys: pytest.CaptureF
     assert submit("data", "prepare", *prepared) == 0
     assert "litrecipe data prepare --config" in Path("shards.job/job.sh").read_text()
     assert "sweep a verb that trains" in refused(capsys, "evaluate", *measured, "--out", "r", "--sweep", "limit=1,2")[0]
+
+
+def test_nothing_is_submitted_where_something_trains(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDir("run").held():
+        [line] = refused(capsys, "finetune", *words)
+    assert line.startswith(f"out_dir: {Path('run').absolute()}: another process trains here")
+    assert not Path("run/job.sh").exists()
 
 
 def test_a_pipeline_has_no_container(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ def test_a_sweep_is_an_array_with_a_run_a_point(
     capsys.readouterr()
     assert cli.main(["runs", "ls", "sweep"]) == 0
     rows = capsys.readouterr().out.splitlines()[1:]
-    assert [row.split()[0] for row in rows] == [f"sweep/{name}" for name in sorted(points)]
+    assert [row.split()[0] for row in rows] == [f"sweep/{name}" for name in points]
     assert all(" finetune " in row and " finished " in row and " 2/2 " in row for row in rows)
     shutil.rmtree(here / "sweep" / "lr=2e-3_r=2" / "final")
     assert submit(*short, "--dry_run") == 0
