@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 
+from litrecipe.config.progress import WATCHED
+
 MODULES = (
     "torch",
     "lightning_fabric",
@@ -140,6 +142,7 @@ def ranks_of(words: Sequence[str]) -> int:
 def meeting(rank: int, world: int, port: str) -> dict[str, str]:
     """What torchrun tells a rank of one node."""
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
+    told[WATCHED] = "seen"
     return told | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
@@ -270,7 +273,7 @@ def ask(address: str, words: Sequence[str]) -> int:
     signals = (signal.SIGTERM, signal.SIGUSR1)
     for number in signals:
         signal.signal(number, lambda number, _: waiting.append(number))
-    process = Run(words, sys.stdout, sys.stderr, Path.cwd())
+    process = Run(words, sys.stdout, sys.stderr, Path.cwd(), {WATCHED: os.environ.get(WATCHED, "seen")})
     for number in signals:
         signal.signal(number, lambda number, _: os.kill(process.pid, number))
     for number in waiting:
@@ -288,5 +291,12 @@ def address() -> str:
 if __name__ == "__main__":
     if len(sys.argv) == 2:
         serve(sys.argv[1])
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and WATCHED not in os.environ:
+        # Ranks of several tasks are watched, as a user's are.
+        from litrecipe.config import stop
+        from litrecipe.engine import launch
+
+        stop.install()
+        sys.exit(launch.run_ranks([sys.executable, *sys.argv], [{}]))
     else:
         sys.exit(ask(sys.argv[1], sys.argv[3:]))  # the word between is the program's name
