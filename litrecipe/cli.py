@@ -246,14 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             fabric.leave()
         sys.stdout.flush()
     except InputError as error:
-        from litrecipe.config.progress import whisper
+        from litrecipe.config.progress import tell_mistakes
 
-        for mistake in error.mistakes:
-            line = f"litrecipe: error: {' '.join(mistake.splitlines())}"
-            if is_first_of_node():
-                print(line, file=sys.stderr)
-            else:
-                whisper(line)
+        tell_mistakes(error.mistakes)
         return WRONG_INPUT
     except RuntimeError as error:
         if (fabric := sys.modules.get("litrecipe.engine.fabric")) and fabric.is_left_alone(error):
@@ -268,11 +263,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code
-
-
-def is_first_of_node() -> bool:
-    """Whether this process tells what is wrong: the others of its machine see the same files and find the same."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
 TORCHVISION_CURE = "litrecipe runs without it: `pip uninstall torchvision`"
