@@ -34,12 +34,15 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from litrecipe.checkpoint.manifest import describe_file, mistakes_of, replace_folder, write_manifest, write_text
 from litrecipe.config.errors import InputError
+from litrecipe.model.tensor_plan import held_of
 
 SCHEMA_VERSION = 2
 """1 had pieces along dimension 0 only, and is read."""
 NAME = re.compile(r"step-(\d{8,})")
 LEFTOVER = re.compile(rf"{NAME.pattern}\.tmp|\.{NAME.pattern}\..+")
 """What a kill within a save leaves behind: the draft, or the folder that was to be replaced."""
+PART = "@"
+"""Stands between a tensor's name and the number of a piece, where a rank has several of it."""
 CURE = "the checkpoint is damaged; use another"
 MARGIN = 2**20
 """Bytes beside the tensors: headers, counters, random numbers."""
@@ -87,12 +90,15 @@ class Piece:
 
 
 def pieces_of(tensors: Mapping[str, Tensor], writer: Writer, *, copied: bool = False) -> dict[str, Piece]:
-    """What this rank writes of some tensors; `copied`: as they are now, whatever becomes of them."""
+    """What this rank writes of some tensors, by name, with a number where it has several pieces of one; `copied`: as
+    they are now, whatever becomes of them."""
     pieces = {}
     for name, tensor in tensors.items():
         if is_written_by(writer.rank, tensor):
-            piece, offset = local_piece(tensor)
-            pieces[name] = Piece(piece.detach().to("cpu", copy=copied), offset, tuple(tensor.shape))
+            shape = held_of(tensor).whole_shape(tensor.shape)
+            for number, (piece, offset) in enumerate(local_pieces(tensor)):
+                key = f"{name}{PART}{number}" if number else name
+                pieces[key] = Piece(piece.detach().to("cpu", copy=copied), offset, shape)
     return pieces
 
 
@@ -214,10 +220,31 @@ def local_piece(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offset)
 
 
+def local_pieces(tensor: Tensor) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """The same of a tensor that may be a rank's part of a split one (`model.tensor_plan`), whose ranges lie apart: a
+    piece of each. What is sharded is the part."""
+    piece, offset = local_piece(tensor)
+    what = held_of(tensor)
+    if not what.is_split:
+        return [(piece, offset)]
+    dim, found, begin = what.dim, [], 0
+    first, last = offset[dim], offset[dim] + piece.shape[dim]
+    for start, stop in what.ranges:
+        low, high = max(first, begin), min(last, begin + stop - start)
+        if low < high:
+            where = (*offset[:dim], start + low - begin, *offset[dim + 1 :])
+            found.append((piece.narrow(dim, low - first, high - low), where))
+        begin += stop - start
+    return found or [(piece, offset)]
+
+
 def is_written_by(rank: int, tensor: Tensor) -> bool:
     """Whether a rank is the first of those that hold the same of a tensor."""
+    what = held_of(tensor)
+    if what.is_copy:
+        return False
     if not isinstance(tensor, DTensor):
-        return rank == 0
+        return rank == 0 or what.is_split
     where: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
     return not any(isinstance(kind, Replicate) and at for kind, at in zip(tensor.placements, where, strict=True))
 
@@ -250,16 +277,17 @@ class Pieces:
     def __init__(self, files: list[Path]) -> None:
         self.paths = files
         self.files = [safe_open(str(path), framework="pt") for path in files]
-        self.where: dict[str, dict[tuple[int, ...], int]] = {}
-        """Where the pieces of a tensor begin → number of the file."""
+        self.where: dict[str, dict[tuple[int, ...], tuple[int, str]]] = {}
+        """Where the pieces of a tensor begin → number of the file, and the piece's name there."""
         self.shapes: dict[str, torch.Size] = {}
         for index, file in enumerate(self.files):
-            for name, entry in json.loads(file.metadata()["layout"]).items():
+            for key, entry in json.loads(file.metadata()["layout"]).items():
+                name = key.partition(PART)[0]
                 self.shapes[name] = shape = torch.Size(entry["shape"])
                 offset = entry["offset"]
                 if isinstance(offset, int):  # of schema 1
                     offset = [offset, *[0] * (len(shape) - 1)] if shape else []
-                self.where.setdefault(name, {}).setdefault(tuple(offset), index)
+                self.where.setdefault(name, {}).setdefault(tuple(offset), (index, key))
 
     def names(self) -> set[str]:
         """All tensors' names."""
@@ -272,14 +300,15 @@ class Pieces:
         """
         whole = self.shapes[name]
         if not whole:
-            return self.files[next(iter(self.where[name].values()))].get_tensor(name)
+            index, key = next(iter(self.where[name].values()))
+            return self.files[index].get_tensor(key)
         begin = [0] * len(whole) if offset is None else offset
         size = torch.Size(whole if shape is None else shape)
         end = [at + length for at, length in zip(begin, size, strict=True)]
         result: Tensor | None = None
         left = size.numel()
-        for at, index in self.where[name].items():
-            piece = self.files[index].get_slice(name)
+        for at, (index, key) in self.where[name].items():
+            piece = self.files[index].get_slice(key)
             low = [max(a, b) for a, b in zip(begin, at, strict=True)]
             high = [min(a, b + length) for a, b, length in zip(end, at, piece.get_shape(), strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
@@ -293,14 +322,15 @@ class Pieces:
         if left:
             raise InputError(f"{self.paths[0].parent}: {name}: {left} of {size.numel()} values are missing: {CURE}")
         if result is None:  # a rank may hold nothing of a small tensor
-            slices = self.files[next(iter(self.where[name].values()))].get_slice(name)
+            index, key = next(iter(self.where[name].values()))
+            slices = self.files[index].get_slice(key)
             result = slices[:0].new_empty(size)
         return result
 
     def like(self, name: str, tensor: Tensor) -> Tensor:
         """The part of a saved tensor that this rank holds of `tensor`."""
-        piece, offset = local_piece(tensor)
-        return self.read(name, offset, piece.shape)
+        parts = [self.read(name, offset, piece.shape) for piece, offset in local_pieces(tensor)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, held_of(tensor).dim)
 
 
 def all_checkpoints(folder: Path) -> list[Path]:

@@ -14,13 +14,15 @@ from torch import nn
 
 from litrecipe.checkpoint import state as training_state
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
 from litrecipe.data.source import StepSource
 from litrecipe.engine.background import Background
+from litrecipe.engine.grid import grid_of
 from litrecipe.engine.optim import load_optimizer_state, optimizer_bytes, optimizer_state
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.spikes import SpikeGuard
+from litrecipe.model.tensor_plan import alike, held_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -41,6 +43,8 @@ class Counters:
     """Tokens of all samples trained on."""
     skipped: int = 0
     """Samples that fit into no row."""
+    lr: float | None = None
+    """Peak learning rate, of the first role and of the stage that it is in; None where an older litrecipe saved it."""
 
 
 @dataclass
@@ -86,10 +90,11 @@ class Checkpoints:
             "optimizer": self.optimizer_kind,
             "identity": self.identity,
             "world_size": self.fabric.world_size,
+            "data_ranks": grid_of(self.fabric).rows,
             "rank": {"rng": capture_rng()},
         }
         tensors = {
-            "weights": {name: parameter.data for name, parameter in self.changed.items()},
+            "weights": {name: alike(parameter.data, parameter) for name, parameter in self.changed.items()},
             "optimizer": optimizer_state(self.optimizer, self.parameters),
         }
         is_copied = self.behind is not None
@@ -125,6 +130,7 @@ class Checkpoints:
         """Say when the disk cannot hold the checkpoints that are kept and the one that is being written."""
         size = sum(parameter.nbytes for parameter in self.changed.values())
         size += optimizer_bytes(self.optimizer_name, self.parameters.values())
+        size *= grid_of(self.fabric).in_row  # each of which has a part
         free = training_state.free_bytes(self.run_dir.checkpoints)
         if free is None or not size:
             return
@@ -156,17 +162,19 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in self.changed.items():
                 piece, _ = training_state.local_piece(parameter.data)
-                piece.copy_(weights.like(name, parameter.data))
+                piece.copy_(weights.like(name, parameter))
         kinds = (self.optimizer_kind, state["optimizer"])
         load_optimizer_state(self.optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
-        rank, of_ranks = self.fabric.global_rank, state["ranks"]
-        if rank < len(of_ranks):
-            restore_rng(of_ranks[rank]["rng"])
+        row, of_ranks = grid_of(self.fabric).rank, state["ranks"]
+        of_rows = of_ranks[:: len(of_ranks) // state.get("data_ranks", len(of_ranks))]
+        if row < len(of_rows):  # ranks that share a model draw alike
+            restore_rng(of_rows[row]["rng"])
         else:
-            seed_rng(self.seed, rank, state["step"])
+            seed_rng(self.seed, row, state["step"])
         if len(of_ranks) != self.fabric.world_size:
-            say(f"{folder}: {len(of_ranks)} ranks wrote it, {self.fabric.world_size} go on: equal up to rounding")
-        at = Counters(**{field.name: state[field.name] for field in fields(Counters)})
+            wrote = counted(len(of_ranks), "rank")
+            say(f"{folder}: written by {wrote}, {self.fabric.world_size} go on: equal up to rounding")
+        at = Counters(**{field.name: state[field.name] for field in fields(Counters) if field.name in state})
         if self.run_dir.owns(folder):
             self.saved_at = at.step
         return at
@@ -179,7 +187,7 @@ class Checkpoints:
     def mismatches(self, folder: Path, was: dict[str, str], shapes: dict[str, torch.Size]) -> list[str]:
         """What differs between this run and the checkpoint's: settings by name, then the trained weights' shapes."""
         mistakes = other_settings(folder, was, self.identity)
-        ours = {name: list(parameter.shape) for name, parameter in self.changed.items()}
+        ours = {name: list(held_of(one).whole_shape(one.shape)) for name, one in self.changed.items()}
         theirs = {name: list(shape) for name, shape in shapes.items()}
         if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
             first = f"{odd[0]}: {theirs.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
-from torch import nn
 
 from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
+from litrecipe.engine.grid import Grid, grid_of, rows_of
+from litrecipe.engine.sharding import distribute
 from litrecipe.model.decoder import Trunk
+from litrecipe.model.tensor_plan import check_divides
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
+
+
+M = TypeVar("M", bound=Trunk)
 
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
@@ -36,16 +40,22 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     refuse_plain_start()
     join(devices_of(config), config.num_nodes)
     _refuse_lonely_node(config)
-    world = world_size(config)
+    world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    if config.strategy == "fsdp":
+    rows = data_shares(config)
+    if config.is_sharded:
         strategy = ModelParallelStrategy(
-            parallelize_fn=shard, data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+            parallelize_fn=partial(distribute, config=config),
+            data_parallel_size=rows,
+            tensor_parallel_size=config.tensor_parallel,
+            save_distributed_checkpoint=False,
+            # What lies in main memory is added up there.
+            process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
         )
     elif config.strategy == "ddp" or world > 1:
         strategy = DDPStrategy()
     fabric = Fabric(
-        accelerator=accelerator_of(config),
+        accelerator=accelerator,
         devices=devices_of(config),
         num_nodes=config.num_nodes,
         strategy=strategy,
@@ -101,34 +111,9 @@ def world_size(config: FabricConfig) -> int:
     return devices_of(config) * config.num_nodes
 
 
-def shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2 (2304.11277, per-parameter sharding): each decoder block is gathered on its own, the rest of each model
-    with it, so that a policy beside its reference can be asked alone."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    models = [part for part in module.modules() if isinstance(part, Trunk)]
-    unshare(models)
-    for model in models:
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(model, mesh=mesh["data_parallel"])
-        if hasattr(model, "decode"):
-            register_fsdp_forward_method(model, "decode")
-    if module not in models:
-        fully_shard(module, mesh=mesh["data_parallel"])
-    return module
-
-
-def unshare(models: Iterable[nn.Module]) -> None:
-    """Give each model parameters of its own, in place: FSDP2 shards none twice. Those tied within a model stay so."""
-    taken: dict[int, nn.Parameter] = {}
-    for model in models:
-        own: dict[int, nn.Parameter] = {}
-        for owner in model.modules():
-            for name, parameter in owner.named_parameters(recurse=False):
-                if id(parameter) in taken:
-                    setattr(owner, name, copy.deepcopy(parameter, own))
-        taken |= {id(parameter): parameter for parameter in model.parameters()}
+def data_shares(config: FabricConfig) -> int:
+    """How many processes, or groups that share a copy of a model, see data of their own."""
+    return rows_of(config, world_size(config))
 
 
 def _refuse_lonely_node(config: FabricConfig) -> None:
@@ -186,21 +171,24 @@ def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
 
 
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """Each value summed over the ranks, which must all bring the same names."""
-    if fabric.world_size == 1 or not values:
+    """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
+    names."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=grid.across)
     return dict(zip(names, total.tolist(), strict=True))
 
 
 def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor summed over the ranks, which must all bring the same names and shapes."""
-    if fabric.world_size == 1 or not values:
+    """As `sums`, of tensors; all must bring the same names and shapes."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, group=grid.across)
     parts = flat.split([values[name].numel() for name in sorted(values)])
     return {name: part.view(values[name].shape) for name, part in zip(sorted(values), parts, strict=True)}
 
@@ -230,6 +218,11 @@ def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     return values
 
 
+def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
+    """The same of those that see different data: of ranks that share a copy of a model the first speaks."""
+    return gather(fabric, value)[:: grid_of(fabric).in_row]
+
+
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
     return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
@@ -247,32 +240,64 @@ class Ranks:
 
     fabric: Fabric
 
+    @cached_property
+    def _grid(self) -> Grid:
+        return grid_of(self.fabric)
+
     @property
     def rank(self) -> int:
-        """This process's place."""
-        return self.fabric.global_rank
+        """Whose share of the work this process does; those that share a copy of a model do the same."""
+        return self._grid.rank
 
     @property
     def world(self) -> int:
-        """Processes."""
-        return self.fabric.world_size
+        """Shares."""
+        return self._grid.rows
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.fabric.world_size == 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what all know."""
+        return self.fabric.global_rank == 0
+
+    @property
+    def share_models(self) -> bool:
+        """Whether no rank has a whole model: then all must make each pass of one together."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        return not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
+
+    def place(self, model: M, config: FabricConfig) -> M:
+        """Cut and fill a model that is asked only. Raises InputError where it cannot be split evenly."""
+        check_divides(model.architecture, config.tensor_parallel, f"a {model.architecture.family} model that is asked")
+        distribute(model, cast(Any, self.fabric.strategy).device_mesh, config)
+        return model
+
+    def most(self, mine: int) -> int:
+        """The largest of the numbers that ranks bring."""
+        if self.alone:
+            return mine
+        found = torch.tensor(mine, device=self.fabric.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
 
     def agree(self, value: Any) -> list[Any]:
-        """What each rank brings, on all of them. Raises `Stopped` on all when one was asked to stop."""
+        """What comes of each share, on all ranks. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
-        if self.world > 1 and (signals := [number for _, number in found if number is not None]):
+        if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
-        return [brought for brought, _ in found]
+        return [brought for brought, _ in found[:: self._grid.in_row]]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
         next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
-        from lightning_fabric.strategies import ModelParallelStrategy
-
-        together = self.world > 1 and isinstance(self.fabric.strategy, ModelParallelStrategy)
         try:
-            with stop.interruptible((lambda: None) if together else stop.requested):
+            with stop.interruptible((lambda: None) if self.share_models else stop.requested):
                 yield
         except stop.Stopped:
             self.agree(None)  # raises on all of several ranks

@@ -22,10 +22,13 @@ from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.experts import ExpertMLPs
+from litrecipe.model.group import Group
 from litrecipe.model.head import block_size
 from litrecipe.model.hydra import Hydra, of_best
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
+from litrecipe.model.tensor_parallel import split
+from litrecipe.model.tensor_plan import narrowed
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
@@ -91,20 +94,25 @@ def estimate(
     device: torch.device | str = "cpu",
     frozen_copy: bool = False,
 ) -> MemoryTable:
-    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step.
+    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step. Where ranks
+    share a copy of the model, that of the first.
 
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
     """
     model = meta_model(recipe, architecture)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if (size := recipe.fabric.tensor_parallel) > 1:
+        split(model, Group(0, size))
+        architecture, world_size = narrowed(architecture, size), world_size // size
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
     copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = optimizer_bytes(recipe.optim.name, (p for p in model.parameters() if p.requires_grad))
     strategy, exchange = recipe.fabric.strategy, 0
-    if strategy == "fsdp":
+    cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
+    if cuts:
         # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
         exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
@@ -117,7 +125,7 @@ def estimate(
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
-        reference=(weights if strategy == "fsdp" else copied) if frozen_copy else 0,
+        reference=(weights if cuts else copied) if frozen_copy else 0,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
@@ -159,11 +167,18 @@ def teacher_bytes(
     row: Row,
     *,
     sharded_over: int | None = None,
+    split_over: int = 1,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits."""
+    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits.
+
+    Ranks may each have a part of it (`split_over`), and pieces of that.
+    """
     with torch.device("meta"):
         model = Decoder(teacher).to(dtype).requires_grad_(False)
+    if split_over > 1:
+        split(model, Group(0, split_over))
+        teacher = narrowed(teacher, split_over)
     sizes = {name: stored_bytes(name, p, method) for name, p in model.named_parameters()}
     weights = sum(sizes.values())
     if sharded_over:

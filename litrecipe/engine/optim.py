@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from litrecipe.checkpoint.state import Pieces
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Optim, Schedule
+from litrecipe.model.tensor_plan import alike, held_of
 
 STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd": 4.0}
 """Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
@@ -107,7 +108,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            state[f"{name}::{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+            state[f"{name}::{key}"] = alike(value, parameter) if isinstance(value, Tensor) else torch.tensor(value)
     return state
 
 
@@ -146,11 +147,13 @@ def _fill(state: dict[str, Any], name: str, keys: list[str], saved: Pieces, para
             state[key] = saved.read(full_name).item()
         elif isinstance(state.get(key), Tensor):
             state[key].copy_(saved.read(full_name))
-        elif isinstance(parameter, DTensor) and saved.shapes[full_name] == parameter.shape:
-            piece = saved.like(full_name, parameter).to(parameter.device)
-            state[key] = DTensor.from_local(
-                piece, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-            )
+        elif saved.shapes[full_name] == held_of(parameter).whole_shape(parameter.shape):
+            state[key] = saved.like(full_name, parameter).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                shape, stride = parameter.shape, parameter.stride()
+                state[key] = DTensor.from_local(
+                    state[key], parameter.device_mesh, parameter.placements, shape=shape, stride=stride
+                )
         else:
             value = saved.read(full_name)
             # fused kernels keep `step` beside the parameter, whatever its dtype

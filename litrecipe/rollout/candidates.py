@@ -106,7 +106,7 @@ def sample_candidates(
             scores = scorer(found)
         groups = torch.tensor(mine, dtype=torch.int64).repeat_interleave(n)
         whole = joined(ranks.agree(Scored(found, scores, groups))).in_order()
-        if ranks.rank == 0:
+        if ranks.writes:
             file.add(whole)
         ranks.agree(None)
 
