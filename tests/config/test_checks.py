@@ -76,6 +76,8 @@ def test_ranges(key: str, right: list[str], wrong: list[str]) -> None:
         ("quantize.method=nf4 adapter.method=lora model.init=random", "quantize.method", "use none"),
         ("optim.name=adamw8bit fabric.strategy=fsdp", "optim.name", "use adamw"),
         ("optim.name=paged_adamw8bit fabric.strategy=fsdp", "optim.name", "use adamw"),
+        ("fabric.cpu_offload=true", "fabric.cpu_offload", "fabric.strategy fsdp"),
+        ("fabric.param_dtype=bfloat16 fabric.strategy=fsdp", "fabric.param_dtype", "use bf16-mixed"),
         ("fabric.tensor_parallel=2 fabric.strategy=ddp", "fabric.strategy", "use auto or fsdp"),
         ("fabric.tensor_parallel=2 fabric.devices=3", "fabric.tensor_parallel", "the run has 3 processes"),
         ("fabric.tensor_parallel=2 adapter.method=lora quantize.method=nf4", "quantize.method", "use none"),
@@ -101,6 +103,8 @@ def test_what_does_not_go_together(flags: str, key: str, cure: str) -> None:
     "flags",
     [
         "quantize.method=nf4 adapter.method=lora fabric.strategy=fsdp",
+        "fabric.strategy=fsdp fabric.param_dtype=bfloat16 fabric.precision=bf16-mixed fabric.cpu_offload=true",
+        "fabric.strategy=fsdp fabric.reshard_after_forward=false fabric.gather_to_sample=true",
         "quantize.method=nf4 adapter.method=dora",
         "quantize.method=int8 adapter.method=lora",
         "quantize.method=int8 adapter.method=dora",
