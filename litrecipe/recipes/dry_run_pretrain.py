@@ -14,7 +14,7 @@ from litrecipe.data.pretraining import Stream, batches_of, open_stream, steps_of
 from litrecipe.data.report import render
 from litrecipe.data.stream import Stage
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import data_shares, world_size
+from litrecipe.engine.fabric import data_size, world_size
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.architecture import count_parameters
 from litrecipe.model.flops import training_flops
@@ -30,7 +30,7 @@ def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Token
     show_recipe(recipe)
     stream = open_stream(recipe, tokenizer)
     for (name, part), stage in zip(recipe.parts.items(), stream.source.stages, strict=True):
-        load = _load(part, stage, data_shares(recipe.fabric))
+        load = _load(part, stage, data_size(recipe.fabric))
         table = memory_of(part, files, load, frozen_copy=False)
         if teaching:
             table = beside_teacher(table, teaching, part, load, world)

@@ -80,6 +80,7 @@ def test_ranges(key: str, right: list[str], wrong: list[str]) -> None:
         ("fabric.tensor_parallel=2 fabric.devices=3", "fabric.tensor_parallel", "the run has 3 processes"),
         ("fabric.tensor_parallel=2 adapter.method=lora quantize.method=nf4", "quantize.method", "use none"),
         ("fabric.tensor_parallel=2 optim.name=adamw8bit", "optim.name", "use adamw"),
+        ("fabric.tensor_parallel=2 fabric.compile=true", "fabric.compile", "use false"),
         ("fabric.tensor_parallel=2 distil.teacher=t distil.quantize=nf4", "distil.quantize", "distil.cache"),
         ("schedule.decay_steps=3", "schedule.decay_steps", "schedule.name wsd"),
         ("data.val=v data.val_fraction=0.1", "data.val_fraction", "remove one of them"),
