@@ -158,7 +158,7 @@ class Run:
         self.dir = RunDir(job.recipe.out_dir)
         resume = ranks.on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
         self.raw = job.module
-        self.module = self.fabric.setup_module(job.module)
+        self.module = self.fabric.setup_module(job.module, move_to_device=not job.recipe.fabric.is_sharded)
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.roles = job.roles or [Role("", job.recipe.optim.lr, self.train_config.grad_clip)]

@@ -82,6 +82,8 @@ def test_ranges(key: str, right: list[str], wrong: list[str]) -> None:
         ("fabric.tensor_parallel=2 optim.name=adamw8bit", "optim.name", "use adamw"),
         ("fabric.tensor_parallel=2 fabric.compile=true", "fabric.compile", "use false"),
         ("fabric.tensor_parallel=2 distil.teacher=t distil.quantize=nf4", "distil.quantize", "distil.cache"),
+        ("fabric.cpu_offload=true", "fabric.cpu_offload", "fabric.strategy fsdp"),
+        ("fabric.param_dtype=bfloat16 fabric.strategy=fsdp", "fabric.param_dtype", "use bf16-mixed"),
         ("schedule.decay_steps=3", "schedule.decay_steps", "schedule.name wsd"),
         ("data.val=v data.val_fraction=0.1", "data.val_fraction", "remove one of them"),
         ("eval.every=5", "eval.every", "give data.val, data.val_fraction or eval.tasks"),
@@ -102,6 +104,8 @@ def test_what_does_not_go_together(flags: str, key: str, cure: str) -> None:
     "flags",
     [
         "quantize.method=nf4 adapter.method=lora fabric.strategy=fsdp",
+        "fabric.strategy=fsdp fabric.param_dtype=bfloat16 fabric.precision=bf16-mixed fabric.cpu_offload=true",
+        "fabric.strategy=fsdp fabric.reshard_after_forward=false fabric.gather_to_sample=true",
         "quantize.method=nf4 adapter.method=dora",
         "quantize.method=int8 adapter.method=lora",
         "quantize.method=int8 adapter.method=dora",
