@@ -121,9 +121,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("recipe ls", "recipe: no such verb: did you mean `litrecipe recipes`?"),
         (
             "xyzzy",
-            "xyzzy: no such verb: give one of pretrain, finetune, align, evaluate, generate, chat, recipes, data, "
-            "model, runs",
+            "xyzzy: no such verb: give one of pretrain, finetune, align, evaluate, generate, chat, submit, recipes, "
+            "data, model, runs",
         ),
+        ("submit", "submit: missing: no verb that can be submitted: give one of pretrain, finetune, align reward"),
+        ("submit finetun", "submit: finetun: no verb that can be submitted: did you mean `litrecipe submit finetune`?"),
+        ("submit chat", "submit: chat: no verb that can be submitted"),
+        ("submit finetune --sweeep optim.lr=1,2", "--sweeep: no such flag: did you mean `--sweep`?"),
         ("model", "model: missing: give one of import, export, merge, info"),
         ("model improt a b", "model: improt: did you mean `litrecipe model import`?"),
         (
@@ -225,7 +229,7 @@ def test_plain_verbs_get_their_arguments_by_name(recipe_given: list[object]) -> 
     main(["recipes", "validate", "x", "y"])
     assert recipe_given == [
         ("recipes.model:import_model", {"src": "a", "out": "b"}),
-        ("recipes.runs:ls", {"folder": "runs"}),
+        ("cluster.listing:ls", {"folder": "runs"}),
         ("recipes.runs:diff", {"a": "a", "b": "b", "tolerance": 1e-5}),
         ("hub:validate", {"names": ["x", "y"]}),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -32,14 +32,16 @@ def load(
     flags: Iterable[tuple[str, str]] = (),
     *,
     whole: bool = True,
+    over: Callable[[Node, Mistakes], Node] = lambda tree, _: tree,
 ) -> Recipe:
-    """Read a recipe: files (or hub names), later ones on top, and flags (`train.max_steps`, `3`) over all.
+    """Read a recipe: files (or hub names), later ones on top, and flags (`train.max_steps`, `3`) over all; `over` lays
+    the tree that they make over defaults.
 
     Raises InputError with every mistake that can be found; without what is missing where this is not the `whole` line.
     """
     mistakes = Mistakes()
     verb = next((name for name, other in RECIPES.items() if other is kind), "")
-    tree = merge(configs, flags, mistakes, verb)
+    tree = over(merge(configs, flags, mistakes, verb), mistakes)
     refuse_other_verb(kind, tree)
     recipe: Any
     if kind is PipelineRecipe:

@@ -16,6 +16,7 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
 from litrecipe.engine.grid import Grid, grid_of, groups_of
 from litrecipe.engine.sharding import distribute
 from litrecipe.model.decoder import Trunk
@@ -36,7 +37,8 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-    _refuse_plain_sbatch()
+    refuse_plain_start()
+    join(devices_of(config), config.num_nodes)
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
@@ -94,7 +96,8 @@ def devices_of(config: FabricConfig) -> int:
     """Processes of one node. Raises InputError when there are fewer GPUs than that."""
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.devices == "auto" else config.devices
+        started = int(os.environ.get("LOCAL_WORLD_SIZE") or tasks_per_node() or 1)
+        return started if config.devices == "auto" else config.devices
     there = torch.cuda.device_count() if accelerator == "cuda" else 1
     if config.devices == "auto":
         return there
@@ -111,13 +114,6 @@ def world_size(config: FabricConfig) -> int:
 def data_size(config: FabricConfig) -> int:
     """How many processes, or groups that share a copy of a model, see data of their own."""
     return groups_of(config, world_size(config))
-
-
-def _refuse_plain_sbatch() -> None:
-    """Python started by sbatch itself would wait for ranks that nobody starts."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
-        raise InputError(f"SLURM_NTASKS: {tasks}: litrecipe was started without srun: start it as `srun litrecipe …`")
 
 
 def _refuse_lonely_node(config: FabricConfig) -> None:
