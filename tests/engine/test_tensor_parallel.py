@@ -47,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pretrain-experts": {**LONG, "model.source": "experts", "model.init": "random", "pretrain.z_loss": 1e-3},
 }
 MIXED = ("finetune-fused", "finetune-dora", "dpo-moving")
-OF_FOUR = ("finetune-full", "finetune-lora", "finetune-fused", "dpo-off", "pretrain-experts")
+OF_FOUR = ("finetune-full", "finetune-lora", "finetune-fused", "ppo-separate", "pretrain-experts")
 OF_VERB: dict[str, dict[str, Any]] = {
     "finetune": {"data.train": "toy:units?n=40&seed=0"},
     "dpo": {"data.train": "toy:units-pairs?n=20&seed=0"},
