@@ -170,7 +170,10 @@ def assert_same_numbers(one: Path, other: Path) -> None:
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), (one.name, a.get("step"), name)
         for name in a.keys() - set(TIMING):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (one.name, a.get("step"), name)
-    texts = [[path.read_text() for path in sorted(run.glob("rollouts/*.jsonl"))] for run in (one, other)]
+    texts = [
+        [json.loads(line)["completion"] for path in sorted(run.glob("rollouts/*.jsonl")) for line in path.open()]
+        for run in (one, other)
+    ]
     assert texts[0] == texts[1]
     ours, theirs = final_tensors(one), final_tensors(other)
     assert ours.keys() == theirs.keys()
