@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from litrecipe import __version__, cli
-from litrecipe.cli import VERBS, main
+from litrecipe.cli import main
 from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.verbs import VERBS
 
 HEAVY = ("torch", "lightning_fabric", "peft", "transformers", "bitsandbytes", "lm_eval", "pyarrow", "numpy")
 
@@ -384,3 +385,12 @@ def test_data_for_another_verb_is_told_once(capsys: pytest.CaptureFixture[str]) 
     assert told.endswith("holds preferences: learn from them with `litrecipe align dpo` or `litrecipe align reward`")
     [told] = errors(capsys, "align", "dpo", "--model", "m", "--data.train", "toy:units?n=30")
     assert told.endswith("holds conversations: learn from them with `litrecipe finetune`, or give pairs")
+
+
+def test_a_full_disk_is_one_line_whatever_was_written():
+    command = [sys.executable, "-m", "litrecipe", "recipes", "ls"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    cure = "make room, and run the same again"
+    assert done.stderr == f"litrecipe: error: disk full: [Errno 28] No space left on device: {cure}\n"

@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from litrecipe.cli import VERBS, WRONG_INPUT, PlainVerb
 from litrecipe.config import schema, stop
+from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.merge import SCHEMA_VERSION
 from litrecipe.config.recipes import RECIPES
+from litrecipe.verbs import VERBS, PlainVerb
 
 FROZEN = Path(__file__).with_name("surface.json")
 

@@ -23,6 +23,7 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.families import FAMILIES
 from litrecipe.rollout.rewards import make_judge
 from litrecipe.rollout.sources import Completions, make_source
+from litrecipe.verbs import VERBS, RecipeVerb, SubmitVerb
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(REPO / "tutorials").glob("*.md"), REPO / "README.md"])
@@ -56,13 +57,13 @@ def test_every_command_is_read(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for words in commands(page):
         verb: object = None
         if words[0] == "submit":
-            submit = cli.VERBS["submit"]
-            assert isinstance(submit, cli.SubmitVerb)
+            submit = VERBS["submit"]
+            assert isinstance(submit, SubmitVerb)
             found, verb = cli.submitted(submit, words := words[1:])
         else:
-            found = next((name for name in (" ".join(words[:2]), words[0]) if name in cli.VERBS), "")
-            verb = cli.VERBS.get(found)
-        if not isinstance(verb, cli.RecipeVerb):
+            found = next((name for name in (" ".join(words[:2]), words[0]) if name in VERBS), "")
+            verb = VERBS.get(found)
+        if not isinstance(verb, RecipeVerb):
             assert cli.run(words) == 0, words
             continue
         kind = cli.found(f"config.{verb.kind}")

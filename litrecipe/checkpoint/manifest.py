@@ -30,6 +30,19 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "litrecipe"
 
 
+@contextmanager
+def keeping_in_cache() -> Iterator[None]:
+    """Raise InputError where the body cannot write into the user's cache. Other errors stay what they are."""
+    try:
+        yield
+    except OSError as error:
+        ours = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(user_cache())
+        if not ours and not is_disk_full(error):
+            raise
+        why, cure = error.strerror or error, "make room, or name another folder by $LITRECIPE_CACHE"
+        raise InputError(f"{user_cache()}: {why}: {cure}") from error
+
+
 def sha256_of(path: Path) -> str:
     """Digest of a file, in hexadecimal."""
     with path.open("rb") as handle:

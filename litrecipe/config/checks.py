@@ -35,6 +35,9 @@ from litrecipe.config.slurm import SLURM_RANGES, Slurm, check_slurm
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
+ONE_SOURCE = (
+    "is one source: give a folder that holds all, or for `litrecipe pretrain` name them: `data.sources: {a: …}`"
+)
 
 
 def check(recipe: Any) -> Iterator[Mistake]:
@@ -192,7 +195,8 @@ def _missing(recipe: Any) -> Iterator[Mistake]:
         yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"
     if isinstance(recipe, TrainingRecipe):
         if not recipe.data.train and not getattr(recipe.data, "sources", None):
-            yield "data.train", "missing", "give a data file or folder, a hub id, or `toy:units?n=512&seed=0`"
+            named = ", or several by name in data.sources" if isinstance(recipe, PretrainRecipe) else ""
+            yield "data.train", "missing", f"give a data file or folder, a hub id, or `toy:units?n=512&seed=0`{named}"
         if not recipe.out_dir:
             yield "out_dir", "''", "give the folder of the run"
         if not recipe.adapter.targets and recipe.adapter.method != "none":
@@ -211,6 +215,8 @@ def _texts(recipe: TrainingRecipe) -> Iterator[Mistake]:
     for target in recipe.adapter.targets:
         if target not in known:
             yield "adapter.targets", target, f"give some of {', '.join(known)}"
+    if recipe.data.train[:1] + recipe.data.train[-1:] in ("[]", "{}"):
+        yield "data.train", recipe.data.train, ONE_SOURCE
     if recipe.train.max_time is not None:
         try:
             parse_duration(recipe.train.max_time)

@@ -81,6 +81,11 @@ def show_table(table: Table) -> None:
         Console(stderr=True, width=None if folds else WIDE).print(table)
 
 
+def counted(count: int, noun: str, spec: str = "") -> str:
+    """1 step, 2 steps; `spec` formats the number."""
+    return f"{count:{spec}} {noun}" + ("" if count == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """4 s, 5 min, 2 h 3 min."""
     if seconds < 99.5:

@@ -14,7 +14,7 @@ from torch import nn
 
 from litrecipe.checkpoint import state as training_state
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
 from litrecipe.data.source import StepSource
 from litrecipe.engine.background import Background
 from litrecipe.engine.grid import grid_of
@@ -43,6 +43,8 @@ class Counters:
     """Tokens of all samples trained on."""
     skipped: int = 0
     """Samples that fit into no row."""
+    lr: float | None = None
+    """Peak learning rate, of the first role and of the stage that it is in; None where an older litrecipe saved it."""
 
 
 @dataclass
@@ -170,8 +172,9 @@ class Checkpoints:
         else:
             seed_rng(self.seed, mine, state["step"])
         if len(of_ranks) != self.fabric.world_size:
-            say(f"{folder}: {len(of_ranks)} ranks wrote it, {self.fabric.world_size} go on: equal up to rounding")
-        at = Counters(**{field.name: state[field.name] for field in fields(Counters)})
+            wrote = counted(len(of_ranks), "rank")
+            say(f"{folder}: written by {wrote}, {self.fabric.world_size} go on: equal up to rounding")
+        at = Counters(**{field.name: state[field.name] for field in fields(Counters) if field.name in state})
         if self.run_dir.owns(folder):
             self.saved_at = at.step
         return at

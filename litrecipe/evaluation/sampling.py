@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.decoding import AnyLeft, Ended, sample
@@ -138,11 +138,12 @@ class TextStream:
 
 
 def _check_room(model: Decoder, prompts: Sequence[list[int]], new_tokens: int) -> None:
+    """The default is nobody's wish: then answers end where the context does."""
     longest = max(map(len, prompts), default=0)
     reads = model.architecture.max_positions
-    if longest + new_tokens > reads:
+    if longest + (1 if new_tokens == Generate.max_new_tokens else new_tokens) > reads:
         cure = f"at most {reads - longest} are left" if longest < reads else "shorten the prompt"
         raise InputError(
             f"generate.max_new_tokens: {new_tokens}: "
-            f"the longest prompt has {longest} tokens and the model reads {reads}: {cure}"
+            f"the longest prompt has {counted(longest, 'token')} and the model reads {reads}: {cure}"
         )

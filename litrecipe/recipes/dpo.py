@@ -28,12 +28,11 @@ from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.dpo import make_dpo
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.known import start
+from litrecipe.recipes.known import identity, start
 from litrecipe.recipes.training import (
     adapter_of,
     alone,
     begin,
-    identity,
     load_to_train,
     make_ready,
     nats_apart,

@@ -13,6 +13,7 @@ from rich.table import Table
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config import progress, schema
 from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.progress import counted
 from litrecipe.data.packing import pack
 from litrecipe.data.prepared import Kind, prepare
 from litrecipe.data.report import render
@@ -184,4 +185,4 @@ def beside(rows: int) -> str:
     """How gradients and activations share their room."""
     if rows == 1:
         return "gradients and activations share their room: a step is one row"
-    return f"gradients lie beside the activations: a step is up to {rows} rows"
+    return f"gradients lie beside the activations: a step is up to {counted(rows, 'row')}"

@@ -14,7 +14,7 @@ from litrecipe.config import progress, schema, stop
 from litrecipe.config.errors import WRONG_INPUT, InputError
 from litrecipe.config.files import write_json
 from litrecipe.config.pipeline import FINAL, PipelineRecipe
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
 from litrecipe.config.slurm import LAUNCHER
 from litrecipe.engine.allocation import is_a_task
 from litrecipe.engine.rundir import RunDir
@@ -128,9 +128,9 @@ def finish(runs: dict[str, StageRun], out: Path) -> None:
     if left:
         say(f"not run: {', '.join(left)}; without `only` {GO_ON}")
     elif policies:
-        say(f"done: {len(runs)} stages; the model is in {out / FINAL}, which leads to {policies[-1].result}")
+        say(f"done: {counted(len(runs), 'stage')}; the model is in {out / FINAL}, which leads to {policies[-1].result}")
     else:
-        say(f"done: {len(runs)} stages")
+        say(f"done: {counted(len(runs), 'stage')}")
 
 
 def lead(link: Path, target: Path) -> None:

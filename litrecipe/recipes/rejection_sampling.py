@@ -19,7 +19,7 @@ from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
 from litrecipe.config.online import LoraAdapter, longest_of
-from litrecipe.config.progress import say
+from litrecipe.config.progress import counted, say
 from litrecipe.config.rounds import RejectionSampling, RejectionSamplingRecipe
 from litrecipe.data.prompts import Prompt, PromptSet
 from litrecipe.data.supervised import SUPERVISED
@@ -95,7 +95,7 @@ def begin_or_go_on(file: CandidateFile, recipe: RejectionSamplingRecipe, known: 
     if mistakes := other_settings(file.path, read_json(about)["identity"], known):
         raise InputError(*mistakes)
     done = file.done()
-    say(f"{file.path}: {done} of {file.prompts} prompts are answered")
+    say(f"{file.path}: {done} of {counted(file.prompts, 'prompt')} are answered")
     return done
 
 
@@ -140,8 +140,11 @@ def keep_best(file: CandidateFile, prompts: Sequence[Prompt], folder: Path, temp
     found = file.read()
     choice = choose(prompts, found, file.config, template)
     left_out = "; ".join(f"{count} {why}" for why, count in choice.left_out.items())
-    told = f"{len(choice.rows)} of {len(found) * file.config.completions_per_prompt} completions are learnt, of "
-    told += f"{choice.prompts} of {len(found)} prompts" + (f" (left out: {left_out})" if left_out else "")
+    told = (
+        f"{len(choice.rows)} of {counted(len(found) * file.config.completions_per_prompt, 'completion')} are learnt, "
+        "of "
+    )
+    told += f"{choice.prompts} of {counted(len(found), 'prompt')}" + (f" (left out: {left_out})" if left_out else "")
     curve = gains(torch.tensor([[one["reward"] for one in of_prompt] for of_prompt in found]))
     summary: dict[str, Any] = {"prompts": len(found), "learnt": len(choice.rows), "note": BOUND, "curve": curve}
     write_json(folder / "best_of.json", summary)

@@ -34,7 +34,8 @@ from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.loss import Objective
 from litrecipe.objectives.reward import JointLoss, RewardLoss
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import begin, head_of, identity, load_to_train, make_ready, prepared, save_trained
+from litrecipe.recipes.known import head_of, identity
+from litrecipe.recipes.training import begin, load_to_train, make_ready, prepared, save_trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -16,6 +16,7 @@ from torch import Tensor
 from litrecipe.config import groups
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import Rewards, Sampling
+from litrecipe.config.progress import counted
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import Ranks
 from litrecipe.objectives.advantages import length_penalty
@@ -107,7 +108,10 @@ class Scorer:
         raw = {one.source.name: one.source(completions) for one in self.sources}
         for name, scores in raw.items():
             if len(scores) != len(completions):
-                raise InputError(f"{KEY}: {name}: {len(scores)} scores of {len(completions)} completions: give as many")
+                raise InputError(
+                    f"{KEY}: {name}: {counted(len(scores), 'score')} of {counted(len(completions), 'completion')}: "
+                    "give as many"
+                )
         by_source = {one.source.name: self._weighed(raw[one.source.name], one.weight) for one in self.sources}
         sums = [
             math.fsum(part for part in parts if part is not None) for parts in zip(*by_source.values(), strict=True)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from litrecipe.config import groups
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
+from litrecipe.config.progress import counted
 from litrecipe.data.prompts import Prompt
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import Ranks
@@ -95,7 +96,9 @@ class Engine:
         ]
         if any(len(one) != len(wanted) for one in lists):
             said = " / ".join(str(len(one)) for one in lists)
-            raise InputError(f"{self.name}: returned {said} of {len(wanted)} completions: give all, side by side")
+            raise InputError(
+                f"{self.name}: returned {said} of {counted(len(wanted), 'completion')}: give all, side by side"
+            )
         for place, prompt in enumerate(wanted):
             if why := self._mistake(found, place, settings.max_new_tokens):
                 raise InputError(f"{self.name}: {prompt.where}: {why}")
@@ -105,13 +108,14 @@ class Engine:
     def _mistake(found: Completions, place: int, most: int) -> str | None:
         tokens, ended = found.tokens[place], found.ended[place]
         if not 0 < len(tokens) <= most + 1:
-            return f"a completion of {len(tokens)} tokens: give 1 to {most}, and the one that ended it"
+            return f"a completion of {counted(len(tokens), 'token')}: give 1 to {most}, and the one that ended it"
         if ended not in ENDS:
             return f"ended by {ended!r}: give one of {', '.join(ENDS)}"
         if found.logps is not None:
             logps = found.logps[place]
             if len(logps) != len(tokens) or not all(math.isfinite(logp) and logp <= 0 for logp in logps):
-                return f"{len(logps)} log-probabilities of {len(tokens)} tokens, all finite and at most 0: give these"
+                said = f"log-probabilities: {len(logps)} of {counted(len(tokens), 'token')}"
+                return f"{said}, all finite and at most 0: give these"
         return None
 
 

@@ -21,6 +21,7 @@ import torch
 from litrecipe.config import groups, stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import Rewards
+from litrecipe.config.progress import counted
 from litrecipe.data.comparisons import common_prefix
 from litrecipe.data.formats import Conversation, RowError
 from litrecipe.data.packing import pack
@@ -197,7 +198,8 @@ class ModelSource:
         reads = self.model.architecture.max_positions
         if max(map(len, whole)) > reads:
             raise InputError(
-                f"{KEY}: {self.name}: {prompt.where}: {max(map(len, whole))} tokens with its completion, and the model "
+                f"{KEY}: {self.name}: {prompt.where}: {counted(max(map(len, whole)), 'token')} with its completion, "
+                "and the model "
                 f"reads {reads}: lower max_new_tokens or data.max_length"
             )
         start = min(common_prefix([asked, *whole]), min(map(len, whole)) - 1)
@@ -412,7 +414,10 @@ def called(
         _one_by_one(name, function, given, prompts)
         raise InputError(f"{name}: {_told(error)}{_place(error)}") from error
     if len(values) != len(prompts):
-        raise InputError(f"{name}: returned {len(values)} values for {len(prompts)} completions: give one for each")
+        raise InputError(
+            f"{name}: returned {counted(len(values), 'value')} for {counted(len(prompts), 'completion')}: give one for "
+            "each"
+        )
     return values
 
 
