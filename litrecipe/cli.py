@@ -50,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         from litrecipe.checkpoint.manifest import is_disk_full
+        from litrecipe.config.progress import tell_mistakes
 
         if not is_disk_full(error):
             raise
-        if is_first_of_node():
-            print(f"litrecipe: error: disk full: {error}: make room, and run the same again", file=sys.stderr)
+        tell_mistakes([f"disk full: {error}: make room, and run the same again"])
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # perhaps it is what has no room
         return WRONG_INPUT
     return code

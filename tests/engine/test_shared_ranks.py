@@ -29,6 +29,7 @@ ASKED = {
 }
 CASES: dict[str, dict[str, Any]] = {
     "finetune-full": {**CHAT, "data.val": "toy:units?n=3&seed=0&split=test", "optim.lr": 1e-3},
+    "finetune-bf16": {**CHAT, "fabric.precision": "bf16-mixed", "optim.lr": 1e-3},
     "finetune-nf4-lora": {**CHAT, **LORA, **NF4},
     "finetune-nf4-dora": {**CHAT, **LORA, **NF4, "adapter.method": "dora", "quantize.double_quant": False},
     "dpo-moving-dora": {**PAIRS, **LORA, "adapter.method": "dora", "dpo.reference": "moving"},
@@ -54,10 +55,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 SHARED: dict[str, dict[str, Any]] = {
     "finetune-full": {"fabric.activation_checkpointing": True, "fabric.reshard_after_forward": False},
+    "finetune-bf16": {"fabric.param_dtype": "bfloat16"},
     "finetune-nf4-lora": {"fabric.cpu_offload": True},
     "ppo-hydra": {"fabric.gather_to_sample": True},
 }
-"""Options of how models are shared, none of which changes a number."""
+"""Options of how models are shared, which change no number but where they round."""
+ROUNDED = {"finetune-bf16": 2e-2}
+"""bf16 has three digits; norms and residual stream are fp32 in one process."""
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
@@ -147,12 +151,13 @@ def test_two_processes_that_share_learn_as_one(runs: Path, case: str) -> None:
         assert ours.keys() == theirs.keys()
         for name in ours:
             if name in ("loss", "eval_loss", "reward") or name.startswith("grad_norm"):
-                assert theirs[name] == pytest.approx(ours[name], rel=1e-5, abs=1e-7), (ours["step"], name)
+                near = ROUNDED.get(case, 1e-5)
+                assert theirs[name] == pytest.approx(ours[name], rel=near, abs=1e-7), (ours["step"], name)
     for part in ("", "ema", "critic"):
         ours, theirs = (final_tensors(runs / name / case, part) for name in ("alone", "fsdp"))
         assert ours.keys() == theirs.keys() and (ours or part)
         for name, tensor in ours.items():
-            assert (tensor - theirs[name]).abs().max() < 1e-4, name
+            assert (tensor - theirs[name]).abs().max() < (1e-4 if case not in ROUNDED else 2e-2), name
 
 
 @pytest.mark.slow
