@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,8 @@ class Job:
             sys.exit(f"kills: a run failed:\n{out.with_suffix('.log').read_text()[-3000:]}")
 
 
-def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
-    """A two-layer model with the real one's tokenizer and random weights."""
+def shrunken_job(folder: Path, kind: str, method: list[str], changes: Mapping[str, Any] | None = None) -> Job:
+    """A two-layer model with the real one's tokenizer and random weights; `changes` are keys that differ, or None."""
     real = as_hf_folder(folder / "real")
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads((real / "config.json").read_text()), **SHRUNKEN}))
@@ -182,7 +183,7 @@ def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
         flags |= HELD_OUT
     if "rejection-sampling" in method:
         flags["train.epochs"] = None  # the steps alone end it
-    return words(method, flags)
+    return words(method, flags | dict(changes or {}))
 
 
 def words(method: list[str], flags: dict[str, Any]) -> Job:
