@@ -29,8 +29,9 @@ def read_pipeline(tree: Node, mistakes: Mistakes, *, whole: bool = True) -> Pipe
     if not nodes.is_group:
         mistakes.append(f"{nodes.where}stages: {show(nodes)}: give stages by name: {{sft: {{verb: finetune, …}}, …}}")
         return pipeline
+    seed = max(0, pipeline.seed)  # a wrong one has its line already
     for name, node in nodes.value.items():
-        if (stage := _read(name, node, pipeline.seed, list(nodes.value), mistakes)) is not None:
+        if (stage := _read(name, node, seed, list(nodes.value), mistakes)) is not None:
             pipeline.stages[name] = stage
     if whole and not nodes.value and not mistakes.unread:
         mistakes.append("stages: missing: give stages by name: {sft: {verb: finetune, …}, …}")

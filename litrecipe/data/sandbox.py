@@ -19,7 +19,7 @@ from typing import Any
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateAssertionError
 from jinja2.runtime import BlockReference, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -139,6 +139,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
+        if reader := template.find((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+            raise TemplateAssertionError("a chat template reads no other files", reader.lineno, name, filename)
         self.size = sum(1 for _ in template.find_all(nodes.Node))
         for loop in list(template.find_all(nodes.For)):
             loop.iter = _filtered(loop.iter, "gone_through", sum(1 for _ in loop.find_all(nodes.Node)))

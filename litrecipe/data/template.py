@@ -18,12 +18,13 @@ from datetime import date, datetime, time
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
 from litrecipe.config.errors import InputError
 from litrecipe.data.formats import RESERVED, Message, RowError
-from litrecipe.data.sandbox import LONGEST, LONGEST_FORMAT, RunAway, Sandbox
+from litrecipe.data.sandbox import LONGEST, LONGEST_FORMAT, Sandbox
 
 WRITTEN, LEARN, LEARNT = RESERVED[0], RESERVED[1], RESERVED[2]
 """Marks: inside a control token that somebody wrote; before and after what shall be learnt."""
@@ -151,8 +152,8 @@ class ChatTemplate:
                 size += len(piece)
                 if size > LONGEST:
                     raise RowError(f"the chat template prints more than {LONGEST} characters: mend the template")
-        except RunAway as error:  # which it would for all others
-            raise InputError(f"{self._name}: {error}: mend it or give model.chat_template") from error
+        except SecurityError as error:  # the template's fault, not the row's
+            raise InputError(f"{self._name}: refused: {error}: mend it or give model.chat_template") from error
         except (TemplateError, *PYTHON_ERRORS) as error:
             raise RowError(f"the chat template refuses this conversation: {error}") from error
         return "".join(printed)
@@ -189,7 +190,7 @@ def _telling(moment: datetime) -> Callable[[str], str]:
 
     def strftime_now(format: str) -> str:
         if len(format) > LONGEST_FORMAT:
-            raise ValueError("a format too long for a chat template")
+            raise SecurityError("a format too long for a chat template")
         return moment.strftime(format)
 
     return strftime_now

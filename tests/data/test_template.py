@@ -149,12 +149,12 @@ MAKE_MUCH_OF_LITTLE = [
 
 def test_templates_that_would_fill_the_memory_are_stopped_before_they_do() -> None:
     code = (
-        "import json, resource, sys\nfrom litrecipe.data.formats import RowError\n"
+        "import json, resource, sys\nfrom litrecipe.config.errors import InputError\n"
         "from litrecipe.data.template import ChatTemplate\n"
         "resource.setrlimit(resource.RLIMIT_AS, (700_000_000, 700_000_000))\n"
         "for source in json.load(sys.stdin):\n    try:\n"
         "        ChatTemplate(source, special_tokens={}, control_tokens=[]).render([])\n"
-        "    except RowError as error:\n        print('stopped')\n"
+        "    except InputError as error:\n        print('stopped')\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=json.dumps(FILL_THE_MEMORY), capture_output=True, text=True)
@@ -249,5 +249,5 @@ def test_tags_with_a_plus_mark_generation_too() -> None:
     ],
 )
 def test_hostile_templates_are_stopped(source: str) -> None:
-    with pytest.raises(RowError):
+    with pytest.raises(InputError):
         template(source).render([ASK])
