@@ -44,9 +44,10 @@ class Payload:
         return os.system, (f"touch '{self.folder / ESCAPED}'",)
 
 
-def attacks(folder: Path, model: Path) -> Iterator[Attack]:
+def attacks(folder: Path, model: Path, *, without_bombs: bool = False) -> Iterator[Attack]:
     """All of them, in folders of their own; `model` is a Hugging Face folder."""
-    for make in (pickles, templates, archives, recipes, links, tokenizers, bombs, configs):
+    makers = [pickles, templates, archives, recipes, links, tokenizers, configs]
+    for make in [*makers, *([] if without_bombs else [bombs])]:
         place = folder / make.__name__
         place.mkdir(parents=True)
         yield from make(place, model)
@@ -131,7 +132,7 @@ def templates(place: Path, model: Path) -> Iterator[Attack]:
     for name, source in sources.items():
         hostile = copy_of(model, place / name)
         (hostile / "chat_template.jinja").write_text(source)
-        yield Attack("template", name, finetune(hostile, "toy:units?n=8", place), "chat template")
+        yield Attack("template", name, finetune(hostile, "toy:units?n=8", place), "chat_template.jinja")
 
 
 def archives(place: Path, model: Path) -> Iterator[Attack]:
