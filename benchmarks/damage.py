@@ -1,7 +1,7 @@
 """Checkpoints, models and shards that are damaged in one place: which must be found before anything is built on them.
 
-Cut, with a bit flipped, or gone; where it happens is drawn at random. The files that others lean on are all hit: weights
-and optimizer of training state, its counters, manifests, final models and adapters, tokenizers, shards and their index.
+Cut, with a bit flipped, or gone; where it happens is drawn at random. Hit are weights and optimizer of training state,
+its counters, manifests, final models and adapters, tokenizers, shards and their index.
 """
 
 from __future__ import annotations

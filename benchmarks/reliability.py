@@ -1,4 +1,4 @@
-"""What it takes to break litrecipe: kills, wrong recipes and data, damaged checkpoints, attacks, and an hour of running.
+"""What does not break litrecipe: kills, wrong recipes and data, damaged checkpoints, attacks, an hour of running.
 
     python benchmarks/reliability.py [--work runs/reliability] [--only kills recipes …] [--seed 0] [--minutes 60]
 
@@ -239,7 +239,8 @@ def attacked(work: Path, seed: int, _: float) -> dict[str, Any]:
     for attack in hostile.attacks(place / "files", tiny_model(work / "model")):
         done = forked(attack.command, place, limited=True)
         complaint = not_refused(done.returncode, done.output, [attack.must_say])
-        if complaint is None and len(told := error_lines(done.output)) != 1:
+        told = error_lines(done.output)
+        if complaint is None and attack.lines not in (None, len(told)):
             complaint = f"{len(told)} lines: {done.output[-300:]}"
         if escaped := [str(path) for path in place.rglob(hostile.ESCAPED)]:
             complaint = f"came through: {escaped}"
@@ -280,9 +281,8 @@ def main() -> None:
     for part in args.only:
         made = PARTS[part](args.work.resolve(), args.seed, args.minutes)
         write_one_part("reliability", part, {"seed": args.seed, **made}, list(PARTS))
-        rows.append(
-            [part, json.dumps({key: value for key, value in made.items() if key not in ("methods", "align ppo")})]
-        )
+        told = {key: value for key, value in made.items() if not isinstance(value, dict)}
+        rows.append([part, json.dumps(told)])
     print_table(["part", "found"], rows)
 
 
