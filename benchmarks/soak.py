@@ -1,7 +1,8 @@
 """Memory of long runs, sampled from outside: does it stay where it is?
 
 A shrunken model with the real tokenizer trains for as long as it is told, saves and is evaluated again and again, and
-its resident memory is read from the kernel every few seconds. What counts is the median of each minute, after the first
+its resident memory is read from the kernel every few seconds, but for mapped files, whose pages the kernel keeps or
+drops as it likes. What counts is the median of each minute, after the first
 ten: while a run warms up, the allocator still takes from the system what it will keep.
 """
 
@@ -73,12 +74,12 @@ def soak(work: Path, verb: str, minutes: float) -> Path:
 
 
 def resident(pid: int) -> int:
-    """Bytes of a process that lie in memory; 0 when it is gone."""
+    """Bytes of a process that lie in memory and in no file; 0 when it is gone."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return 0
-    return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    return 1024 * sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
 
 
 def told(samples: Path) -> dict[str, Any]:
