@@ -179,12 +179,12 @@ class Job:
             sys.exit(f"kills: a run failed:\n{out.with_suffix('.log').read_text()[-3000:]}")
 
 
-def shrunken_job(folder: Path, kind: str, method: list[str], changes: Mapping[str, Any] | None = None) -> Job:
-    """A two-layer model with the real one's tokenizer and random weights; `changes` are keys that differ, or None."""
+def shrunken_model(folder: Path) -> dict[str, Any]:
+    """Keys of a two-layer model with the real one's tokenizer and random weights, and of how it is trained."""
     real = as_hf_folder(folder / "real")
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads((real / "config.json").read_text()), **SHRUNKEN}))
-    flags: dict[str, Any] = {
+    return {
         "model.source": config,
         "model.init": "random",
         "model.tokenizer": real,
@@ -193,6 +193,11 @@ def shrunken_job(folder: Path, kind: str, method: list[str], changes: Mapping[st
         "fabric.accelerator": "cpu",
         "log.loggers": "[]",
     }
+
+
+def shrunken_job(folder: Path, kind: str, method: list[str], changes: Mapping[str, Any] | None = None) -> Job:
+    """A method that trains the shrunken model; `changes` are keys that differ, None where one is left out."""
+    flags = shrunken_model(folder)
     if kind == "pipeline":  # its other keys are in its recipe
         model = {f"stages.sft.{key}": value for key, value in flags.items() if key.startswith("model.")}
         caches = {f"stages.{stage}.data.cache_dir": folder / "cache" for stage in STAGES}

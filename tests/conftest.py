@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import what lies here
 
+from cluster import Cluster, running, why_not
 from tiny import TINY_CONFIG, write_random_model, write_tiny_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -63,6 +65,15 @@ def teacher_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A real Slurm of two nodes with two CPUs each, all of them this machine; one for all tests of a worker."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with running() as cluster:
+        yield cluster
+
+
 @pytest.fixture
 def litrecipe():
     """Run the program as a user would; returns the finished process with its output as text."""
@@ -70,8 +81,9 @@ def litrecipe():
 
     def run(*args: object, check: bool = True, timeout: float = 240, **keys):
         words = list(map(str, args))
-        if preloaded.can_fork(words) and keys.keys() <= {"cwd"}:
-            done = preloaded.run(words, timeout, keys.get("cwd", Path.cwd()))
+        if keys.keys() <= {"cwd"}:
+            ranks = preloaded.run(words, timeout, keys.get("cwd", Path.cwd()), preloaded.ranks_of(words))
+            done = next((rank for rank in ranks if rank.returncode), ranks[0])
         else:
             command = [sys.executable, "-m", "litrecipe", *words]
             done = subprocess.run(command, text=True, capture_output=True, timeout=timeout, **keys)

@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from litrecipe.checkpoint.hub import HUB_ID, fetch
-from litrecipe.checkpoint.manifest import user_cache, verify
+from litrecipe.checkpoint.manifest import keeping_in_cache, user_cache, verify
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
 from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
@@ -23,6 +24,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json, refuse_linked_files
 from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
+from litrecipe.config.progress import counted
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
 from litrecipe.model.families import names_of, read_architecture
 from litrecipe.model.names import Names
@@ -53,6 +55,12 @@ class Weights(Protocol):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, one at a time."""
 
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Some rows of a tensor, read by themselves; what `check` finds is not looked for."""
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Raise InputError where a file is not what its digest says; of several processes each can look at a part."""
+
     def stored(self, name: str) -> bytes:
         """A tensor's bytes as they are stored."""
 
@@ -78,6 +86,28 @@ class ModelFiles:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as it is in memory, (name, tensor), one at a time. Raises InputError when there are none."""
         return names_of(self.architecture).read(self._need_weights().tensors(), self.architecture)
+
+    def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor as it is in memory. Of the files only its rows are read where they lie there as they do in
+        memory, otherwise the whole tensor."""
+        weights, names, a = self._need_weights(), names_of(self.architecture), self.architecture
+        parts = self._parts[name]
+        rows = where[0] if where else slice(None)
+        if len(parts) == 1 and names.keeps(name):
+            found = weights.rows(parts[0], rows.start or 0, rows.stop)
+        else:
+            found = names.read_rows(name, parts, rows, weights.rows, a)
+        return found[(slice(None), *where[1:])]
+
+    @cached_property
+    def _parts(self) -> dict[str, list[str]]:
+        """Name in memory → the tensors in files that make it up."""
+        return names_of(self.architecture).made_of(self._need_weights().shapes)
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Check the digests of files that are not read whole; of several processes each can look at a part."""
+        if self.weights is not None:
+            self.weights.check(part, parts)
 
     def for_length(self, tokens: int | None) -> ModelFiles:
         """The same for a run whose longest sequence has so many tokens, see `Architecture.for_length`; None: as many as
@@ -147,7 +177,7 @@ class ModelFiles:
         if isinstance(self.weights, FirstLayers):
             stamps.append(self.weights.layers)
         memory = user_cache() / "weights" / sha256(json.dumps(stamps).encode()).hexdigest()[:32]
-        with locked(memory.with_suffix(".lock"), "reads the same weights"):
+        with keeping_in_cache(), locked(memory.with_suffix(".lock"), "reads the same weights"):
             if not memory.is_file():
                 draft = memory.with_suffix(".tmp")
                 draft.write_text(_digest(self.weights))
@@ -160,7 +190,10 @@ class ModelFiles:
         size = count_parameters(a, is_reward_model=self.is_reward_model)
         kind = f"{a.family} reward model" if self.is_reward_model else a.family
         kind += " with a score beside its language model" if self.is_hydra else ""
-        line = f"{self.source}: {kind}, {size:,} parameters in {a.num_layers} layers of {a.hidden_size}"
+        line = (
+            f"{self.source}: {kind}, {counted(size, 'parameter', ',')} in {counted(a.num_layers, 'layer')} of "
+            f"{a.hidden_size}"
+        )
         if a.experts is not None:
             active = count_parameters(a, is_reward_model=self.is_reward_model, active=True)
             line += f", {active:,} of them at work on a token"
@@ -205,6 +238,14 @@ class FirstLayers:
         """See `Weights`."""
         return ((name, tensor) for name, tensor in self.whole.tensors() if self._has(name))
 
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Weights`."""
+        return self.whole.rows(name, start, stop)
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """See `Weights`."""
+        self.whole.check(part, parts)
+
     def stored(self, name: str) -> bytes:
         """See `Weights`."""
         return self.whole.stored(name)
@@ -232,11 +273,14 @@ def first_layers(files: ModelFiles, layers: int) -> ModelFiles:
     return replace(files, architecture=whole.first_layers(layers), weights=weights, head=None)
 
 
-def open_model(source: str, *, tokenizer: str | None = None, layers: int | None = None) -> ModelFiles:
+def open_model(
+    source: str, *, tokenizer: str | None = None, layers: int | None = None, fresh: bool = False
+) -> ModelFiles:
     """Find a model and read its configuration; tensors are read only when they are asked for.
 
     `tokenizer` is a folder with `tokenizer.json` that replaces the model's own; of the model only the first `layers`
-    are taken. Raises InputError naming the file when something is missing, damaged, or does not fit.
+    are taken, or none of its weights: `fresh`. Raises InputError naming the file when something is missing, damaged,
+    or does not fit.
     """
     files = _open(source)
     if layers is not None:
@@ -251,13 +295,14 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
         refuse_linked_files(folder)
         files = replace(files, tokenizer_dir=folder)
-    _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
+    _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size, fresh)
     return files
 
 
 def open_asked(model: Model) -> ModelFiles:
     """The same of a recipe's `model` group."""
-    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
+    fresh = model.init == "random"
+    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers, fresh=fresh)
 
 
 def open_model_as(source: str, key: str) -> ModelFiles:
@@ -368,7 +413,7 @@ def _find_head(folder: Path) -> SafetensorsFile | None:
     return head
 
 
-def _check_tokenizer(path: Path, vocab_size: int) -> None:
+def _check_tokenizer(path: Path, vocab_size: int, fresh: bool) -> None:
     """Every id of a tokenizer.json must have a row of the embedding. Who needs the file says so when it is missing."""
     if not path.is_file():
         return
@@ -379,8 +424,12 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
         largest = max([*ids, *(token["id"] for token in state.get("added_tokens", []))], default=-1)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: {error}: no tokenizer the tokenizers library wrote; fetch it again") from error
-    if largest >= vocab_size:
-        raise InputError(
-            f"{path}: token id {largest}: the model's embedding has {vocab_size} rows: use the tokenizer the model was "
-            "trained with"
-        )
+    if largest < vocab_size:
+        return
+    if fresh:
+        cure = f"set it to {largest + 1} or more, or give another model.tokenizer"
+        raise InputError(f"model.source: vocab_size {vocab_size}: {path} has ids up to {largest}: {cure}")
+    raise InputError(
+        f"{path}: token id {largest}: the model's embedding has {vocab_size} rows: use the tokenizer the model was "
+        "trained with"
+    )

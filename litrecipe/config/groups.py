@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from litrecipe.config.slurm import Slurm
+
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 Decay = Literal["linear", "sqrt", "cosine", "exponential"]
@@ -167,7 +169,8 @@ class Distil:
     """Learning from a teacher: what it says at each place, besides the token that stands there."""
 
     teacher: str | None = None
-    """A language model with the same tokenizer, in any form that `model.source` takes; it stays as it is."""
+    """A language model with the same tokenizer, in any form that `model.source` takes; it stays as it is. In a stage of
+    a pretraining null: without it."""
     method: DistilMethod = "full"
     """What of the teacher is learnt: `full`, its distribution over the whole vocabulary (Gemma 2, 2408.00118); `top_k`,
     its `top_k` likeliest tokens and how much is left for all others; `top_1`, its likeliest token (AFM, 2407.21075)."""
@@ -299,6 +302,8 @@ class Checkpoint:
     """Steps between checkpoints (null: only when stopped and at the end)."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    asynchronous: bool = False
+    """Write them while the training goes on, from a copy of weights and optimizer in memory."""
     resume: str | None = None
     """`auto` continues the newest complete checkpoint of `out_dir`, if any; or a checkpoint folder."""
 
@@ -326,15 +331,37 @@ class Fabric:
     num_nodes: int = 1
     """Machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes."""
+    """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes, and fsdp with
+    tensor parallelism."""
     tensor_parallel: int = 1
-    """Processes that share one copy of a layer; not there yet: only 1 is accepted."""
+    """Processes that compute one copy of the model together, each with some heads, some of each MLP's width and some
+    tokens of the vocabulary: a divisor of the number of processes. They talk four times a layer: keep them on one node.
+    """
     precision: Precision = "32-true"
     """`32-true`, `bf16-true`, or `bf16-mixed` (fp32 weights, bf16 arithmetic)."""
     compile: bool = False
     """torch.compile the decoder blocks."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    reshard_after_forward: bool = True
+    """`fsdp`: let go of each block after its forward pass and gather it again for the backward pass; false keeps all
+    blocks between the two: a third less communication, and the whole model on every rank meanwhile."""
+    cpu_offload: bool = False
+    """`fsdp`: keep weights, gradients and the optimizer in main memory, which also takes its step there, and bring each
+    block to the GPU when it works: slow, and the last resort."""
+    param_dtype: Literal["auto", "bfloat16"] = "auto"
+    """`fsdp` under `bf16-mixed`: `bfloat16` gathers all weights in bf16, with half the communication and memory; norms
+    and residual stream are bf16 then, too. `auto` gathers them as they are stored."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """`fsdp`: in what the gradients of ranks are added up."""
+    gather_to_sample: bool = False
+    """`fsdp`: every rank holds the whole policy while it samples, which is many times faster where there is room;
+    otherwise each block is gathered for every token."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes share a model, none of which holds all of it."""
+        return self.strategy == "fsdp" or self.tensor_parallel > 1
 
 
 @dataclass
@@ -342,7 +369,7 @@ class Generate:
     """How text is sampled."""
 
     max_new_tokens: int = 256
-    """Longest answer in tokens."""
+    """Longest answer in tokens (the default, where the model's context leaves so many)."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0
@@ -370,6 +397,7 @@ class TrainingRecipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     fabric: Fabric = field(default_factory=Fabric)
+    slurm: Slurm = field(default_factory=Slurm)
     out_dir: str = "runs"
     """Run directory: recipe, metrics, checkpoints and the final model."""
     schema_version: int = 1
@@ -427,6 +455,7 @@ class EvaluateRecipe:
     model: Model = field(default_factory=Model)
     quantize: Quantize = field(default_factory=Quantize)
     fabric: Fabric = field(default_factory=Fabric)
+    slurm: Slurm = field(default_factory=Slurm)
     generate: Generate = field(default_factory=Generate)
     tasks: list[str] = field(default_factory=list)
     """lm-eval names, a folder of lm-eval YAML, or built-ins: `perplexity:FILE`, `exact_match:FILE`, and

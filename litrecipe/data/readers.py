@@ -23,6 +23,7 @@ from litrecipe.data.toy import ToySource, toy_rows
 from litrecipe.data.unpacking import (
     COMPRESSIONS,
     LONGEST_ROW,
+    MOST_UNPACKED,
     TOO_LONG,
     Watch,
     broken,
@@ -335,7 +336,7 @@ def _excerpt(value: Any) -> str:
 def read_text(path: Path, mistakes: Mistakes, watch: Watch | None = None) -> str | None:
     """The whole of a file as text, with its line ends as they are; None where it cannot be read."""
     try:
-        with open_unpacked(path, watch) as file:
+        with open_unpacked(path, watch, MOST_UNPACKED) as file:
             raw = file.read()
     except read_errors() as error:
         mistakes.add(f"{path}:1: {broken(error)}")
@@ -380,7 +381,7 @@ def _read_parquet(path: Path, mistakes: Mistakes, watch: Watch | None) -> Iterat
 
     number = 0
     try:
-        with open_unpacked(path, watch) as file:
+        with open_unpacked(path, watch, MOST_UNPACKED) as file:
             source = io.BytesIO(file.read()) if path.suffix.lower() in COMPRESSIONS else file
             for row in parquet_rows(source, path.stat().st_size):
                 number += 1

@@ -19,16 +19,17 @@ LONGEST_ROW = 256_000_000
 """Bytes of a row."""
 TOO_LONG = f"more than {LONGEST_ROW // 10**6} MB: too long for a row: cut it in two"
 MOST_UNPACKED = 100
-"""What a compressed file holds, as a multiple of its size, once that is more than `LONGEST_ROW`: text has 3 to 20, a
-bomb thousands."""
+"""What a compressed file that is read whole may hold, as a multiple of its size, once that is more than `LONGEST_ROW`:
+text has 3 to 20, a bomb thousands."""
 MOST_REPEATED = 10_000
-"""The same of the texts in the rows of a Parquet file, which keeps what is repeated once."""
+"""The same of a file that is read row by row: rows may repeat each other."""
 ZST_CHUNK = 1 << 12
 """Bytes that are unpacked at once: of a bomb they are tens of MB."""
 
 
-def open_unpacked(path: Path, watch: Watch | None = None) -> BinaryIO:
-    """A file, unpacked while it is read. Raises one of `read_errors` where it is damaged, or a bomb."""
+def open_unpacked(path: Path, watch: Watch | None = None, most: int = MOST_REPEATED) -> BinaryIO:
+    """A file, unpacked while it is read. Raises one of `read_errors` where it is damaged, and where it holds more than
+    `most` times its size."""
     suffix = path.suffix.lower()
     file: Any
     if suffix == ".gz":
@@ -41,7 +42,7 @@ def open_unpacked(path: Path, watch: Watch | None = None) -> BinaryIO:
         file = raw = path.open("rb")
     if watch is not None:
         watch(raw)
-    return file if file is raw else io.BufferedReader(_Unpacked(file, path.stat().st_size))
+    return file if file is raw else io.BufferedReader(_Unpacked(file, path.stat().st_size, most))
 
 
 class Bomb(EOFError):
@@ -55,8 +56,8 @@ class Bomb(EOFError):
 class _Unpacked(io.RawIOBase):
     """What a compressed file holds, up to where it is no data any more."""
 
-    def __init__(self, file: Any, size: int) -> None:
-        self.file, self.left = file, max(LONGEST_ROW, MOST_UNPACKED * size)
+    def __init__(self, file: Any, size: int, most: int) -> None:
+        self.file, self.most, self.left = file, most, max(LONGEST_ROW, most * size)
 
     def readable(self) -> bool:
         return True
@@ -65,7 +66,7 @@ class _Unpacked(io.RawIOBase):
         count: int = self.file.readinto(buffer)
         self.left -= count
         if self.left < 0:
-            raise Bomb(MOST_UNPACKED)
+            raise Bomb(self.most)
         return count
 
     def close(self) -> None:

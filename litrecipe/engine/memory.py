@@ -16,18 +16,20 @@ from torch import Tensor, nn
 
 from litrecipe.config.groups import RewardRecipe, TrainingRecipe
 from litrecipe.config.online import PpoRecipe
+from litrecipe.engine.optim import optimizer_bytes
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.experts import ExpertMLPs
+from litrecipe.model.group import Group
 from litrecipe.model.head import block_size
 from litrecipe.model.hydra import Hydra, of_best
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
+from litrecipe.model.tensor_parallel import split
+from litrecipe.model.tensor_plan import narrowed
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd": 4.0}
-"""Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
 CPU_HOLES = 0.2
@@ -66,6 +68,9 @@ class MemoryTable:
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
     """Copies of the weights for as long."""
+    saving: int = 0
+    """A copy of what a checkpoint holds, while it is written in the background; of a GPU's it lies in the host's
+    memory."""
 
     @property
     def peak(self) -> int:
@@ -75,6 +80,7 @@ class MemoryTable:
         """
         backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
         always = self.weights + self.reference + self.judges + self.teacher + self.optimizer + self.exchange
+        always += self.saving
         return max(always + max(backward, self.cache + self.laid_out), self.weights + self.asked)
 
 
@@ -88,32 +94,38 @@ def estimate(
     device: torch.device | str = "cpu",
     frozen_copy: bool = False,
 ) -> MemoryTable:
-    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step.
+    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step. Where ranks
+    share a copy of the model, that of the first.
 
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
     """
     model = meta_model(recipe, architecture)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if (size := recipe.fabric.tensor_parallel) > 1:
+        split(model, Group(0, size))
+        architecture, world_size = narrowed(architecture, size), world_size // size
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
     copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer = int(trained * OPTIMIZER_BYTES[recipe.optim.name])
+    optimizer = optimizer_bytes(recipe.optim.name, (p for p in model.parameters() if p.requires_grad))
     strategy, exchange = recipe.fabric.strategy, 0
-    if strategy == "fsdp":
+    cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
+    if cuts:
         # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
         exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
+    saved = (sum(learnt.values()) // (world_size if strategy == "fsdp" else 1)) + optimizer
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
     activations = saved_bytes(model, recipe, row)
     return MemoryTable(
         weights=weights,
-        reference=(weights if strategy == "fsdp" else copied) if frozen_copy else 0,
+        reference=(weights if cuts else copied) if frozen_copy else 0,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
@@ -121,6 +133,7 @@ def estimate(
         scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
+        saving=saved if recipe.checkpoint.asynchronous and torch.device(device).type == "cpu" else 0,
         parameters=parameters,
         trained=trained,
     )
@@ -154,11 +167,18 @@ def teacher_bytes(
     row: Row,
     *,
     sharded_over: int | None = None,
+    split_over: int = 1,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits."""
+    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits.
+
+    Ranks may each have a part of it (`split_over`), and pieces of that.
+    """
     with torch.device("meta"):
         model = Decoder(teacher).to(dtype).requires_grad_(False)
+    if split_over > 1:
+        split(model, Group(0, split_over))
+        teacher = narrowed(teacher, split_over)
     sizes = {name: stored_bytes(name, p, method) for name, p in model.named_parameters()}
     weights = sum(sizes.values())
     if sharded_over:

@@ -18,8 +18,13 @@ from litrecipe.model.row import Sample
 
 
 def training_flops(architecture: Architecture, samples: Sequence[Sample]) -> float:
-    """Of one optimizer step with all weights trained (PaLM, 2204.02311, appendix B, with causal attention counted as
-    the half that it is)."""
+    """Of one optimizer step with all weights trained."""
+    return 3.0 * forward_flops(architecture, samples)
+
+
+def forward_flops(architecture: Architecture, samples: Sequence[Sample]) -> float:
+    """Of the forward pass, all that is asked of a model that does not learn (PaLM, 2204.02311, appendix B, with causal
+    attention counted as the half that it is)."""
     a = architecture
     outside = a.vocab_size * (2 - a.tie_embeddings) + a.learned_positions * a.max_positions
     in_layers = count_parameters(a, active=True) - outside * a.hidden_size
@@ -30,7 +35,7 @@ def training_flops(architecture: Architecture, samples: Sequence[Sample]) -> flo
         heads[a.kind(layer).window] += a.shape(layer).num_heads
     pairs = sum(count * visible_pairs(sample, window) for window, count in heads.items() for sample in samples)
     forward = 2 * in_layers * tokens + 2 * a.hidden_size * a.vocab_size * predictions
-    return 3.0 * (forward + 4 * a.head_dim * pairs)
+    return float(forward + 4 * a.head_dim * pairs)
 
 
 def visible_pairs(sample: Sample, window: int | None) -> int:

@@ -13,12 +13,13 @@ from rich.table import Table
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config import progress, schema
 from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.progress import counted
 from litrecipe.data.packing import pack
 from litrecipe.data.prepared import Kind, prepare
 from litrecipe.data.report import render
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import accelerator_of, world_size
+from litrecipe.engine.fabric import accelerator_of, data_shares, world_size
 from litrecipe.engine.memory import MemoryTable, estimate, teacher_bytes
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.row import Row, make_row
@@ -48,7 +49,7 @@ def show(
     data = prepare(kind, recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
-    load = heaviest(recipe, source, steps, world)
+    load = heaviest(recipe, source, steps, data_shares(recipe.fabric))
     table = memory_of(recipe, files, load, frozen_copy)
     if teaching:
         table = beside_teacher(table, teaching, recipe, load, world)
@@ -103,13 +104,15 @@ def beside_teacher(
     table: MemoryTable, teaching: Teaching, recipe: TrainingRecipe, load: Load, world: int
 ) -> MemoryTable:
     """The table with the teacher in it, or before it where its answers are kept."""
-    distil = teaching.distil
+    distil, shares = teaching.distil, world // recipe.fabric.tensor_parallel
+    is_cut = recipe.fabric.strategy == "fsdp" or (recipe.fabric.is_sharded and shares > 1)
     size = teacher_bytes(
         teaching.files.architecture,
         teacher_dtype(recipe),
         distil.quantize,
         load.row,
-        sharded_over=world if recipe.fabric.strategy == "fsdp" and not distil.cache else None,
+        sharded_over=shares if is_cut and not distil.cache else None,
+        split_over=1 if distil.cache else recipe.fabric.tensor_parallel,
         device=accelerator_of(recipe.fabric),
     )
     return replace(table, **{"asked" if distil.cache else "teacher": size})
@@ -159,13 +162,14 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "asked": "a teacher, before anything is learnt",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
+        "saving": "a copy of what a checkpoint holds, while it is written in the background",
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
         "activations": f"largest row: {len(load.row.tokens)} tokens, {len(load.row.target)} of them predicted",
         "scratch": "logits of one block, gradients on their way",
         "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
-    for name in ("reference", "judges", "teacher", "asked"):
+    for name in ("reference", "judges", "teacher", "asked", "saving"):
         if not getattr(table, name):
             del notes[name]
     for name, note in notes.items():
@@ -181,4 +185,4 @@ def beside(rows: int) -> str:
     """How gradients and activations share their room."""
     if rows == 1:
         return "gradients and activations share their room: a step is one row"
-    return f"gradients lie beside the activations: a step is up to {rows} rows"
+    return f"gradients lie beside the activations: a step is up to {counted(rows, 'row')}"

@@ -10,14 +10,16 @@ from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress
 from litrecipe.config.groups import TrainingRecipe
 from litrecipe.config.online import OnlineRecipe, method_of, sampling_of
+from litrecipe.config.progress import counted
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import accelerator_of, world_size
+from litrecipe.engine.fabric import accelerator_of, data_shares, world_size
 from litrecipe.model.architecture import Architecture, count_parameters
 from litrecipe.model.laid_out import LARGEST, pays, size
 from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.model.tensor_plan import narrowed
 from litrecipe.recipes.dry_run import Load, memory_of, parameter_and_memory_table, show_recipe
 from litrecipe.recipes.training import precision_of
 from litrecipe.rollout.source import steps_of
@@ -49,8 +51,8 @@ def show_online(
     steps = steps_of(config, recipe.train, len(prompts.train))
     a_rollout = config.minibatches * config.epochs
     said = (
-        f"[bold]steps[/bold] {steps}: {a_rollout} on each rollout of {size} completions "
-        f"({n} a prompt), {-(-steps // a_rollout) * size} completions in all, of up to "
+        f"[bold]steps[/bold] {steps}: {a_rollout} on each rollout of {counted(size, 'completion')} "
+        f"({n} a prompt), {counted(-(-steps // a_rollout) * size, 'completion')} in all, of up to "
         f"{config.max_new_tokens} tokens; each step sees {size // config.minibatches}"
     )
     shape = Shape(size, config.max_new_tokens, size // n // config.minibatches, n)
@@ -66,9 +68,11 @@ def show_rounds(
     a_round = config.minibatches * config.epochs
     pairs = -(-rounds.prompts_per_round // config.minibatches)
     said = (
-        f"[bold]steps[/bold] at most {steps}, in {-(-steps // a_round)} rounds of up to {a_round}: in a round "
-        f"{rounds.prompts_per_round} prompts get {rounds.completions_per_prompt} completions each, of up to "
-        f"{rounds.max_new_tokens} tokens; each step sees up to {pairs} pairs of them"
+        f"[bold]steps[/bold] at most {steps}, in {counted(-(-steps // a_round), 'round')} of up to {a_round}: in a "
+        "round "
+        f"{counted(rounds.prompts_per_round, 'prompt')} get {counted(rounds.completions_per_prompt, 'completion')} "
+        "each, of up to "
+        f"{counted(rounds.max_new_tokens, 'token')}; each step sees up to {counted(pairs, 'pair')} of them"
     )
     shape = Shape(
         rounds.prompts_per_round * rounds.completions_per_prompt, rounds.max_new_tokens, pairs, 2, together=True
@@ -89,8 +93,10 @@ def show_rejection_sampling(
     ]
     steps = min(limit for limit in limits if limit is not None)
     said = (
-        f"[bold]sampling[/bold] {count} prompts, {n} completions each, {count * n} in all, of up to "
-        f"{config.max_new_tokens} tokens\n[bold]steps[/bold] at most {steps} of {train.global_batch_size} conversations"
+        f"[bold]sampling[/bold] {counted(count, 'prompt')}, {counted(n, 'completion')} each, {count * n} in all, of up "
+        "to "
+        f"{counted(config.max_new_tokens, 'token')}\n[bold]steps[/bold] at most {steps} of "
+        f"{counted(train.global_batch_size, 'conversation')}"
     )
     shape = Shape(config.prompts_per_batch * n, config.max_new_tokens, train.global_batch_size, 1)
     return _show(recipe, files, tokenizer, prompts, shape, said, frozen_copy=False)
@@ -109,15 +115,16 @@ def _show(
     """`said` is about steps."""
     console, world = progress.console(), world_size(recipe.fabric)
     show_recipe(recipe)
-    load = longest_rows(recipe, shape, prompts, world)
+    shares, own = data_shares(recipe.fabric), narrowed(files.architecture, recipe.fabric.tensor_parallel)
+    load = longest_rows(recipe, shape, prompts, shares)
     bytes_each = precision_of(recipe).itemsize
     sources = [*recipe.rewards.sources, *(recipe.eval.sources if isinstance(recipe, OnlineRecipe) else [])]
     judges = [open_model(spec.removeprefix(MODEL)) for spec in sources if spec.startswith(MODEL)]
     table = replace(
         memory_of(recipe, files, load, frozen_copy),
         judges=sum(bytes_each * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
-        cache=cache_bytes(recipe, shape, files.architecture, prompts, world),
-        laid_out=laid_out_bytes(recipe, shape, files.architecture, world),
+        cache=cache_bytes(recipe, shape, own, prompts, shares),
+        laid_out=laid_out_bytes(recipe, shape, own, shares),
     )
     console.print(parameter_and_memory_table(recipe, table, load, world))
     console.print(said)
@@ -159,5 +166,6 @@ def laid_out_bytes(recipe: TrainingRecipe, shape: Shape, architecture: Architect
     """Copies of the weights that are sampled with, see `model.laid_out`."""
     fabric, completions = recipe.fabric, -(-shape.completions // world)
     plain = fabric.precision == "32-true" and recipe.quantize.method == "none" and not fabric.compile
+    plain = plain and fabric.tensor_parallel == 1
     copied = plain and accelerator_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
     return size(architecture) if copied and size(architecture) <= LARGEST else 0

@@ -12,8 +12,7 @@ from litrecipe.config.files import write_json
 from litrecipe.config.online import OnlineRecipe, Rewards, Sampling, longest_of
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import Ranks
-from litrecipe.engine.fit import on_first_rank
+from litrecipe.engine.fabric import Ranks, on_first_rank
 from litrecipe.engine.rundir import read_records
 from litrecipe.model.decoder import Decoder
 from litrecipe.recipes.training import save_trained, task_runner
@@ -60,7 +59,14 @@ def judge_of(
     budget = recipe.train.micro_batch_tokens
     try:
         sources = make_sources(
-            config, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe), own=own
+            config,
+            tokenizer,
+            recipe.fabric,
+            fabric.device,
+            budget=budget,
+            longest=longest_of(recipe),
+            own=own,
+            ranks=Ranks(fabric),
         )
         check_columns_of([one.source for one in sources], prompts.val)
     except InputError as error:

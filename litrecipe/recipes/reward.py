@@ -22,7 +22,7 @@ from litrecipe.config.progress import say
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.readers import check_source
 from litrecipe.data.source import RecordedSource, SampleList
-from litrecipe.engine.fabric import checkpoint_writer, make_fabric
+from litrecipe.engine.fabric import Ranks, gather_rows, make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.evaluation.comparing import compare, summary
 from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
@@ -34,7 +34,8 @@ from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.loss import Objective
 from litrecipe.objectives.reward import JointLoss, RewardLoss
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import begin, head_of, identity, load_to_train, make_ready, prepared, save_trained
+from litrecipe.recipes.known import head_of, identity
+from litrecipe.recipes.training import begin, load_to_train, make_ready, prepared, save_trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -102,7 +103,7 @@ def picture_of(recipe: RewardRecipe) -> Path:
 
 def judge(reward: Callable[[Row], Tensor], val: SampleList, recipe: RewardRecipe, fabric: Fabric) -> dict[str, float]:
     """How well held-out pairs are told apart; numbers and pictures lie in the run directory as `held_out`."""
-    writer = checkpoint_writer(fabric, sharded=False)
+    ranks = Ranks(fabric)
     with fabric.autocast():
         pairs = compare(
             reward,
@@ -110,9 +111,9 @@ def judge(reward: Callable[[Row], Tensor], val: SampleList, recipe: RewardRecipe
             budget=recipe.train.micro_batch_tokens,
             device=fabric.device,
             progress="held-out pairs: row",
-            rank=fabric.global_rank,
-            world=fabric.world_size,
-            gather=writer.gather,
+            rank=ranks.rank,
+            world=ranks.world,
+            gather=partial(gather_rows, fabric),
         )
     found = summary(pairs)
     if fabric.global_rank == 0:

@@ -40,14 +40,14 @@ def pack(path: Path, content: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-@pytest.mark.parametrize("name", ["whole.json", "rows.jsonl"])
-def test_a_file_that_holds_hundreds_of_times_its_size_is_a_bomb(tmp_path: Path, name: str, suffix: str) -> None:
+@pytest.mark.parametrize("name", ["whole.json.gz", "whole.json.zst", "rows.jsonl.zst"])
+def test_a_file_that_holds_hundreds_of_times_its_size_is_a_bomb(tmp_path: Path, name: str) -> None:
+    """Rows one by one may repeat each other more, as only zstandard can say in so few bytes."""
     row = b'{"text": "' + b" " * 90_000 + b'"}'
-    content = b"[" + b",".join([row] * 60) + b"]" if name == "whole.json" else (row + b"\n") * 60
-    path = pack(tmp_path / f"{name}{suffix}", content)
-    assert path.stat().st_size * unpacking.MOST_UNPACKED < len(content)
-    assert "holds more than 100 times its size, which no data does: " in mistake_of(path)
+    most, count = (unpacking.MOST_REPEATED, 400) if "rows" in name else (unpacking.MOST_UNPACKED, 40)
+    path = pack(tmp_path / name, b"[" + b",".join([row] * count) + b"]" if most == 100 else (row + b"\n") * count)
+    assert path.stat().st_size * most < count * len(row)
+    assert f"holds more than {most} times its size, which no data does: " in mistake_of(path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.zst"])

@@ -94,6 +94,17 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(table) -> None:
     assert (copied.weights, copied.exchange) == (full.weights, full.gradients)
 
 
+def test_ranks_that_share_a_model_hold_a_part_of_it_each(table) -> None:
+    full = table()
+    part = table(world_size=2, fabric__tensor_parallel=2, fabric__devices=2)
+    norms = (2 * 4 + 1) * 48
+    assert part.weights == part.gradients == part.optimizer // 2 == 4 * (norms + (full.parameters - norms) // 2)
+    assert (part.parameters, part.trained, part.exchange) == (full.parameters, full.trained, 0)
+    assert full.activations / 2 < part.activations < full.activations
+    both = table(rows=2, world_size=4, fabric__tensor_parallel=2, fabric__devices=4)
+    assert (both.weights, both.held) == (part.weights // 2, part.gradients // 2) and both.exchange > 0
+
+
 def test_a_frozen_copy_shares_the_base_unless_it_is_sharded(table) -> None:
     lora = {"adapter__method": "lora", "frozen_copy": True}
     alone, sharded = table(**lora), table(**lora, fabric__strategy="fsdp", world_size=2)
