@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +255,10 @@ def attacked(work: Path, seed: int, _: float) -> dict[str, Any]:
 
 
 def soaked(work: Path, _: int, minutes: float) -> dict[str, Any]:
-    """Memory of long runs."""
-    found = {verb: soak.told(soak.soak(work / "soak", verb, minutes)) for verb in soak.RUNS}
+    """Memory of long runs, side by side with a thread each."""
+    with ThreadPoolExecutor() as together:
+        samples = list(together.map(lambda verb: soak.soak(work / "soak", verb, minutes), soak.RUNS))
+    found = {verb: soak.told(path) for verb, path in zip(soak.RUNS, samples, strict=True)}
     soak.draw(found, RESULTS / "reliability.png")
     return found
 

@@ -8,14 +8,14 @@ import pytest
 from generated import READERS, Wrong, wrong_data
 from hypothesis import HealthCheck, given, settings
 
-from litrecipe import cli
+from litrecipe import cli, verbs
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
 from litrecipe.data.documents import Documents, Unread
 from litrecipe.data.formats import check_rows
 
-READ_BY = {name: verb.rows for name, verb in cli.VERBS.items() if isinstance(verb, cli.RecipeVerb) and verb.rows}
-READ_BY |= {"data check": cli.CONVERSATIONS}
+READ_BY = {name: verb.rows for name, verb in verbs.VERBS.items() if isinstance(verb, verbs.RecipeVerb) and verb.rows}
+READ_BY |= {"data check": verbs.CONVERSATIONS}
 
 
 def mistakes_of(wrong: Wrong, folder: Path) -> list[str]:
