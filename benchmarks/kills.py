@@ -123,7 +123,7 @@ STEPS = {"finetune": 40, "align": 40, "online": 60, "pipeline": None}
 EVERY = 3
 A_ROLLOUT = 4
 """Steps in which a rollout is learnt."""
-TIMING = ("tokens_per_second", "memory", "time/rollout")
+TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout")
 MADE = ("final", "best", "best.json", "rounds", "pairs", "rollouts", "candidates.jsonl", "sft.jsonl", "best_of.json")
 """What runs leave besides checkpoints and records."""
 
