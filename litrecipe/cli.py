@@ -49,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         from litrecipe.checkpoint.manifest import is_disk_full
-        from litrecipe.config.progress import tell_mistakes
 
         if not is_disk_full(error):
             raise
