@@ -4,8 +4,9 @@
 
 The model is a random Llama of about 98 million parameters in fp32 (0.39 GB), in several files. Every rank is a process
 of its own on this machine, over gloo, forked from one that has imported the program. What is told is its largest
-resident memory in each stage, which the kernel counts anew, above what it had before there was a model. With `full` all weights are
-trained by AdamW, with `qlora` an adapter on a base in NF4. One process without sharding stands beside them (`alone`).
+resident memory in each stage, which the kernel counts anew, above what it had before there was a model. With `full` all
+weights are trained by AdamW, with `qlora` an adapter on a base in NF4. One process without sharding stands beside them
+(`alone`).
 """
 
 from __future__ import annotations
