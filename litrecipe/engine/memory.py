@@ -121,7 +121,7 @@ def estimate(
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
-    saved = (sum(learnt.values()) // (world_size if strategy == "fsdp" else 1)) + optimizer
+    saved = sum(learnt.values()) // (world_size if cuts else 1) + optimizer
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
