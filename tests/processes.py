@@ -93,8 +93,9 @@ def losses(run):
     return [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
 
 
-def final_tensors(run):
-    return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
+def final_tensors(run, part=""):
+    """Of its final model, or of what lies in a folder there."""
+    return {k: v for path in sorted((run / "final" / part).glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
 def on_ranks(ranks, script, folder, *words):

@@ -114,7 +114,10 @@ def estimate(
     cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
     if cuts:
         # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
-        exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
+        blocks = 2 if recipe.fabric.reshard_after_forward else architecture.num_layers
+        exchange = gathered(sizes, architecture, blocks=blocks) + gathered(learnt, architecture, blocks=1)
+        if recipe.fabric.param_dtype == "bfloat16":
+            exchange //= 2
         weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from litrecipe.config.groups import Fabric as FabricConfig
-from litrecipe.engine.grid import row_of
+from litrecipe.engine.grid import group_of
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.tensor_parallel import split
@@ -33,7 +33,7 @@ def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.
     """
     models = [part for part in module.modules() if isinstance(part, Trunk)]
     heads = second_heads(models)
-    if (group := row_of(mesh)) is not None:
+    if (group := group_of(mesh)) is not None:
         split(module, group)
     models = [model for model in models if model not in heads]
     device = torch.device("cpu") if config.cpu_offload else _device_of(mesh)

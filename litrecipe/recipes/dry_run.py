@@ -19,7 +19,7 @@ from litrecipe.data.prepared import Kind, prepare
 from litrecipe.data.report import render
 from litrecipe.data.source import RecordedSource
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import accelerator_of, data_shares, world_size
+from litrecipe.engine.fabric import accelerator_of, data_size, world_size
 from litrecipe.engine.memory import MemoryTable, estimate, teacher_bytes
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.row import Row, make_row
@@ -49,7 +49,7 @@ def show(
     data = prepare(kind, recipe.data, tokenizer, seed=recipe.train.seed, max_positions=longest)
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
-    load = heaviest(recipe, source, steps, data_shares(recipe.fabric))
+    load = heaviest(recipe, source, steps, data_size(recipe.fabric))
     table = memory_of(recipe, files, load, frozen_copy)
     if teaching:
         table = beside_teacher(table, teaching, recipe, load, world)

@@ -15,7 +15,7 @@ from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import accelerator_of, data_shares, world_size
+from litrecipe.engine.fabric import accelerator_of, data_size, world_size
 from litrecipe.model.architecture import Architecture, count_parameters
 from litrecipe.model.laid_out import LARGEST, pays, size
 from litrecipe.model.row import Sample, Segment, make_row
@@ -115,7 +115,7 @@ def _show(
     """`said` is about steps."""
     console, world = progress.console(), world_size(recipe.fabric)
     show_recipe(recipe)
-    shares, own = data_shares(recipe.fabric), narrowed(files.architecture, recipe.fabric.tensor_parallel)
+    shares, own = data_size(recipe.fabric), narrowed(files.architecture, recipe.fabric.tensor_parallel)
     load = longest_rows(recipe, shape, prompts, shares)
     bytes_each = precision_of(recipe).itemsize
     sources = [*recipe.rewards.sources, *(recipe.eval.sources if isinstance(recipe, OnlineRecipe) else [])]

@@ -15,7 +15,7 @@ from litrecipe.data.pretraining import Stream, batches_of, open_stream, steps_of
 from litrecipe.data.report import render
 from litrecipe.data.stream import Stage
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import data_shares, world_size
+from litrecipe.engine.fabric import data_size, world_size
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.architecture import count_parameters
 from litrecipe.model.flops import training_flops
@@ -32,7 +32,7 @@ def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Token
     stream = open_stream(recipe, tokenizer)
     stages = zip(recipe.parts.items(), stream.source.stages, strict=True)
     for place, ((name, part), stage) in enumerate(stages):
-        load = _load(part, stage, data_shares(recipe.fabric))
+        load = _load(part, stage, data_size(recipe.fabric))
         table = memory_of(part, files, load, frozen_copy=False)
         if teaching and _has_teacher(recipe, place):
             table = beside_teacher(table, teaching, part, load, world)

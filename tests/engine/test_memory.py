@@ -59,6 +59,16 @@ def test_full_fine_tuning_takes_16_bytes_a_weight_and_its_activations(table) -> 
     assert table(tokens=200).activations == pytest.approx(2 * full.activations, rel=0.1)
 
 
+def test_saving_in_the_background_takes_a_copy_of_what_is_saved(table) -> None:
+    """On a GPU that lies in the host's memory; sharded each rank copies its share."""
+    plain, beside = table(), table(checkpoint__asynchronous=True)
+    assert beside.saving == 12 * plain.parameters
+    assert beside.peak == plain.peak + beside.saving
+    assert table(checkpoint__asynchronous=True, device="cuda").saving == plain.saving == 0
+    sharded = table(checkpoint__asynchronous=True, world_size=2, fabric__strategy="fsdp", fabric__devices=2)
+    assert sharded.saving == beside.saving // 2
+
+
 def test_from_the_second_row_on_gradients_lie_beside_the_activations(table) -> None:
     one, several = table(), table(rows=3)
     both = several.activations + several.gradients
