@@ -97,7 +97,10 @@ def damaged(originals: Originals, seed: int) -> Iterator[Damaged]:
             command += ["--out_dir", copy.parent / "run", "--fabric.accelerator", "cpu"]
         else:
             command = ["generate", "--model", copy, "--prompt", "hello", "--fabric.accelerator", "cpu"]
-        yield Damaged(f"{what}/{name} {way}", command, name.rpartition("/")[2])
+        # Without its state.json a folder is not taken for a checkpoint.
+        file = name.rpartition("/")[2]
+        said = "no checkpoint" if (file, way) == ("state.json", "gone") else file
+        yield Damaged(f"{what}/{name} {way}", command, said)
     for number, name in enumerate(NEWEST, start=len(PLACES)):
         copy = originals.copy(originals.full, number)
         way = chance.choice(list(WAYS) if name != "manifest.json" else ["cut", "gone"])

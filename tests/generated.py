@@ -248,7 +248,7 @@ READERS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "align reward": (TRAINING, PREFERENCES[:2]),
     "align dpo": (TRAINING, PREFERENCES),
     **{
-        f"align {verb}": (TRAINING | {"rewards.sources": "{length?target=60: 1.0}"}, PROMPTS)
+        f"align {verb}": (TRAINING | {"rewards.sources": '{"length?target=60": 1.0}'}, PROMPTS)
         for verb in ("ppo", "grpo", "rloo", "iterative-dpo", "rejection-sampling")
     },
     "data prepare": ({"sources": FILE, "tokenizer": MODEL, "out": OUT, "workers": 1}, DOCUMENTS),

@@ -108,7 +108,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         filters: dict[str, Callable[..., Any]] = dict(self.filters)
         self.filters = {name: self._charged(one, name not in SHALLOW) for name, one in filters.items()}
         self.filters |= {"gone_through": self._gone_through, "compared": self.printed}
-        self.tests = {name: self._charged(one, name in COMPARING) for name, one in self.tests.items()}
+        for name in list(self.tests):
+            test: Any = self.tests[name]
+            self.tests[name] = self._charged(test, name in COMPARING)
 
     def start(self) -> None:
         """A rendering begins, with its whole allowance."""
@@ -139,7 +141,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
-        if reader := template.find((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        for reader in template.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
             raise TemplateAssertionError("a chat template reads no other files", reader.lineno, name, filename)
         self.size = sum(1 for _ in template.find_all(nodes.Node))
         for loop in list(template.find_all(nodes.For)):
@@ -169,7 +171,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.read(value)
         return value
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """What a macro or a block printed, as one text."""
         parts = list(parts)
         self.made(sum(map(len, parts)))
@@ -194,7 +196,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 self.read(owner)
         if isinstance(owner, (str, bytes, int)) and name in FILLING:
             checked = _narrow(getattr(type(owner), name))
-            if name == "expandtabs":
+            if name == "expandtabs" and isinstance(owner, (str, bytes)):
                 self.made(len(owner) * max(8, *arguments, *named.values()))
             return super().call(context, checked, owner, *arguments, **named)
         if isinstance(owner, (str, bytes)):
