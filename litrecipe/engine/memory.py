@@ -1,7 +1,8 @@
 """The memory table of a dry run: what one rank will hold at its peak.
 
 Activations are not guessed from a formula: the recipe's own forward pass runs once on fake tensors (shapes without
-data), and what autograd keeps for the backward pass is added up. So the figure follows the code.
+data), and what autograd keeps for the backward pass is added up. So the figure follows the code. Of layers that are all
+alike three are run, and the others counted as the third; of the vocabulary a part.
 
 Shapes: T tokens of the largest row, P its predictions, V vocabulary.
 """
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from litrecipe.config.groups import RewardRecipe, TrainingRecipe
 from litrecipe.config.online import PpoRecipe
 from litrecipe.model.adapters import add_adapter
-from litrecipe.model.architecture import Architecture
+from litrecipe.model.architecture import Architecture, LayerShape
 from litrecipe.model.critic import ActorAndCritic, critic_beside
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.experts import ExpertMLPs
@@ -34,6 +35,8 @@ CPU_HOLES = 0.2
 """Share of the activations by which a process grows beyond its tensors on a CPU: freed pieces of the heap that are too
 small for what comes next (glibc, SmolLM2-135M: 128 to 205 MiB beside 690 to 780 MiB of activations)."""
 LAYERS = "model.layers."
+LAYERS_RUN, WORDS_RUN = 3, 512
+"""Layers and words of the vocabulary of the model that stands for a larger one of layers that are alike."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +94,31 @@ def estimate(
     """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step.
 
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
+    Of ranks that share each layer everything is that of one rank's part.
     """
+    architecture = rank_architecture(architecture, recipe.fabric.tensor_parallel)
     model = meta_model(recipe, architecture)
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
+    shards = world_size // recipe.fabric.tensor_parallel
     weights, gradients = sum(sizes.values()), sum(learnt.values())
     copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = int(trained * OPTIMIZER_BYTES[recipe.optim.name])
     strategy, exchange = recipe.fabric.strategy, 0
+    whole_scales = scales_bytes(model) if recipe.quantize.method == "nf4" else 0
     if strategy == "fsdp":
         # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
         exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
-        weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
+        gradients, optimizer = gradients // shards, optimizer // shards
+        weights = whole_scales + (weights - whole_scales) // shards
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
-    activations = saved_bytes(model, recipe, row)
+    activations, again = kept_bytes(recipe, architecture, row)
     return MemoryTable(
         weights=weights,
         reference=(weights if strategy == "fsdp" else copied) if frozen_copy else 0,
@@ -118,7 +126,7 @@ def estimate(
         optimizer=optimizer,
         exchange=exchange,
         activations=activations,
-        scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4,
+        scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4 + again,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
         parameters=parameters,
@@ -187,6 +195,47 @@ def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
         critic.activation_checkpointing = model.activation_checkpointing
         return ActorAndCritic(model, critic)
     return model
+
+
+def rank_architecture(architecture: Architecture, ranks: int) -> Architecture:
+    """What one of so many ranks that share each layer has of a model: fewer heads, narrower MLPs, fewer words."""
+    a = architecture
+    if ranks == 1:
+        return a
+    shapes = tuple(LayerShape(*(width // ranks for width in shape)) for shape in a.shapes)
+    experts = None if a.experts is None else replace(a.experts, size=a.experts.size // ranks)
+    widths = {name: getattr(a, name) // ranks for name in LayerShape._fields}
+    return replace(a, vocab_size=-(-a.vocab_size // ranks), shapes=shapes, experts=experts, **widths)
+
+
+def kept_bytes(recipe: TrainingRecipe, architecture: Architecture, row: Row) -> tuple[int, int]:
+    """What autograd keeps of a row's forward pass, and what of one layer when it is computed again on the way back.
+
+    Both are exactly linear in the vocabulary, and in the layers where these are alike: two sizes tell all others.
+    """
+    a, recomputes = architecture, recipe.fabric.activation_checkpointing
+
+    def of(layers: int, vocabulary: int, again: bool = recomputes) -> int:
+        asked = replace(recipe, fabric=replace(recipe.fabric, activation_checkpointing=again))
+        smaller = replace(a.first_layers(layers), vocab_size=vocabulary)
+        return saved_bytes(meta_model(asked, smaller), asked, row)
+
+    alike = not (a.kinds or a.shapes or (a.experts and a.experts.dense_layers)) and a.num_layers > LAYERS_RUN
+    layers = LAYERS_RUN if alike else a.num_layers
+    few = of(layers, WORDS_RUN)
+    of_words = (of(layers, 2 * WORDS_RUN) - few) * (a.vocab_size - WORDS_RUN) // WORDS_RUN
+    of_layer = few - of(layers - 1, WORDS_RUN) if alike else 0
+    inside = 0
+    if recomputes and a.num_layers > 1:
+        deepest = min(LAYERS_RUN, a.num_layers)
+        inside = of(deepest, WORDS_RUN, False) - of(deepest - 1, WORDS_RUN, False)
+    return few + of_words + (a.num_layers - layers) * of_layer, inside
+
+
+def scales_bytes(model: nn.Module) -> int:
+    """Of NF4: they are no parameters, so no strategy shares them out."""
+    quantised = (p.numel() for name, p in model.named_parameters() if can_be_quantised(name, p) and not p.requires_grad)
+    return int(sum(quantised) * (NF4_BYTES - 0.5))
 
 
 def saved_bytes(model: nn.Module, recipe: TrainingRecipe, row: Row) -> int:

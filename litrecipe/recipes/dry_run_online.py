@@ -14,11 +14,12 @@ from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import accelerator_of, world_size
+from litrecipe.engine.forecast import device_of, layout_of
 from litrecipe.model.architecture import Architecture, count_parameters
 from litrecipe.model.laid_out import LARGEST, pays, size
 from litrecipe.model.row import Sample, Segment, make_row
-from litrecipe.recipes.dry_run import Load, memory_of, parameter_and_memory_table, show_recipe
+from litrecipe.recipes.dry_run import show_recipe
+from litrecipe.recipes.dry_run_ranks import Load, memory_of, print_rank
 from litrecipe.recipes.training import precision_of
 from litrecipe.rollout.source import steps_of
 from litrecipe.rollout.sources import MODEL
@@ -107,7 +108,7 @@ def _show(
     frozen_copy: bool,
 ) -> int:
     """`said` is about steps."""
-    console, world = progress.console(), world_size(recipe.fabric)
+    console, world = progress.console(), layout_of(recipe.fabric).data
     show_recipe(recipe)
     load = longest_rows(recipe, shape, prompts, world)
     bytes_each = precision_of(recipe).itemsize
@@ -119,7 +120,7 @@ def _show(
         cache=cache_bytes(recipe, shape, files.architecture, prompts, world),
         laid_out=laid_out_bytes(recipe, shape, files.architecture, world),
     )
-    console.print(parameter_and_memory_table(recipe, table, load, world))
+    print_rank(recipe, files, load, table)
     console.print(said)
     console.print(f"[bold]data[/bold]\n{prompts.report}", highlight=False)
     console.print("[bold]one prompt[/bold], as it is asked")
@@ -159,5 +160,5 @@ def laid_out_bytes(recipe: TrainingRecipe, shape: Shape, architecture: Architect
     """Copies of the weights that are sampled with, see `model.laid_out`."""
     fabric, completions = recipe.fabric, -(-shape.completions // world)
     plain = fabric.precision == "32-true" and recipe.quantize.method == "none" and not fabric.compile
-    copied = plain and accelerator_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
+    copied = plain and device_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
     return size(architecture) if copied and size(architecture) <= LARGEST else 0
