@@ -70,8 +70,9 @@ def litrecipe():
 
     def run(*args: object, check: bool = True, timeout: float = 240, **keys):
         words = list(map(str, args))
-        if preloaded.can_fork(words) and keys.keys() <= {"cwd"}:
-            done = preloaded.run(words, timeout, keys.get("cwd", Path.cwd()))
+        if keys.keys() <= {"cwd"}:
+            ranks = preloaded.run(words, timeout, keys.get("cwd", Path.cwd()), preloaded.ranks_of(words))
+            done = next((rank for rank in ranks if rank.returncode), ranks[0])
         else:
             command = [sys.executable, "-m", "litrecipe", *words]
             done = subprocess.run(command, text=True, capture_output=True, timeout=timeout, **keys)

@@ -21,9 +21,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 MODULES = (
@@ -67,7 +69,16 @@ _server: Server | None = None
 class Run:
     """A forked run; as much of `subprocess.Popen` as the tests use."""
 
-    def __init__(self, words: Sequence[str], output: IO[Any], errors: IO[Any], cwd: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        words: Sequence[str],
+        output: IO[Any],
+        errors: IO[Any],
+        cwd: str | os.PathLike[str],
+        env: Mapping[str, str] | None = None,
+        script: str | None = None,
+    ) -> None:
+        """The program, or a script, with `words` behind its name; `env` is added to the environment."""
         global _server
         if _server is None:
             _server = Server()
@@ -75,7 +86,8 @@ class Run:
         self.returncode: int | None = None
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._line.connect(_server.address)
-        job = json.dumps({"words": self.args, "cwd": str(cwd), "env": dict(os.environ)}).encode()
+        whole = {**os.environ, **(env or {})}
+        job = json.dumps({"words": self.args, "cwd": str(cwd), "env": whole, "script": script}).encode()
         socket.send_fds(self._line, [len(job).to_bytes(8, "big")], [output.fileno(), errors.fileno()])
         self._line.sendall(job)
         self._told = b""
@@ -119,24 +131,55 @@ class Run:
         self.send_signal(signal.SIGKILL)
 
 
-def can_fork(words: Sequence[str]) -> bool:
-    """Whether a run needs no command line that it could be started by again."""
-    return not any(word.startswith("--fabric.devices") for word in words)
+def ranks_of(words: Sequence[str]) -> int:
+    """How many processes a command line asks for."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--fabric.devices":
+            return int(value or following)
+    return 1
 
 
-def run(words: Sequence[str], timeout: float, cwd: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
-    """To its end; output as text."""
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        process = Run(words, output, errors, cwd)
-        try:
-            code = process.wait(timeout)
-        finally:
-            process.kill()
-        texts = []
-        for file in (output, errors):
-            file.seek(0)
-            texts.append(file.read().decode().replace("\r\n", "\n"))
-    return subprocess.CompletedProcess(list(words), code, *texts)
+def meeting(rank: int, world: int, port: str) -> dict[str, str]:
+    """What torchrun tells a rank of one node."""
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
+    return told | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def run(
+    words: Sequence[str],
+    timeout: float,
+    cwd: str | os.PathLike[str],
+    ranks: int = 1,
+    script: str | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """The ranks of a run to their end; output as text. `{rank}` among the words is the rank's."""
+    end = time.monotonic() + timeout
+    port, world = free_port(), []
+    with ExitStack() as stack:
+        # Pipes, as a script may forbid itself to write long files.
+        threads = stack.enter_context(ThreadPoolExecutor(2 * ranks))
+        for rank in range(ranks):
+            pipes = [os.pipe() for _ in range(2)]
+            readers = [stack.enter_context(os.fdopen(reading, "r")) for reading, _ in pipes]
+            writers = [os.fdopen(writing, "wb") for _, writing in pipes]
+            env = meeting(rank, ranks, port) if ranks > 1 else None
+            process = Run([word.replace("{rank}", str(rank)) for word in words], *writers, cwd, env, script)
+            stack.callback(process.kill)
+            for writer in writers:
+                writer.close()
+            world.append((process, [threads.submit(reader.read) for reader in readers]))
+        codes = [process.wait(max(0.1, end - time.monotonic())) for process, _ in world]
+    return [
+        subprocess.CompletedProcess(process.args, code, *(told.result() for told in texts))
+        for code, (process, texts) in zip(codes, world, strict=True)
+    ]
 
 
 def serve(address: str) -> None:
@@ -198,10 +241,16 @@ def become(job: dict[str, Any], files: array.array[int] | list[int]) -> None:
         os.close(file)
     from litrecipe import cli
 
-    sys.argv = ["litrecipe", *job["words"]]
+    sys.argv = ["litrecipe" if job["script"] is None else "-c", *job["words"]]
     code: Any = 1
     try:
-        code = cli.main(job["words"])
+        if job["script"] is None:
+            code = cli.main(job["words"])
+        else:
+            main = ModuleType("__main__")
+            sys.modules["__main__"] = main
+            exec(job["script"], main.__dict__)
+            code = 0
     except SystemExit as stopped:
         code = stopped.code or 0
         if isinstance(code, str):

@@ -1,14 +1,12 @@
 """Runs as real processes: started, killed, compared. conftest.py puts this folder on the path."""
 
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from preloaded import Run, can_fork
+from preloaded import Run, ranks_of, run
 from safetensors.torch import load_file
 
 from litrecipe.engine.rundir import read_records
@@ -21,7 +19,7 @@ def start(command, out, log, fresh=False):
         shutil.rmtree(draft)
     words = list(map(str, command))
     file = log.open("ab")
-    if can_fork(words) and not fresh:
+    if ranks_of(words) == 1 and not fresh:
         return Run(words, file, file, Path.cwd())
     return subprocess.Popen([sys.executable, "-m", "litrecipe", *words], stdout=file, stderr=subprocess.STDOUT)
 
@@ -86,27 +84,17 @@ def final_tensors(run):
     return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
+def on_ranks(ranks, script, folder, *words):
+    """What each rank says of a script that is given the folder, its rank and some words; they meet as torchrun's do.
+
+    One that ends with an error has ended the script of the test, too.
+    """
+    done = run([str(folder), "{rank}", *map(str, words)], 280, Path.cwd(), ranks=ranks, script=script)
+    for rank in done:
+        sys.stderr.write(rank.stderr)
+    assert not any(rank.returncode for rank in done)
+    return [rank.stdout for rank in done]
+
+
 def on_two_ranks(script, folder, *words):
-    """What each rank says of a script that is given the folder, its rank and some words; they meet as torchrun's do."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
-    common |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(folder), str(rank), *map(str, words)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        return [rank.communicate(timeout=280)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return str(one.getsockname()[1])
+    return on_ranks(2, script, folder, *words)

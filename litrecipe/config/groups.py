@@ -338,6 +338,20 @@ class Fabric:
     adapter each, which need not be there."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
+    reshard_after_forward: bool = True
+    """`fsdp`: let go of each block after its forward pass and gather it again for the backward pass; false keeps all
+    blocks between the two: a third less communication, and the whole model on every rank meanwhile."""
+    cpu_offload: bool = False
+    """`fsdp`: keep weights, gradients and the optimizer in main memory, which also takes its step there, and bring each
+    block to the GPU when it works: slow, and the last resort."""
+    param_dtype: Literal["auto", "bfloat16"] = "auto"
+    """`fsdp` under `bf16-mixed`: `bfloat16` gathers all weights in bf16, with half the communication and memory; norms
+    and residual stream are bf16 then, too. `auto` gathers them as they are stored."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """`fsdp`: in what the gradients of ranks are added up."""
+    gather_to_sample: bool = False
+    """`fsdp`: every rank holds the whole policy while it samples, which is many times faster where there is room;
+    otherwise each block is gathered for every token."""
 
 
 @dataclass

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
-from litrecipe.model.decoder import Trunk
+from litrecipe.engine.sharding import distribute
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -33,16 +31,21 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
 
     _refuse_plain_sbatch()
     _refuse_lonely_node(config)
-    world = world_size(config)
+    world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
     if config.strategy == "fsdp":
         strategy = ModelParallelStrategy(
-            parallelize_fn=shard, data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+            parallelize_fn=partial(distribute, config=config),
+            data_parallel_size=world,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            # What lies in main memory is added up there.
+            process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
         )
     elif config.strategy == "ddp" or world > 1:
         strategy = DDPStrategy()
     fabric = Fabric(
-        accelerator=accelerator_of(config),
+        accelerator=accelerator,
         devices=devices_of(config),
         num_nodes=config.num_nodes,
         strategy=strategy,
@@ -101,36 +104,6 @@ def devices_there(accelerator: str) -> int:
 def world_size(config: FabricConfig) -> int:
     """Processes of the whole run."""
     return devices_of(config) * config.num_nodes
-
-
-def shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2 (2304.11277, per-parameter sharding): each decoder block is gathered on its own, the rest of each model
-    with it, so that a policy beside its reference can be asked alone."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
-    models = [part for part in module.modules() if isinstance(part, Trunk)]
-    unshare(models)
-    for model in models:
-        for block in model.model.layers:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(model, mesh=mesh["data_parallel"])
-        if hasattr(model, "decode"):
-            register_fsdp_forward_method(model, "decode")
-    if module not in models:
-        fully_shard(module, mesh=mesh["data_parallel"])
-    return module
-
-
-def unshare(models: Iterable[nn.Module]) -> None:
-    """Give each model parameters of its own, in place: FSDP2 shards none twice. Those tied within a model stay so."""
-    taken: dict[int, nn.Parameter] = {}
-    for model in models:
-        own: dict[int, nn.Parameter] = {}
-        for owner in model.modules():
-            for name, parameter in owner.named_parameters(recurse=False):
-                if id(parameter) in taken:
-                    setattr(owner, name, copy.deepcopy(parameter, own))
-        taken |= {id(parameter): parameter for parameter in model.parameters()}
 
 
 def _refuse_plain_sbatch() -> None:

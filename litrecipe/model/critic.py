@@ -56,9 +56,13 @@ class ActorAndCritic(PolicyAndReference):
         """The policy's predictions, and values (P,) of the places they are made from."""
         if not self.joined:
             return ActorCriticOutput(self.policy(row, self.temperature), self.critic(row))
-        hidden = self.policy.hidden(row, row.predict_from)
-        values = self.critic.normalised(self.critic.scores(hidden))
-        return ActorCriticOutput(self.policy.said(hidden, row, self.temperature), values)
+
+        def both() -> ActorCriticOutput:
+            hidden = self.policy.hidden(row, row.predict_from)
+            values = self.critic.normalised(self.critic.scores(hidden))
+            return ActorCriticOutput(self.policy.said(hidden, row, self.temperature), values)
+
+        return self.policy.within(both)
 
 
 def critic_beside(policy: Decoder, *, joined: bool = False) -> Critic:

@@ -7,8 +7,8 @@ B sequences of a decoding batch, V vocabulary, L layers with a router of E exper
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ from litrecipe.model.experts import Mixture
 from litrecipe.model.head import Entropy, Predictions, SoftTargets, predict, soft_cap, widen
 from litrecipe.model.rotary import Turn, inverse_frequencies, rotary_tables, rotate
 from litrecipe.model.row import Row, Span
+
+T = TypeVar("T")
 
 RESIDUAL = ("o_proj", "down_proj")
 """Endings of the matrices that write into the residual stream."""
@@ -45,6 +47,8 @@ class Trunk(nn.Module):
         self.activation_checkpointing = False
         """Compute each layer again in the backward pass instead of keeping its insides."""
         self.model = Backbone(architecture)
+        self.fill: Callable[[Self], None] | None = None
+        """Of a model on the meta device: gives values to what is on this process, once that has memory."""
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
         self.frequencies = frequencies_of(architecture)
 
@@ -54,22 +58,28 @@ class Trunk(nn.Module):
         self.frequencies = frequencies_of(self.architecture)
 
     def init_weights(self, seed: int) -> None:
-        """Fresh weights: N(0, `initializer_range`²) for matrices, 0 for biases, 1 for norms; see `scaled_init`."""
+        """Fresh weights, see `draw`."""
         generator = torch.Generator(self.model.embed_tokens.weight.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            self.draw(name, parameter, generator)
+
+    @torch.no_grad()
+    def draw(self, name: str, weight: Tensor, generator: torch.Generator) -> None:
+        """Fill the weight of this name afresh: a matrix from N(0, `initializer_range`²), see `scaled_init`; a bias with
+        0, a norm with 1. All in their order, from one generator, are the model's."""
         a = self.architecture
-        smaller = 1 / math.sqrt(2 * a.num_layers) if a.scaled_init else 1.0
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                if parameter.ndim >= 2:
-                    share = a.inner_init if ".layers." in name else 1.0
-                    share *= smaller if name.removesuffix(".weight").endswith(RESIDUAL) else 1.0
-                    parameter.normal_(0, a.initializer_range * share, generator=generator)
-            for module in self.modules():
-                if isinstance(module, RMSNorm | nn.LayerNorm):
-                    counts_from_one = isinstance(module, RMSNorm) and module.kind == "rms_plus_one"
-                    module.weight.fill_(0 if counts_from_one else 1)
-                if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None:
-                    module.bias.zero_()
+        if weight.ndim >= 2:
+            smaller = 1 / math.sqrt(2 * a.num_layers) if a.scaled_init else 1.0
+            share = a.inner_init if ".layers." in name else 1.0
+            share *= smaller if name.removesuffix(".weight").endswith(RESIDUAL) else 1.0
+            weight.normal_(0, a.initializer_range * share, generator=generator)
+        else:
+            weight.fill_(0 if name.endswith(".bias") or a.norm == "rms_plus_one" else 1)
+
+    def within(self, act: Callable[[], T]) -> T:
+        """What `act` returns. Where processes share the model, what is outside of its blocks is gathered meanwhile: who
+        calls parts of the model by themselves calls them in here."""
+        return act()
 
     def compile_blocks(self) -> None:
         """torch.compile each layer's forward, for any number of tokens."""

@@ -18,6 +18,16 @@ from litrecipe.model.head import widen
 from litrecipe.model.row import Row
 
 
+class Score(nn.Linear):
+    """Says how good what was read is."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (n, d) → (n, 1) in fp32 whatever the weights are."""
+        hidden = widen(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden, self.weight.to(hidden.dtype))
+
+
 class RewardModel(Trunk):
     """Says how good each answer of a row is. Only the places that are scored go through the last layer."""
 
@@ -25,7 +35,7 @@ class RewardModel(Trunk):
         super().__init__(architecture)
         self.statistics: tuple[float, float] | None = None
         """Mean and standard deviation of the rewards of good answers, where they were measured."""
-        self.score = nn.Linear(architecture.hidden_size, 1, bias=False)
+        self.score = Score(architecture.hidden_size, 1, bias=False)
 
     def init_weights(self, seed: int) -> None:
         """Fresh weights, see `Trunk` and `init_score`."""
@@ -73,6 +83,4 @@ class RewardModel(Trunk):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scores (n,) in fp32 of hidden states (n, d)."""
-        hidden = widen(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden, self.score.weight.to(hidden.dtype))[:, 0]
+        return self.score(hidden)[:, 0]

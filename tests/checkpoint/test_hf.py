@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 
@@ -170,7 +171,7 @@ def test_adapters_and_quantised_weights_are_not_written_as_a_model(tmp_path: Pat
 
 
 TWO_RANKS = """
-import sys, resource
+import os, sys, resource
 from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -181,8 +182,8 @@ from litrecipe.checkpoint.source import open_model
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter
 
-rank, tiny, out = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-dist.init_process_group("gloo", init_method="file://" + str(out / "meet"), rank=rank, world_size=2)
+out, rank, tiny = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+dist.init_process_group("gloo")
 adapter = Adapter(method="dora", r=2)
 
 def sharded(adapter=None, load=load_model):
@@ -208,15 +209,7 @@ def rewarded():
 
 def on_two_ranks(tmp_path: Path, tiny_model: Path, code: str) -> list[str]:
     """What each of two processes printed."""
-    script = tmp_path / "two.py"
-    script.write_text(TWO_RANKS + code + "\ndist.destroy_process_group()\n")
-    ranks = [
-        subprocess.Popen([sys.executable, script, str(rank), tiny_model, tmp_path], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    return said
+    return processes.on_two_ranks(TWO_RANKS + code + "\ndist.destroy_process_group()\n", tmp_path, tiny_model)
 
 
 @pytest.mark.slow
@@ -235,7 +228,7 @@ for save in (full, adapted):
 """,
     )
     assert said[0] == said[1] and said[0].count("make room") == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meet", "two.py"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -8,14 +8,12 @@ so one rank has an empty row.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import assert_equal_runs, final_tensors, on_two_ranks
+from processes import assert_equal_runs, final_tensors, on_ranks, on_two_ranks
 
 from litrecipe.engine.recorder import diff
 from litrecipe.engine.rundir import read_records
@@ -118,7 +116,7 @@ def jobs(tiny_model: Path, teacher_model: Path) -> Callable[..., str]:
 
 
 def alone(folder: Path, jobs: str) -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT, str(folder), "0", jobs], check=True, timeout=240)
+    on_ranks(1, SCRIPT, folder, jobs)
 
 
 @pytest.fixture(scope="module")

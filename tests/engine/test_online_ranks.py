@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import final_tensors, on_two_ranks
+from processes import final_tensors, on_ranks, on_two_ranks
 
 from litrecipe.engine.rundir import read_records
 
@@ -78,7 +76,7 @@ def jobs(tiny_model: Path) -> Callable[..., str]:
 def runs(tmp_path_factory: pytest.TempPathFactory, jobs: Callable[..., str]) -> Path:
     """All cases, alone and on two ranks."""
     folder = tmp_path_factory.mktemp("online-ranks")
-    subprocess.run([sys.executable, "-c", SCRIPT, str(folder), "0", jobs("alone")], check=True, timeout=240)
+    on_ranks(1, SCRIPT, folder, jobs("alone"))
     said = on_two_ranks(SCRIPT, folder, jobs("ddp", fabric__strategy="ddp", fabric__devices=2))
     assert [text.splitlines()[-1:] for text in said] == [["done"], ["done"]]
     return folder

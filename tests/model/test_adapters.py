@@ -1,13 +1,11 @@
 """Adapters: equal to peft's own computation, exact when off, merged without a trace, read by peft."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import on_two_ranks
 from small import CONFIG, decoder, relative
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -392,24 +390,13 @@ def test_peft_reads_what_we_write(tmp_path, method):
 
 def test_two_sharded_processes_give_the_gradients_of_one(tmp_path):
     """FSDP2 on gloo, a group a layer: LoRA, DoRA, and both on NF4; what is saved must be what was gathered."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env=environment | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        output, _ = worker.communicate(timeout=240)
-        assert worker.returncode == 0, output
+    on_two_ranks(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{WORKER}", tmp_path)
 
 
-def sharded_worker(folder: Path) -> None:
+WORKER = "import test_adapters\ntest_adapters.sharded_worker()"
+
+
+def sharded_worker() -> None:
     """One of two ranks: every rank sees the same tokens, so the mean of the gradients is the gradient."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -418,9 +405,7 @@ def sharded_worker(folder: Path) -> None:
     from litrecipe.model.quantize import quantize_linears
 
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=int(os.environ["RANK"]), world_size=2
-    )
+    dist.init_process_group("gloo")
     for method in METHODS:
         for quantized in ("none", "nf4"):
             alone, sharded = decoder(), decoder()
@@ -465,7 +450,3 @@ def row():
 
 def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-if __name__ == "__main__":
-    sharded_worker(Path(sys.argv[1]))

@@ -1,0 +1,115 @@
+"""Models that several processes share: cut on the meta device, then filled, so that none ever holds a whole one.
+
+FSDP2 (2304.11277, per-parameter sharding) cuts every weight along its first dimension. A block is gathered for the time
+that it works; what is outside of the blocks (embedding, head, last norm) is gathered with the model it belongs to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.model.decoder import Decoder, Trunk
+from litrecipe.model.reward import RewardModel
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.Module:
+    """Parallelise a module in place, then fill it: the one entrance to models that processes share.
+
+    `mesh` has the dimensions `data_parallel` and `tensor_parallel`. Weights on the meta device get values once they
+    are cut: each model says by its `fill` where they come from. Every process must call it.
+    """
+    from torch.distributed.fsdp import fully_shard  # there is nothing to import where it is not used
+
+    models = [part for part in module.modules() if isinstance(part, Trunk)]
+    heads = second_heads(models)
+    models = [model for model in models if model not in heads]
+    unshare(models)
+    for model in models:
+        shard(model, mesh["data_parallel"], config)
+    for head in heads:
+        fully_shard(head.score, mesh=mesh["data_parallel"], **policies(config))
+    device = torch.device("cpu") if config.cpu_offload else _device_of(mesh)
+    for model in models:
+        if model.fill is not None:
+            give_memory(model, device)
+            model.fill(model)
+            model.fill = None
+    return module
+
+
+def shard(model: Trunk, mesh: DeviceMesh, config: FabricConfig) -> None:
+    """Cut a model along its first dimensions over the processes of a mesh, each decoder block on its own.
+
+    The model is a root, so that a policy beside its reference can be asked alone. What is outside of the blocks stays
+    gathered from the forward to the backward pass, where there is one.
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    options = policies(config)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, **options)
+    learns = any(parameter.requires_grad for parameter in model.parameters())
+    fully_shard(model, mesh=mesh, reshard_after_forward=not learns, **options)
+    register_fsdp_forward_method(model, "within")
+    if isinstance(model, Decoder):
+        register_fsdp_forward_method(model, "decode")
+
+
+def policies(config: FabricConfig) -> dict[str, Any]:
+    """What `fully_shard` is told of precision and of where the pieces lie."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtypes.get(config.param_dtype),
+        reduce_dtype=dtypes[config.reduce_dtype],
+        cast_forward_inputs=False,  # rotary tables stay in fp32
+    )
+    if not config.cpu_offload:
+        return {"mp_policy": precision}
+    return {"mp_policy": precision, "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available())}
+
+
+def second_heads(models: Sequence[Trunk]) -> list[RewardModel]:
+    """Those whose transformer is that of a model before them; only their score is their own."""
+    seen: set[nn.Module] = set()
+    found = []
+    for model in models:
+        if model.model in seen:
+            assert isinstance(model, RewardModel)
+            found.append(model)
+        seen.add(model.model)
+    return found
+
+
+def give_memory(model: nn.Module, device: torch.device) -> None:
+    """Memory without values for all that is on the meta device; of what is cut, for the piece that is here."""
+    for module in model.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+
+
+def unshare(models: Iterable[nn.Module]) -> None:
+    """Give each model parameters of its own, in place: FSDP2 shards none twice. Those tied within a model stay so."""
+    taken: dict[int, nn.Parameter] = {}
+    for model in models:
+        own: dict[int, nn.Parameter] = {}
+        for owner in model.modules():
+            for name, parameter in owner.named_parameters(recurse=False):
+                if id(parameter) in taken:
+                    setattr(owner, name, copy.deepcopy(parameter, own))
+        taken |= {id(parameter): parameter for parameter in model.parameters()}
+
+
+def _device_of(mesh: DeviceMesh) -> torch.device:
+    kind = mesh.device_type
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.cuda.current_device())
