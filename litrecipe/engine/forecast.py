@@ -53,6 +53,7 @@ def layout_of(config: FabricConfig) -> Layout:
         nodes=config.num_nodes,
         tensor=config.tensor_parallel,
         sharded=config.strategy == "fsdp",
+        reshard=config.reshard_after_forward,
     )
 
 
@@ -98,7 +99,7 @@ def members_of(module: nn.Module, recipe: TrainingRecipe, *, asked: int = 0) -> 
 
 
 def member_of(model: Trunk, config: FabricConfig, quantised: str, *, asked: int = 0) -> Member:
-    """One transformer, cut as `engine.fabric.shard` does."""
+    """One transformer, cut as `engine.sharding.shard` does."""
     layers: dict[str, list[Piece]] = {}
     rest: list[Piece] = []
     for name, parameter in model.named_parameters():
@@ -112,12 +113,15 @@ def member_of(model: Trunk, config: FabricConfig, quantised: str, *, asked: int 
 def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantised: str) -> list[Piece]:
     """A parameter as it is gathered and reduced. Of one in NF4 two numbers lie in each byte, all bytes in a row; of
     experts in NF4 each is a parameter of its own."""
-    size = parameter.element_size()
+    weight = gradient = parameter.element_size()
+    if config.strategy == "fsdp":
+        weight = 2 if config.param_dtype == "bfloat16" else weight
+        gradient = 2 if config.reduce_dtype == "bfloat16" else 4
     if quantised == "nf4" and can_be_quantised(name, parameter) and not parameter.requires_grad:
         matrices = parameter.shape[0] if parameter.ndim == 3 else 1
         return [Piece(parameter.numel() // matrices // 2, 1, 1, 0)] * matrices
     rows = parameter.shape[0]
-    return [Piece(rows, parameter.numel() // rows, size, size if parameter.requires_grad else 0)]
+    return [Piece(rows, parameter.numel() // rows, weight, gradient if parameter.requires_grad else 0)]
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,6 @@ def forecast(
 def widths_of(config: FabricConfig, architecture: Architecture, row: Row) -> Widths:
     """Of what ranks that share each layer add up. Under autocast the residual stream is as wide as the weights, what
     products give is not."""
-    stream = 2 if config.precision == "bf16-true" else 4
+    stream = 2 if config.precision == "bf16-true" or config.param_dtype == "bfloat16" else 4
     written = 4 if config.precision == "32-true" else 2
     return Widths(len(row.tokens), len(row.target), architecture.hidden_size, stream, written)

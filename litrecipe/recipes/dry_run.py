@@ -37,8 +37,8 @@ def show(
 ) -> int:
     """Print it all; nothing is trained and the run directory is not touched.
 
-    `frozen_copy`: a reference stands beside the policy. `asked`: how often each row is run without gradient besides, by
-    the policy and by that reference.
+    `frozen_copy`: a reference stands beside the policy, and is asked about each row. `asked`: how often the policy is,
+    without gradient.
     """
     console = progress.console()
     show_recipe(recipe)
