@@ -235,6 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"litrecipe: error: {' '.join(mistake.splitlines())}", file=sys.stderr)
         return WRONG_INPUT
     except RuntimeError as error:
+        if (fabric := sys.modules.get("litrecipe.engine.fabric")) and fabric.is_left_alone(error):
+            return fabric.left_alone(error)
         if "torchvision::nms" not in str(error):
             raise
         print(f"litrecipe: error: torchvision: does not fit this torch: {TORCHVISION_CURE}", file=sys.stderr)
@@ -363,6 +365,11 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
     elif verb.rows:
         look_at_rows(recipe.data, verb.rows)
     try:
+        if hasattr(recipe, "train") and not any(line.options.values()):
+            from litrecipe.engine import launch
+
+            if several := launch.ranks_to_start(recipe.fabric):
+                return launch.run_ranks([sys.executable, "-m", "litrecipe", *name.split(), *argv], several)
         return call(verb.code, recipe, **line.options)
     finally:
         if verb.preemptible:

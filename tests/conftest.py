@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests can import what lies here
 
+from cluster import Cluster, running, why_not
 from tiny import TINY_CONFIG, write_random_model, write_tiny_tokenizer
 
 REPO = Path(__file__).resolve().parent.parent
@@ -61,6 +63,15 @@ def teacher_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     larger = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 328, "initializer_range": 0.2}
     write_random_model(folder, TINY_CONFIG | larger, seed=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A real Slurm of two nodes with two CPUs each, all of them this machine; one for all tests of a worker."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with running() as cluster:
+        yield cluster
 
 
 @pytest.fixture

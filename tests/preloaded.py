@@ -28,6 +28,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from litrecipe.config.progress import WATCHED
+
 MODULES = (
     "torch",
     "lightning_fabric",
@@ -143,6 +145,7 @@ def ranks_of(words: Sequence[str]) -> int:
 def meeting(rank: int, world: int, port: str) -> dict[str, str]:
     """What torchrun tells a rank of one node."""
     told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
+    told[WATCHED] = "seen"
     return told | {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 

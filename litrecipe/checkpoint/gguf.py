@@ -139,24 +139,37 @@ class GgufWeights:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors in fp32. Raises InputError when the file is not the one the hub said it is."""
+        self.check()
+        for name in self._own_names:
+            yield name, self.rows(name)
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Check the digest of the file, if this is the first part."""
+        if part == 0 and (expected := published_sha256(self.path)):
+            check_digest(self.path, sha256_of(self.path), expected)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Some rows of a tensor, in fp32."""
         import torch
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        if expected := published_sha256(self.path):
-            check_digest(self.path, sha256_of(self.path), expected)
-        for name, own in self._own_names.items():
-            entry = self._table[own]
-            kind = GGMLQuantizationType(entry.kind)
-            try:
-                values = dequantize(self._rows(name), kind)
-            except NotImplementedError as error:  # the package's word for a type of block that it knows by name only
-                raise InputError(f"{self.path}: {own}: type {kind.name} cannot be read: use Q8_0 or F16") from error
-            if not np.isfinite(values).all():
-                raise InputError(f"{self.path}: {own}: holds values that are not finite: fetch the file again")
-            if self.dialect.norms_count_from_one and name.endswith("norm.weight"):
-                values = values - 1
-            yield name, torch.from_numpy(np.array(values, dtype=np.float32)).view(entry.shape)
+        own = self._own_names[name]
+        entry, stored = self._table[own], self._rows(name)
+        is_vector, asked = len(entry.shape) == 1, slice(start, stop)
+        stored = stored if is_vector else stored[asked]
+        kind = GGMLQuantizationType(entry.kind)
+        try:
+            values = dequantize(stored, kind) if len(stored) else np.empty(0, np.float32)
+        except NotImplementedError as error:  # the package's word for a type of block that it knows by name only
+            raise InputError(f"{self.path}: {own}: type {kind.name} cannot be read: use Q8_0 or F16") from error
+        if not np.isfinite(values).all():
+            raise InputError(f"{self.path}: {own}: holds values that are not finite: fetch the file again")
+        if self.dialect.norms_count_from_one and name.endswith("norm.weight"):
+            values = values - 1
+        shape = entry.shape if is_vector else (len(stored), *entry.shape[1:])
+        found = torch.from_numpy(np.array(values, dtype=np.float32)).view(shape)
+        return found[asked] if is_vector else found
 
     def stored(self, name: str) -> bytes:
         """A tensor's bytes as they are stored."""

@@ -21,8 +21,11 @@ from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.families import names_of, to_hf_config
+from litrecipe.model.group import Group
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
+from litrecipe.model.tensor_parallel import whole
+from litrecipe.model.tensor_plan import held_of
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -79,7 +82,7 @@ def save_hydra(
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Write a hydra as the language model it is, and its score beside it; all else as `save_reward_model`."""
-    score = gather([(SCORE, model.score.weight)])
+    score = gather([(SCORE, model.score.weight)], model.group)
 
     def configure(draft: Path, dtype: str) -> None:
         _configure_language_model(draft, model.architecture, dtype)
@@ -141,7 +144,7 @@ def _save(
         raise ValueError(f"{strange[0]}: merge adapters and dequantise before saving")
     dtype = dtype or parameters["model.embed_tokens.weight"].dtype
     names, shards = names_of(model.architecture), list(_cut(parameters, dtype.itemsize, max_shard_bytes))
-    gathered = (gather((name, parameters[name]) for name in shard) for shard in shards)
+    gathered = (gather(((name, parameters[name]) for name in shard), model.group) for shard in shards)
 
     def write(draft: Path) -> None:
         where: dict[str, str] = {}
@@ -181,14 +184,16 @@ def write_folder(folder: Path, write: Callable[[Path], None], gathered: Iterable
         raise failure
 
 
-def gather(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def gather(tensors: Iterable[tuple[str, Tensor]], group: Group | None = None) -> dict[str, Tensor]:
     """Whole tensors in the main memory of the first rank, nothing on the others.
 
-    A sharded tensor is put together on every rank: all have to call this.
+    A sharded tensor, or one that the ranks of a `group` have parts of, is put together on every rank: all have to call
+    this.
     """
-    whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors)
+    parts = ((name, t.full_tensor() if isinstance(t, DTensor) else t, held_of(t)) for name, t in tensors)
+    found = ((name, whole(part, what, group)) for name, part, what in parts)
     keep = _is_writer()
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in whole if keep}
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in found if keep}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,7 +1,8 @@
 """From files to a language model or a reward model, one tensor at a time.
 
 The model is built without memory (on torch's meta device), every tensor is put where it belongs as it is read, and
-each layer is quantised as soon as it is complete, so the peak is the finished model and one layer.
+each layer is quantised as soon as it is complete, so the peak is the finished model and one layer. A model that
+processes share stays without memory until it is cut; then it is filled, see `fill.py`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import Counter
 import torch
 from torch import nn
 
+from litrecipe.checkpoint.fill import Filling
 from litrecipe.checkpoint.source import ModelFiles, layer_of
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Quantize
@@ -35,29 +37,33 @@ def load_model(
     adapter: Adapter | None = None,
     init: str = "pretrained",
     seed: int = 0,
+    shared: bool = False,
 ) -> Decoder:
     """The decoder of `files` with its weights in `dtype`, quantised linears and an adapter as asked for.
 
     `init` random draws fresh weights from `seed` instead of reading any. An adapter in `files` is loaded; a fresh one
-    of other settings on top of it is refused. Raises InputError for a reward model, and when tensors are missing,
+    of other settings on top of it is refused. `shared` leaves the base weights without values: `model.fill` gives them
+    to the pieces that each process holds. Raises InputError for a reward model, and when tensors are missing,
     unexpected or of another shape than the config says.
     """
     files.refuse_reward_model()
     settings = _adapter_settings(files, adapter)
     with torch.device("meta"):
         model = Decoder(files.architecture)
-    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
+    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed, shared)
     model.tie_weights()
     if settings:
         _adapt(model, files, settings, seed)
     return model
 
 
-def load_teacher(files: ModelFiles, *, dtype: torch.dtype = torch.float32, quantize: Quantize | None = None) -> Teacher:
+def load_teacher(
+    files: ModelFiles, *, dtype: torch.dtype = torch.float32, quantize: Quantize | None = None, shared: bool = False
+) -> Teacher:
     """The same decoder, frozen, as one that is asked; an adapter in `files` is a part of it."""
     with torch.device("meta"):
         model = Teacher(files.architecture)
-    _put_weights(model, files, dtype, "cpu", quantize or Quantize(), "pretrained", seed=0)
+    _put_weights(model, files, dtype, "cpu", quantize or Quantize(), "pretrained", 0, shared)
     model.tie_weights()
     if files.adapter:
         _adapt(model, files, files.adapter.settings, seed=0)
@@ -73,6 +79,7 @@ def load_reward_model(
     adapter: Adapter | None = None,
     init: str = "pretrained",
     seed: int = 0,
+    shared: bool = False,
 ) -> RewardModel:
     """The reward model of `files`, be it one of a hydra, or a fresh one on the transformer of a language model: its
     head is left out, and the score drawn from `seed`.
@@ -85,8 +92,8 @@ def load_reward_model(
     settings = _adapter_settings(files, adapter)
     with torch.device("meta"):
         model = RewardModel(files.architecture)
-    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
-    _put_score(model, files, device, seed)
+    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed, shared)
+    _put_score(model, files, device, init, seed)
     _finish_score(model, files, settings, dtype, seed)
     return model
 
@@ -100,6 +107,7 @@ def load_hydra(
     adapter: Adapter | None = None,
     init: str = "pretrained",
     seed: int = 0,
+    shared: bool = False,
 ) -> Hydra:
     """The language model of `files` with the score beside it, or with one that is drawn from `seed`.
 
@@ -111,15 +119,15 @@ def load_hydra(
     settings = _adapter_settings(files, adapter)
     with torch.device("meta"):
         model = Hydra(files.architecture)
-    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed)
+    _put_weights(model, files, dtype, device, quantize or Quantize(), init, seed, shared)
     model.tie_weights()
-    _put_score(model, files, device, seed)
+    _put_score(model, files, device, init, seed)
     _finish_score(model, files, settings, dtype, seed)
     return model
 
 
-def _put_score(model: RewardModel, files: ModelFiles, device: torch.device | str, seed: int) -> None:
-    """Statistics, and a score in fp32: that of a hydra or a fresh one where none was read with the weights."""
+def _put_score(model: RewardModel, files: ModelFiles, device: torch.device | str, init: str, seed: int) -> None:
+    """Statistics, and a score in fp32 where none was read with the weights: that of the files or a fresh one."""
     model.statistics = files.reward_statistics
     if not model.score.weight.is_meta:
         return
@@ -129,6 +137,8 @@ def _put_score(model: RewardModel, files: ModelFiles, device: torch.device | str
             shapes = f"shape {list(score.shape)}, not {list(model.score.weight.shape)} as the config says"
             raise InputError(f"{files.head.path}: {SCORE}: {shapes}: fetch or save the folder again")
         model.score.weight = nn.Parameter(score.to(device, torch.float32))
+    elif init != "random" and SCORE in files.shapes:
+        model.score.weight = nn.Parameter(files.read(SCORE, ()).to(device, torch.float32))
     else:
         model.score.to_empty(device=device)
         model.init_score(seed)
@@ -171,9 +181,17 @@ def _put_weights(
     quantize: Quantize,
     init: str,
     seed: int,
+    shared: bool,
 ) -> None:
     """Weights into a model without memory, fresh or read. A score that is not in the files stays without."""
-    if init == "random":
+    if shared:
+        if init != "random":
+            _check_tensors(files, model)
+        model.to(dtype)
+        if quantize.method != "none":
+            _quantize(model.model, quantize)
+        model.fill = Filling(files, dtype, init, seed, fresh_adapter=files.adapter is None)
+    elif init == "random":
         model.to_empty(device=device)
         model.init_weights(seed)
         model.to(dtype)
@@ -252,7 +270,8 @@ def _adapt(model: Trunk, files: ModelFiles, settings: Adapter, seed: int) -> Non
     # peft takes seconds to import
     from litrecipe.model.adapters import PEFT_PREFIX, adapter_state, add_adapter, load_adapter_state
 
-    add_adapter(model, settings, seed=seed)
+    # What is learnt of a model that processes share is small, and has values before that is cut.
+    add_adapter(model, settings, seed=seed, device="cpu" if model.fill else None)
     if files.adapter:
         state = files.adapter.state()
         if isinstance(model, RewardModel) and not files.adapter.is_reward_model:  # a language model's has no score

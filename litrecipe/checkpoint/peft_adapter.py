@@ -193,7 +193,7 @@ def save_adapter(
 
     if isinstance(model, RewardModel) != (pad_token is not None):
         raise ValueError("pad_token: a reward model's adapter needs one, others have none")
-    state = gather(adapter_state(model).items())
+    state = gather(adapter_state(model).items(), model.group)
     is_hydra = isinstance(model, Hydra)
     head = {SCORE: state.pop(f"{PEFT_PREFIX}{SCORE}")} if is_hydra and state else {}
     if path_of(base).exists():

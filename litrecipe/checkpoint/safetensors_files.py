@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
 from litrecipe.checkpoint.hub import published_sha256
-from litrecipe.checkpoint.manifest import check_digest, expected_sha256
+from litrecipe.checkpoint.manifest import check_digest, expected_sha256, sha256_of
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json
 
@@ -69,27 +69,50 @@ class SafetensorsFile:
         Raises InputError after the last one when the file is not what its manifest or the hub said it is, and at the
         first value that is not finite where neither said anything.
         """
-        import torch
-
-        expected = expected_sha256(self.path) or published_sha256(self.path)
         with self.path.open("rb") as handle:
             digest = hashlib.sha256(handle.read(self.entries[0].start if self.entries else -1))
             for entry in self.entries:
-                raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-                if handle.readinto(raw.numpy().data) != len(raw):
-                    raise InputError(f"{self.path}: it became shorter while it was read: load it again")
-                if expected:
+                raw = self._read(handle, entry.stop - entry.start)
+                if self.expected:
                     digest.update(raw.numpy().data)
-                if entry.is_mask:
-                    continue
-                tensor = raw.view(getattr(torch, FLOATS[entry.dtype][0])).view(entry.shape)
-                if not expected and not _is_finite(raw.numpy(), entry.dtype):
-                    raise InputError(
-                        f"{self.path}: {entry.name}: holds values that are not finite: fetch the file again"
-                    )
-                yield entry.name, tensor
-        if expected:
-            check_digest(self.path, digest.hexdigest(), expected)
+                if not entry.is_mask:
+                    yield entry.name, self._tensor(entry, raw, entry.shape)
+        if self.expected:
+            check_digest(self.path, digest.hexdigest(), self.expected)
+
+    def rows(self, entry: Entry, start: int = 0, stop: int | None = None) -> Tensor:
+        """Some rows of a tensor. Where the digest is known it is `check` that finds what was changed in the file."""
+        stop = entry.shape[0] if stop is None else stop
+        size = (entry.stop - entry.start) // max(1, entry.shape[0])
+        with self.path.open("rb") as handle:
+            handle.seek(entry.start + start * size)
+            return self._tensor(entry, self._read(handle, (stop - start) * size), (stop - start, *entry.shape[1:]))
+
+    def check(self) -> None:
+        """Raise InputError when the file is not what its manifest or the hub said it is; reads all of it, if so."""
+        if self.expected:
+            check_digest(self.path, sha256_of(self.path), self.expected)
+
+    @cached_property
+    def expected(self) -> str | None:
+        """The digest that the file must have, where somebody said so."""
+        return expected_sha256(self.path) or published_sha256(self.path)
+
+    def _read(self, handle: BinaryIO, count: int) -> Tensor:
+        import torch
+
+        raw = torch.empty(count, dtype=torch.uint8)
+        if handle.readinto(raw.numpy().data) != count:  # type: ignore[attr-defined]
+            raise InputError(f"{self.path}: it became shorter while it was read: load it again")
+        return raw
+
+    def _tensor(self, entry: Entry, raw: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Bytes as numbers, which are looked at where no digest is known."""
+        import torch
+
+        if not self.expected and not _is_finite(raw.numpy(), entry.dtype):
+            raise InputError(f"{self.path}: {entry.name}: holds values that are not finite: fetch the file again")
+        return raw.view(getattr(torch, FLOATS[entry.dtype][0])).view(shape)
 
     def stored(self, entry: Entry) -> bytes:
         """A tensor's bytes."""
@@ -119,10 +142,24 @@ class SafetensorsWeights:
         for file in self.files:
             yield from file.tensors()
 
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Some rows of a tensor."""
+        file, entry = self._where[name]
+        return file.rows(entry, start, stop)
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Check the digests of every so-manieth file."""
+        for file in self.files[part::parts]:
+            file.check()
+
     def stored(self, name: str) -> bytes:
         """A tensor's bytes as they are stored."""
-        file, entry = next((f, e) for f in self.files for e in f.entries if e.name == name)
+        file, entry = self._where[name]
         return file.stored(entry)
+
+    @cached_property
+    def _where(self) -> dict[str, tuple[SafetensorsFile, Entry]]:
+        return {entry.name: (file, entry) for file in self.files for entry in file.entries}
 
 
 def find_weights(folder: Path) -> SafetensorsWeights | None:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -53,6 +54,12 @@ class Weights(Protocol):
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor once, one at a time."""
 
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Some rows of a tensor, read by themselves; what `check` finds is not looked for."""
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Raise InputError where a file is not what its digest says; of several processes each can look at a part."""
+
     def stored(self, name: str) -> bytes:
         """A tensor's bytes as they are stored."""
 
@@ -78,6 +85,28 @@ class ModelFiles:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor as it is in memory, (name, tensor), one at a time. Raises InputError when there are none."""
         return names_of(self.architecture).read(self._need_weights().tensors(), self.architecture)
+
+    def read(self, name: str, where: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor as it is in memory. Of the files only its rows are read where they lie there as they do in
+        memory, otherwise the whole tensor."""
+        weights, names, a = self._need_weights(), names_of(self.architecture), self.architecture
+        parts = self._parts[name]
+        rows = where[0] if where else slice(None)
+        if len(parts) == 1 and names.keeps(name):
+            found = weights.rows(parts[0], rows.start or 0, rows.stop)
+        else:
+            found = names.read_rows(name, parts, rows, weights.rows, a)
+        return found[(slice(None), *where[1:])]
+
+    @cached_property
+    def _parts(self) -> dict[str, list[str]]:
+        """Name in memory → the tensors in files that make it up."""
+        return names_of(self.architecture).made_of(self._need_weights().shapes)
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """Check the digests of files that are not read whole; of several processes each can look at a part."""
+        if self.weights is not None:
+            self.weights.check(part, parts)
 
     def for_length(self, tokens: int | None) -> ModelFiles:
         """The same for a run whose longest sequence has so many tokens, see `Architecture.for_length`; None: as many as
@@ -204,6 +233,14 @@ class FirstLayers:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `Weights`."""
         return ((name, tensor) for name, tensor in self.whole.tensors() if self._has(name))
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Weights`."""
+        return self.whole.rows(name, start, stop)
+
+    def check(self, part: int = 0, parts: int = 1) -> None:
+        """See `Weights`."""
+        self.whole.check(part, parts)
 
     def stored(self, name: str) -> bytes:
         """See `Weights`."""

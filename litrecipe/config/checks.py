@@ -30,6 +30,7 @@ from litrecipe.config.prepare import PREPARE_RANGES, PrepareRecipe, check_prepar
 from litrecipe.config.pretrain import PretrainRecipe, check_pretrain
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.config.rounds_checks import ROUNDS_RANGES, check_iterative_dpo, check_rejection_sampling
+from litrecipe.config.slurm import SLURM_RANGES, Slurm, check_slurm
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
@@ -44,6 +45,8 @@ def check(recipe: Any) -> Iterator[Mistake]:
         if value is not None and not is_right(value):
             yield key, value, f"give {cure}"
             reset(plausible, key)
+    if slurm := _get(plausible, "slurm"):
+        yield from _slurm(slurm)
     if isinstance(recipe, PipelineRecipe):  # its stages are looked at one by one
         return
     if isinstance(recipe, PrepareRecipe):
@@ -171,6 +174,7 @@ RANGES: dict[str, Range] = {
     **ONLINE_RANGES,
     **ROUNDS_RANGES,
     **PREPARE_RANGES,
+    **SLURM_RANGES,
 }
 """Key → what its value must fulfil, and that in words. A key that is null is not asked."""
 
@@ -226,8 +230,27 @@ def _combinations(recipe: Any) -> Iterator[Mistake]:
     if quantized and recipe.model.init == "random":
         yield "quantize.method", recipe.quantize.method, "there is nothing to quantise in model.init random: use none"
     if recipe.fabric.tensor_parallel > 1:
-        cure = "tensor parallelism is not there yet: use 1, and fabric.strategy fsdp to share a model between devices"
-        yield "fabric.tensor_parallel", recipe.fabric.tensor_parallel, cure
+        yield from _tensor_parallel(recipe)
+
+
+def _tensor_parallel(recipe: Any) -> Iterator[Mistake]:
+    """What goes with processes that compute one copy of a model."""
+    fabric = recipe.fabric
+    if not isinstance(recipe, TrainingRecipe):
+        yield "fabric.tensor_parallel", fabric.tensor_parallel, "only what is trained is split: remove it"
+        return
+    if fabric.strategy == "ddp":
+        cure = "with fabric.tensor_parallel the others shard each model's parts: use auto or fsdp"
+        yield "fabric.strategy", fabric.strategy, cure
+    if fabric.devices != "auto" and fabric.devices * fabric.num_nodes % fabric.tensor_parallel:
+        cure = f"the run has {fabric.devices * fabric.num_nodes} processes: give a divisor of it"
+        yield "fabric.tensor_parallel", fabric.tensor_parallel, cure
+    if recipe.quantize.method != "none":
+        cure = "blocks of quantised weights do not end where ranks' parts do: use none with fabric.tensor_parallel"
+        yield "quantize.method", recipe.quantize.method, cure
+    if recipe.optim.name.endswith("8bit"):
+        cure = "8-bit state of a part is not part of the whole's: use adamw with fabric.tensor_parallel"
+        yield "optim.name", recipe.optim.name, cure
 
 
 def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
@@ -257,6 +280,15 @@ def _training_combinations(recipe: TrainingRecipe) -> Iterator[Mistake]:
     if half_life is not None and not is_halved:
         yield "schedule.half_life_steps", half_life, "only schedule.decay exponential knows it: remove it"
     yield from _without_effect(recipe)
+
+
+def _slurm(slurm: Slurm) -> Iterator[Mistake]:
+    try:
+        seconds = None if slurm.time is None else parse_duration(slurm.time)
+    except ValueError as error:
+        yield "slurm.time", slurm.time, str(error)
+        seconds = None
+    yield from check_slurm(slurm, seconds)
 
 
 def _preference_rows(recipe: DpoRecipe | RewardRecipe) -> Iterator[Mistake]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from litrecipe.config.slurm import Slurm
+
 Optimizer = Literal["adamw", "adamw8bit", "paged_adamw8bit", "sgd"]
 ScheduleName = Literal["cosine", "linear", "constant", "wsd"]
 Decay = Literal["linear", "sqrt", "cosine", "exponential"]
@@ -299,6 +301,8 @@ class Checkpoint:
     """Steps between checkpoints (null: only when stopped and at the end)."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    asynchronous: bool = False
+    """Write them while the training goes on, from a copy of weights and optimizer in memory."""
     resume: str | None = None
     """`auto` continues the newest complete checkpoint of `out_dir`, if any; or a checkpoint folder."""
 
@@ -326,9 +330,12 @@ class Fabric:
     num_nodes: int = 1
     """Machines."""
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes."""
+    """`ddp` copies the model, `fsdp` (FSDP2) shards it; `auto` is ddp when there are several processes, and fsdp with
+    tensor parallelism."""
     tensor_parallel: int = 1
-    """Processes that share one copy of a layer; not there yet: only 1 is accepted."""
+    """Processes that compute one copy of the model together, each with some heads, some of each MLP's width and some
+    tokens of the vocabulary: a divisor of the number of processes. They talk four times a layer: keep them on one node.
+    """
     precision: Precision = "32-true"
     """`32-true`, `bf16-true`, or `bf16-mixed` (fp32 weights, bf16 arithmetic)."""
     compile: bool = False
@@ -352,6 +359,11 @@ class Fabric:
     gather_to_sample: bool = False
     """`fsdp`: every rank holds the whole policy while it samples, which is many times faster where there is room;
     otherwise each block is gathered for every token."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes share a model, none of which holds all of it."""
+        return self.strategy == "fsdp" or self.tensor_parallel > 1
 
 
 @dataclass
@@ -387,6 +399,7 @@ class TrainingRecipe:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Log = field(default_factory=Log)
     fabric: Fabric = field(default_factory=Fabric)
+    slurm: Slurm = field(default_factory=Slurm)
     out_dir: str = "runs"
     """Run directory: recipe, metrics, checkpoints and the final model."""
     schema_version: int = 1
@@ -444,6 +457,7 @@ class EvaluateRecipe:
     model: Model = field(default_factory=Model)
     quantize: Quantize = field(default_factory=Quantize)
     fabric: Fabric = field(default_factory=Fabric)
+    slurm: Slurm = field(default_factory=Slurm)
     generate: Generate = field(default_factory=Generate)
     tasks: list[str] = field(default_factory=list)
     """lm-eval names, a folder of lm-eval YAML, or built-ins: `perplexity:FILE`, `exact_match:FILE`, and

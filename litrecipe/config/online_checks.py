@@ -84,6 +84,9 @@ def check_sampling(
         yield "eval.sources", ", ".join(recipe.eval.sources), cure
     if recipe.fabric.strategy == "fsdp":
         yield "fabric.strategy", "fsdp", "sampling from a sharded model is not there yet: use ddp"
+    elif recipe.fabric.tensor_parallel > 1 and recipe.fabric.devices != recipe.fabric.tensor_parallel:
+        cure = f"sampling from a sharded model is not there yet: give {recipe.fabric.tensor_parallel}"
+        yield "fabric.devices", recipe.fabric.devices, cure
     for key, value, default in (
         ("data.format", recipe.data.format, "auto"),
         ("data.mask", recipe.data.mask, "assistant"),

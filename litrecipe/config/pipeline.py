@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from litrecipe.config.files import read_json
 from litrecipe.config.groups import EvaluateRecipe
+from litrecipe.config.slurm import Slurm
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 """What a stage may be called: it is a folder, and a part of a key."""
@@ -83,6 +84,7 @@ class PipelineRecipe:
     """Recipes as stages, each fed by those before it: the Llama 3 pipeline, for example."""
 
     checkpoint: Resume = field(default_factory=Resume)
+    slurm: Slurm = field(default_factory=Slurm)
     stages: dict[str, Any] = field(default_factory=dict)
     """Name → a recipe with its `verb`, in the order in which they run: `{sft: {verb: finetune, …}, …}`. Each runs in
     `out_dir/NAME`. `stage:NAME` in any text is the model that an earlier stage made, `stage:NAME/x` a file of its run;

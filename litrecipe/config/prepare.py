@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from litrecipe.config.slurm import Slurm
+
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 LARGEST_SHARD = 2**31
 """Bytes; what lies in a shard is found by offsets of 32 bits, and one long document more must fit."""
@@ -67,6 +69,7 @@ class PrepareRecipe:
     """Leave out longer documents."""
     dedup: Dedup = field(default_factory=Dedup)
     decontaminate: Decontaminate = field(default_factory=Decontaminate)
+    slurm: Slurm = field(default_factory=Slurm)
     on_error: Literal["error", "skip"] = "error"
     """What cannot be read: `error` tells the mistakes and stops, `skip` leaves it out, counted and listed."""
     shard_size: str = "64MB"

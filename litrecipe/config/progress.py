@@ -22,6 +22,10 @@ PLAIN_EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 WIDE = 200
 """Columns where there is no terminal."""
+WATCHED = "LITRECIPE_WATCHED"
+"""Environment of a rank that another process watches: `heard` where that reads its standard error, else `seen`."""
+WHISPER = "\x1f"
+"""Begins a line that is only for who watches."""
 
 
 def is_first_process() -> bool:
@@ -30,9 +34,17 @@ def is_first_process() -> bool:
 
 
 def say(message: str) -> None:
-    """One line to the user, on standard error."""
+    """One line to the user, on standard error; of ranks but the first only who watches them hears it."""
     if is_first_process():
         print(message, file=sys.stderr, flush=True)
+    else:
+        whisper(message)
+
+
+def whisper(message: str) -> None:
+    """One line for the process that watches this rank alone: its last words, should it die."""
+    if os.environ.get(WATCHED) == "heard":
+        print(WHISPER + message, file=sys.stderr, flush=True)
 
 
 def warn(message: str) -> None:

@@ -4,7 +4,7 @@ at once."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import Mistakes, Node, overlay, show
@@ -25,12 +25,16 @@ def read_pipeline(tree: Node, mistakes: Mistakes, *, whole: bool = True) -> Pipe
     """The recipe in a merged tree; what is wrong is added to `mistakes`, what is missing only where `whole`."""
     nodes = tree.value.get("stages", Node({}))
     top = Node({name: node for name, node in tree.value.items() if name != "stages"}, tree.where)
+    before = len(mistakes)
     pipeline, where = held_against(PipelineRecipe, top, mistakes, whole=whole)
+    given = Node({"train": Node({"seed": Node(pipeline.seed, text=str(pipeline.seed))})})
+    if len(mistakes) == before and "slurm" in top.value:  # what is wrong with it is told once
+        given.value["slurm"] = top.value["slurm"]
     if not nodes.is_group:
         mistakes.append(f"{nodes.where}stages: {show(nodes)}: give stages by name: {{sft: {{verb: finetune, …}}, …}}")
         return pipeline
     for name, node in nodes.value.items():
-        if (stage := _read(name, node, pipeline.seed, list(nodes.value), mistakes)) is not None:
+        if (stage := _read(name, node, given, list(nodes.value), mistakes)) is not None:
             pipeline.stages[name] = stage
     if whole and not nodes.value and not mistakes.unread:
         mistakes.append("stages: missing: give stages by name: {sft: {verb: finetune, …}, …}")
@@ -42,7 +46,8 @@ def read_pipeline(tree: Node, mistakes: Mistakes, *, whole: bool = True) -> Pipe
     return pipeline
 
 
-def _read(name: str, node: Node, seed: int, names: list[str], mistakes: Mistakes) -> Stage | None:
+def _read(name: str, node: Node, given_to_all: Node, names: list[str], mistakes: Mistakes) -> Stage | None:
+    """A stage over what the pipeline gives to all of them."""
     key = f"stages.{name}"
     if not NAME.fullmatch(name) or name == FINAL:
         mistakes.append(f"{node.where}{key}: no name for a stage: use letters, digits, - and _, and not `{FINAL}`")
@@ -70,8 +75,8 @@ def _read(name: str, node: Node, seed: int, names: list[str], mistakes: Mistakes
         if given is not None and (given.is_flag or given.value is not None):
             mistakes.append(f"{given.where}{key}.{'.'.join(path)}: {show(given)}: {why.format(name=name)}: remove it")
     recipe = Node({inner: child for inner, child in node.value.items() if inner != "verb"}, node.where)
-    if issubclass(kind, TrainingRecipe):
-        recipe = overlay(Node({"train": Node({"seed": Node(seed, text=str(seed))})}), recipe)
+    below = {name: child for name, child in given_to_all.value.items() if name in get_type_hints(kind)}
+    recipe = overlay(Node(below), recipe)
     found, where = recipe_of(kind, recipe, mistakes, prefix=f"{key}.", where=node.where)
     places = {inner.removeprefix(f"{key}."): place for inner, place in where.items()}
     return Stage(verb.text, found, places | {"": node.where})

@@ -60,8 +60,7 @@ def install() -> None:
 def let_go() -> None:
     """On the way out, when the exit code is settled: no signal but Ctrl-C changes it any more.
 
-    Fabric ends the processes that it started by SIGTERM, even those about to leave, and takes a code of theirs other
-    than 0 for a failure of the run.
+    Who started this one may pass on a signal that comes a moment too late, or send it a second time.
     """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: None)

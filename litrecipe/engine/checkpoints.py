@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,12 +14,15 @@ from torch import nn
 
 from litrecipe.checkpoint import state as training_state
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import warn
+from litrecipe.config.progress import say, warn
 from litrecipe.data.source import StepSource
-from litrecipe.engine.optim import load_optimizer_state, optimizer_state
-from litrecipe.engine.rng import capture_rng, restore_rng
+from litrecipe.engine.background import Background
+from litrecipe.engine.grid import grid_of
+from litrecipe.engine.optim import load_optimizer_state, optimizer_bytes, optimizer_state
+from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
 from litrecipe.engine.spikes import SpikeGuard
+from litrecipe.model.tensor_plan import alike, held_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -57,17 +61,26 @@ class Checkpoints:
     source: StepSource
     identity: dict[str, str]
     """Settings and hashes that must be the same when the run goes on."""
+    seed: int
+    """`train.seed`; ranks that the checkpoint does not know draw their random numbers by it."""
     keep: int
     """How many checkpoints are left when a new one is complete."""
     writer: training_state.Writer
     guard: SpikeGuard | None = None
+    behind: training_state.Writer | None = None
+    """How the ranks write together beside the training, which goes on meanwhile; None: it waits for each save."""
     saved_at: int | None = None
-    """The step of the newest checkpoint of this run."""
+    """The step of the newest checkpoint of this run, which may still be on its way to the disk."""
+    background: Background = field(default_factory=Background)
 
     def save(self, at: Counters) -> None:
-        """Write a complete checkpoint unless this step has one, then delete the oldest beyond `keep`."""
+        """Write a complete checkpoint unless this step has one, then delete the oldest beyond `keep`.
+
+        Where this is done in the background, what can go wrong is told by the next `save` or `wait`.
+        """
         if self.saved_at == at.step:
             return
+        self.wait()
         state = {
             **asdict(at),
             "source": self.source.state_dict(),
@@ -75,15 +88,58 @@ class Checkpoints:
             "optimizer": self.optimizer_kind,
             "identity": self.identity,
             "world_size": self.fabric.world_size,
+            "data_ranks": grid_of(self.fabric).rows,
             "rank": {"rng": capture_rng()},
         }
-        weights = {name: parameter.data for name, parameter in self.changed.items()}
-        tensors = optimizer_state(self.optimizer, self.parameters)
+        tensors = {
+            "weights": {name: alike(parameter.data, parameter) for name, parameter in self.changed.items()},
+            "optimizer": optimizer_state(self.optimizer, self.parameters),
+        }
+        is_copied = self.behind is not None
+        pieces = {kind: training_state.pieces_of(some, self.writer, copied=is_copied) for kind, some in tensors.items()}
         target = training_state.step_folder(self.run_dir.checkpoints, at.step)
-        training_state.save(target, weights, tensors, state, self.writer)
-        if self.fabric.global_rank == 0:
-            training_state.prune(target, self.keep)
+        training_state.begin(target, pieces, state, self.writer)
+        if self.behind is None:
+            self.finish(target, pieces, self.writer)
+        else:
+            self.background.start(partial(self.finish, target, pieces, self.behind))
         self.saved_at = at.step
+
+    def finish(
+        self, target: Path, pieces: dict[str, dict[str, training_state.Piece]], writer: training_state.Writer
+    ) -> None:
+        """Write the tensors of a checkpoint that was begun, then delete the oldest beyond `keep`."""
+        training_state.finish(target, pieces, writer)
+        if writer.rank == 0:
+            training_state.prune(target, self.keep)
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk. Raises InputError, on every rank, when it could not be."""
+        self.background.wait()
+
+    def close(self) -> None:
+        """Wait once more; for a `finally`, which another error may have led to."""
+        try:
+            self.wait()
+        except InputError as error:
+            warn(str(error))
+
+    def warn_of_little_room(self) -> None:
+        """Say when the disk cannot hold the checkpoints that are kept and the one that is being written."""
+        size = sum(parameter.nbytes for parameter in self.changed.values())
+        size += optimizer_bytes(self.optimizer_name, self.parameters.values())
+        size *= grid_of(self.fabric).in_row  # each of which has a part
+        free = training_state.free_bytes(self.run_dir.checkpoints)
+        if free is None or not size:
+            return
+        held = len(training_state.all_checkpoints(self.run_dir.checkpoints))
+        wanted = max(1, self.keep + 1 - held)
+        if free < wanted * size:
+            warn(
+                f"out_dir: {self.run_dir.path}: {free / 1e9:.3g} GB are free and {wanted} checkpoints more of about "
+                f"{size / 1e9:.3g} GB are to come (checkpoint.keep {self.keep}, and the one that is being written): "
+                "make room, or lower checkpoint.keep"
+            )
 
     def load(self, folder: Path) -> Counters:
         """Set weights, optimizer, data and random numbers to a checkpoint's, and return how far it was.
@@ -104,13 +160,17 @@ class Checkpoints:
         with torch.no_grad():
             for name, parameter in self.changed.items():
                 piece, _ = training_state.local_piece(parameter.data)
-                piece.copy_(weights.like(name, parameter.data))
+                piece.copy_(weights.like(name, parameter))
         kinds = (self.optimizer_kind, state["optimizer"])
         load_optimizer_state(self.optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
-        if state["world_size"] == self.fabric.world_size:
-            restore_rng(state["ranks"][self.fabric.global_rank]["rng"])
+        row, of_ranks = grid_of(self.fabric).rank, state["ranks"]
+        of_rows = of_ranks[:: len(of_ranks) // state.get("data_ranks", len(of_ranks))]
+        if row < len(of_rows):  # ranks that share a model draw alike
+            restore_rng(of_rows[row]["rng"])
         else:
-            warn(f"resuming on {self.fabric.world_size} ranks what {state['world_size']} wrote")
+            seed_rng(self.seed, row, state["step"])
+        if len(of_ranks) != self.fabric.world_size:
+            say(f"{folder}: {len(of_ranks)} ranks wrote it, {self.fabric.world_size} go on: equal up to rounding")
         at = Counters(**{field.name: state[field.name] for field in fields(Counters)})
         if self.run_dir.owns(folder):
             self.saved_at = at.step
@@ -124,7 +184,7 @@ class Checkpoints:
     def mismatches(self, folder: Path, was: dict[str, str], shapes: dict[str, torch.Size]) -> list[str]:
         """What differs between this run and the checkpoint's: settings by name, then the trained weights' shapes."""
         mistakes = other_settings(folder, was, self.identity)
-        ours = {name: list(parameter.shape) for name, parameter in self.changed.items()}
+        ours = {name: list(held_of(one).whole_shape(one.shape)) for name, one in self.changed.items()}
         theirs = {name: list(shape) for name, shape in shapes.items()}
         if odd := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
             first = f"{odd[0]}: {theirs.get(odd[0], 'absent')}, now {ours.get(odd[0], 'absent')}"

@@ -26,7 +26,7 @@ def run_child(command: Sequence[str]) -> int:
     where the child was not yet so far that it could answer. It is a process group of its own, or Ctrl-C at a terminal
     would reach it twice, which ends a run without saving. On Linux the kernel kills it if this process is killed.
     """
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=_dies_with(os.getpid()))
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=dies_with(os.getpid()))
     passed_on: int | None = None
     with stop.child_speaks():
         while True:
@@ -46,7 +46,7 @@ def run_child(command: Sequence[str]) -> int:
     return FAILED
 
 
-def _dies_with(parent: int) -> Callable[[], None] | None:
+def dies_with(parent: int) -> Callable[[], None] | None:
     """To be called in the new process: asks the kernel to kill it when its parent dies, and sees whether it has."""
     if sys.platform != "linux":
         return None

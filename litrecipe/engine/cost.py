@@ -199,20 +199,23 @@ def added_up(
     """What ranks that share each layer add up in a step (1909.08053, section 3): what attention and MLP write, and on
     the way back the gradients of what they read.
 
-    Where a layer is computed `again`, so is what its attention writes; of its MLP nothing more is needed by then. The
-    head adds up what its softmax comes to, a few numbers a prediction, which are not counted, and the gradient of what
-    it reads; the embedding what it says of each token.
+    Of the last layer only the places that predict are computed. Where a layer is computed `again`, so is what its
+    attention writes; of its MLP nothing more is needed by then. The embedding adds up what it says of each token, the
+    head the gradient of what it reads, and what its softmax comes to, a few numbers a prediction, which do not count.
     """
     inside = min(layout.tensor, layout.devices)
     counted: Counter[tuple[str, Phase, int]] = Counter()
     whole, predicted = widths.tokens * widths.hidden, widths.predictions * widths.hidden
     for member in members if layout.tensor > 1 else ():
-        passes, layers = member.learns + member.asked, len(member.layers)
-        counted[LAYERS, "forward", whole * widths.written] += 2 * layers * passes
-        counted[LAYERS, "backward", whole * widths.stream] += 2 * layers * member.learns
-        counted[LAYERS, "backward", whole * widths.written] += layers * (member.learns and again)
+        passes, learns, below = member.learns + member.asked, int(member.learns), len(member.layers) - 1
+        counted[LAYERS, "forward", whole * widths.written] += 2 * below * passes
+        counted[LAYERS, "forward", predicted * widths.written] += 2 * passes
+        counted[LAYERS, "backward", whole * widths.stream] += (2 * below + 1) * learns
+        counted[LAYERS, "backward", predicted * widths.stream] += learns
+        counted[LAYERS, "backward", whole * widths.written] += below * (learns and again)
+        counted[LAYERS, "backward", predicted * widths.written] += learns and again
         counted[REST, "forward", whole * widths.stream] += passes
-        counted[REST, "backward", predicted * widths.stream] += int(member.learns)
+        counted[REST, "backward", predicted * widths.stream] += learns
     return [
         Collective("all-reduce", what, phase, layout.tensor, inside, size, times * rows, hidden=False)
         for (what, phase, size), times in counted.items()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
@@ -17,14 +16,17 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.engine.grid import Grid, grid_of, rows_of
 from litrecipe.engine.sharding import distribute
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+T = TypeVar("T")
+
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
-    """Build and launch Fabric; with several devices on one node this starts the other processes."""
+    """Build Fabric, and let this rank meet the others, which `engine.launch` or another launcher started."""
     with _without_torchmetrics():
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
@@ -33,11 +35,12 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    if config.strategy == "fsdp":
+    rows = data_shares(config)
+    if config.is_sharded:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
-            data_parallel_size=world,
-            tensor_parallel_size=1,
+            data_parallel_size=rows,
+            tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=False,
             # What lies in main memory is added up there.
             process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
@@ -53,7 +56,6 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
         loggers=loggers or [],
     )
-    atexit.register(_end_children, fabric)
     fabric.launch()
     return fabric
 
@@ -106,6 +108,11 @@ def world_size(config: FabricConfig) -> int:
     return devices_of(config) * config.num_nodes
 
 
+def data_shares(config: FabricConfig) -> int:
+    """How many processes, or groups that share a copy of a model, see data of their own."""
+    return rows_of(config, world_size(config))
+
+
 def _refuse_plain_sbatch() -> None:
     """Python started by sbatch itself would wait for ranks that nobody starts."""
     tasks = int(os.environ.get("SLURM_NTASKS", "1"))
@@ -125,11 +132,24 @@ def _refuse_lonely_node(config: FabricConfig) -> None:
         )
 
 
-def _end_children(fabric: Fabric) -> None:
-    """Ranks started by this process must not outlive it, waiting for one that is gone."""
-    for process in getattr(fabric.strategy.launcher, "procs", None) or []:
-        if process.poll() is None:
-            process.terminate()
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "connection was")
+"""What gloo, NCCL and the store that ranks meet at say of one that is gone."""
+
+
+def is_left_alone(error: RuntimeError) -> bool:
+    """Whether an error says no more than that another rank is gone."""
+    meets = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (meets or isinstance(error, torch.distributed.DistNetworkError)) and any(one in str(error) for one in LOST)
+
+
+def left_alone(error: RuntimeError) -> int:
+    """Say so in a line; the exit code of a rank that was asked to stop is that of the stop, as the others' was."""
+    said = str(error).splitlines()[0]
+    first = next((one for one in LOST if one in said), said)
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "?"
+    print(f"litrecipe: rank {rank}: another rank is gone ({first})", file=sys.stderr, flush=True)
+    number = stop.requested()
+    return 1 if number is None else int(stop.Stopped(number).code or 0)
 
 
 def leave() -> None:
@@ -139,27 +159,40 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def started_by_fabric() -> bool:
-    """Whether another process of ours started this one: then only that one's exit code is seen."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
+    """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
+    found: Any = None
+    mistakes: list[str] = []
+    if fabric.global_rank == 0:
+        try:
+            found = act()
+        except InputError as error:
+            mistakes = error.mistakes
+    found, mistakes = fabric.broadcast((found, mistakes))
+    if mistakes:
+        raise InputError(*mistakes)
+    return cast(T, found)
 
 
 def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
-    """Each value summed over the ranks, which must all bring the same names."""
-    if fabric.world_size == 1 or not values:
+    """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
+    names."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
-    torch.distributed.all_reduce(total)
+    torch.distributed.all_reduce(total, group=grid.across)
     return dict(zip(names, total.tolist(), strict=True))
 
 
 def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Each tensor summed over the ranks, which must all bring the same names and shapes."""
-    if fabric.world_size == 1 or not values:
+    """As `sums`, of tensors; all must bring the same names and shapes."""
+    grid = grid_of(fabric)
+    if grid.rows == 1 or not values:
         return values
     flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
-    torch.distributed.all_reduce(flat)
+    torch.distributed.all_reduce(flat, group=grid.across)
     parts = flat.split([values[name].numel() for name in sorted(values)])
     return {name: part.view(values[name].shape) for name, part in zip(sorted(values), parts, strict=True)}
 
@@ -180,18 +213,29 @@ def stop_requested(fabric: Fabric) -> int | None:
     return int(flag) or None
 
 
-def gather(fabric: Fabric, value: Any) -> list[Any]:
+def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     """What each rank brings, on all of them."""
     if fabric.world_size == 1:
         return [value]
     values: list[Any] = [None] * fabric.world_size
-    torch.distributed.all_gather_object(values, value)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
+    """The same of those that see different data: of ranks that share a copy of a model the first speaks."""
+    return gather(fabric, value)[:: grid_of(fabric).in_row]
 
 
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
     """How the ranks of this run write a checkpoint together."""
     return Writer(rank=fabric.global_rank, sharded=sharded, gather=partial(gather, fabric))
+
+
+def background_writer(fabric: Fabric, writer: Writer) -> Writer:
+    """The same on a thread beside the training, over connections of its own: every rank must call this."""
+    group = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+    return replace(writer, gather=partial(gather, fabric, group=group))
 
 
 @dataclass(frozen=True)
@@ -200,19 +244,47 @@ class Ranks:
 
     fabric: Fabric
 
+    @cached_property
+    def _grid(self) -> Grid:
+        return grid_of(self.fabric)
+
     @property
     def rank(self) -> int:
-        """This process's place."""
-        return self.fabric.global_rank
+        """Whose share of the work this process does; those that share a copy of a model do the same."""
+        return self._grid.rank
 
     @property
     def world(self) -> int:
-        """Processes."""
-        return self.fabric.world_size
+        """Shares."""
+        return self._grid.rows
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.fabric.world_size == 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes what all know."""
+        return self.fabric.global_rank == 0
 
     def agree(self, value: Any) -> list[Any]:
-        """What each rank brings, on all of them. Raises `Stopped` on all when one was asked to stop."""
+        """What comes of each share, on all ranks. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
-        if self.world > 1 and (signals := [number for _, number in found if number is not None]):
+        if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
-        return [brought for brought, _ in found]
+        return [brought for brought, _ in found[:: self._grid.in_row]]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
+        next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        together = not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
+        try:
+            with stop.interruptible((lambda: None) if together else stop.requested):
+                yield
+        except stop.Stopped:
+            self.agree(None)  # raises on all of several ranks
+            raise

@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,6 +28,8 @@ from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
+from litrecipe.engine.gradients import add_up_shares, norm_of
+from litrecipe.engine.grid import grid_of
 from litrecipe.engine.legs import Leg, leg_of
 from litrecipe.engine.optim import (
     Role,
@@ -62,8 +64,6 @@ from litrecipe.objectives.loss import (
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -135,9 +135,9 @@ def fit(job: Job) -> int:
     folder = RunDir(job.recipe.out_dir)
     try:
         with ExitStack() as lock:
-            on_first_rank(job.fabric, lambda: lock.enter_context(folder.held()))
+            ranks.on_first_rank(job.fabric, lambda: lock.enter_context(folder.held()))
             run = Run(job)
-            with closing(run.teller), stop.deferred():
+            with closing(run.teller), closing(run.checkpoints), stop.deferred():
                 return run.train()
     except OSError as error:
         ours = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(folder.path)
@@ -149,21 +149,6 @@ def fit(job: Job) -> int:
         ) from error
 
 
-def on_first_rank(fabric: Fabric, act: Callable[[], T]) -> T:
-    """What `act` returns on the first rank, told to all; the mistakes it finds are told to all too."""
-    found: Any = None
-    mistakes: list[str] = []
-    if fabric.global_rank == 0:
-        try:
-            found = act()
-        except InputError as error:
-            mistakes = error.mistakes
-    found, mistakes = fabric.broadcast((found, mistakes))
-    if mistakes:
-        raise InputError(*mistakes)
-    return cast(T, found)
-
-
 class Run:
     """The state of one training run."""
 
@@ -171,7 +156,7 @@ class Run:
         self.job, self.fabric, self.recipe = job, job.fabric, job.recipe
         self.train_config = job.recipe.train
         self.dir = RunDir(job.recipe.out_dir)
-        resume = on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
+        resume = ranks.on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
         self.raw = job.module
         self.module = self.fabric.setup_module(job.module)
         self.parameters = trained_parameters(self.raw)
@@ -180,7 +165,8 @@ class Run:
         self.raw_optimizer = make_optimizer(self.parameters, job.recipe.optim, self.roles, job.treatment)
         self.optimizer: Any = self.fabric.setup_optimizers(self.raw_optimizer)
         self.lr = 0.0
-        self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.strategy == "fsdp")
+        self.grid = grid_of(self.fabric)
+        self.writer = ranks.checkpoint_writer(self.fabric, sharded=job.recipe.fabric.is_sharded)
         self.checkpoints = Checkpoints(
             fabric=self.fabric,
             run_dir=self.dir,
@@ -190,11 +176,13 @@ class Run:
             optimizer_name=job.recipe.optim.name,
             source=job.source,
             identity=job.identity,
+            seed=self.train_config.seed,
             keep=job.recipe.checkpoint.keep,
             writer=self.writer,
+            behind=ranks.background_writer(self.fabric, self.writer) if job.recipe.checkpoint.asynchronous else None,
             guard=job.guard,
         )
-        seed_rng(self.train_config.seed, self.fabric.global_rank)
+        seed_rng(self.train_config.seed, self.grid.rank)
         self.at = Counters() if resume is None else self.checkpoints.load(resume)
         started_for = self.at.total_steps
         self.at.total_steps = job.source.total_steps(self.train_config)
@@ -206,6 +194,7 @@ class Run:
         self.leg.begin()
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.at.step)
+            self.checkpoints.warn_of_little_room()
             if self.at.step < self.at.total_steps:
                 self.dir.put_final_aside()
         self.fabric.barrier()
@@ -268,6 +257,7 @@ class Run:
             signal_number = self.evaluate()
             if signal_number is not None:
                 self.save_and_stop(signal_number)
+        self.checkpoints.wait()
         self.job.save_final(self.dir.final)
         self.fabric.barrier()
         self.teller.say(f"done: {self.at.step} steps, {self.at.tokens} tokens; the model is in {self.dir.final}")
@@ -280,12 +270,13 @@ class Run:
         rows = rows if at_once else list(self.with_statistics(rows, samples))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
-        sharded = self.recipe.fabric.strategy == "fsdp"
+        sharded = self.recipe.fabric.is_sharded
         losses = [self.learn(row, counts, exchange=sharded or row is rows[-1], at_once=at_once) for row in rows]
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
         self.stop_if_not_finite("loss", total, samples, bad)
+        add_up_shares(self.parameters.values(), self.grid.tensor)
         norms = {role.name: self.clip(role, samples) for role in self.roles}
         metrics = quotients(ranks.sums(self.fabric, metric_sums(losses)))
         metrics |= ranks.maxima(self.fabric, metric_maxima(losses))
@@ -340,8 +331,7 @@ class Run:
         if role.name in self.job.rests(self.at.step):
             for parameter in parameters:
                 parameter.grad = None  # of zeros the optimizer would still move by its momentum
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm_of(parameters, self.grid.tensor)
         self.stop_if_not_finite("gradient norm", float(norm), samples)
         # Within the bound torch would multiply all gradients by 1: a pass over all of them that changes nothing.
         if role.grad_clip is not None and not role.grad_clip / (norm + 1e-6) >= 1:
@@ -365,10 +355,10 @@ class Run:
             output = self.module(row)
             if at_once and isinstance(self.job.objective, StepGlobal):
                 mine = self.job.objective.statistics(output, row)
-                (row,) = completed([row], [mine], self.job.objective, self.fabric.global_rank, self.writer.gather)
+                (row,) = completed([row], [mine], self.job.objective, self.grid.rank, self.gather)
             loss = self.job.objective(output, row)
             # Gradients are averaged over the ranks, the loss is a sum over them.
-            self.fabric.backward(step_loss(loss, counts) * self.fabric.world_size)
+            self.fabric.backward(step_loss(loss, counts) * self.grid.rows)
         return detached(loss)
 
     def with_statistics(
@@ -390,7 +380,11 @@ class Run:
         fitting = (sample for sample in map(samples.__getitem__, range(len(samples))) if sample.length <= budget)
         wanted = objective.statistics_samples(list(fitting))
         looked_at = watched(self.packed(wanted, max([budget, *(sample.length for sample in wanted)])))
-        return with_statistics(rows, looked_at, self.module, objective, self.fabric.global_rank, self.writer.gather)
+        return with_statistics(rows, looked_at, self.module, objective, self.grid.rank, self.gather)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank with data of its own brings, on all of them."""
+        return ranks.gather_rows(self.fabric, value)
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
@@ -405,9 +399,8 @@ class Run:
 
     def packed(self, samples: Sequence[Sample], budget: int) -> list[Row]:
         """This rank's rows of some samples, at least one; those too long for any row are left out."""
-        world = self.fabric.world_size
-        packing = pack([s.length for s in samples], budget, multiple_of=world)
-        mine = packing.rows[self.fabric.global_rank :: world] or [[]]
+        packing = pack([s.length for s in samples], budget, multiple_of=self.grid.rows)
+        mine = packing.rows[self.grid.rank :: self.grid.rows] or [[]]
         return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
 
     def stop_if_not_finite(self, what: str, value: float, samples: list[Sample], bad: list[Row] | None = None) -> None:
@@ -417,7 +410,7 @@ class Run:
         """
         if math.isfinite(value) or self.job.guard is not None:
             return
-        of_ranks = self.writer.gather([name for row in bad or [] for name in row.sample_ids])
+        of_ranks = self.gather([name for row in bad or [] for name in row.sample_ids])
         names = ", ".join([name for of_rank in of_ranks for name in of_rank] or [sample.id for sample in samples])
         raise InputError(
             f"data.train: {what} is {value} at step {self.at.step + 1}, before the optimizer step, on the samples "
@@ -480,7 +473,7 @@ class Run:
     def validation_rows(self) -> Iterator[Row]:
         """The held-out samples of this rank, packed."""
         assert self.job.val is not None
-        mine = self.validation_packing.rows[self.fabric.global_rank :: self.fabric.world_size] or [[]]
+        mine = self.validation_packing.rows[self.grid.rank :: self.grid.rows] or [[]]
         self.teller.line.clear()
         for row in track(mine, "evaluating: row"):
             yield make_row([self.job.val[i] for i in row]).to(self.fabric.device)
@@ -490,7 +483,7 @@ class Run:
         """Which held-out samples share a row. Says once how many fit into none."""
         assert self.job.val is not None
         budget = self.train_config.micro_batch_tokens
-        packing = pack(list(self.job.val.lengths), budget, multiple_of=self.fabric.world_size)
+        packing = pack(list(self.job.val.lengths), budget, multiple_of=self.grid.rows)
         if packing.oversized:
             self.teller.warn(
                 f"data.val: {len(packing.oversized)} of {len(self.job.val)} samples do not fit "
@@ -501,12 +494,11 @@ class Run:
     def save_and_stop(self, signal_number: int) -> None:
         """Save, say so and leave with the exit code that the signal stands for."""
         self.checkpoints.save(self.at)
+        self.checkpoints.wait()
         self.teller.say(
             f"stopped by {signal.Signals(signal_number).name}: step {self.at.step} of {self.at.total_steps} is saved "
             f"in {self.dir.path}; the same command with --checkpoint.resume auto goes on"
         )
-        if ranks.started_by_fabric():
-            raise SystemExit(0)  # the process that started this one answers for all
         raise stop.Stopped(signal_number)
 
     def out_of_time(self, started: float) -> bool:
@@ -514,4 +506,4 @@ class Run:
         if self.train_config.max_time is None:
             return False
         late = time.monotonic() - started > parse_duration(self.train_config.max_time)
-        return bool(ranks.sums(self.fabric, {"late": float(late and self.fabric.global_rank == 0)})["late"])
+        return bool(self.fabric.broadcast(late))

@@ -17,8 +17,9 @@ from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.config.groups import TrainingRecipe
 from litrecipe.engine.cost import Collective, Layout, Member, Piece, Widths, added_up, exchanged
 from litrecipe.engine.fabric import devices_of, devices_there
+from litrecipe.engine.grid import rows_of
 from litrecipe.engine.hardware import KNOWN, Hardware, seconds
-from litrecipe.engine.memory import LAYERS, can_be_quantised, meta_model, rank_architecture
+from litrecipe.engine.memory import LAYERS, can_be_quantised, part_model
 from litrecipe.engine.peak import measured_flops
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Trunk
@@ -48,11 +49,12 @@ def layout_of(config: FabricConfig) -> Layout:
         devices = OF_A_NODE
     else:
         devices = devices_of(config) if kind == "cpu" else max(1, devices_there(kind))
+    rows = rows_of(config, devices * config.num_nodes)
     return Layout(
         devices=devices,
         nodes=config.num_nodes,
         tensor=config.tensor_parallel,
-        sharded=config.strategy == "fsdp",
+        sharded=config.strategy == "fsdp" or (config.tensor_parallel > 1 and rows > 1),
         reshard=config.reshard_after_forward,
     )
 
@@ -114,7 +116,7 @@ def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantise
     """A parameter as it is gathered and reduced. Of one in NF4 two numbers lie in each byte, all bytes in a row; of
     experts in NF4 each is a parameter of its own."""
     weight = gradient = parameter.element_size()
-    if config.strategy == "fsdp":
+    if config.is_sharded:
         weight = 2 if config.param_dtype == "bfloat16" else weight
         gradient = 2 if config.reduce_dtype == "bfloat16" else 4
     if quantised == "nf4" and can_be_quantised(name, parameter) and not parameter.requires_grad:
@@ -228,7 +230,7 @@ def forecast(
     `asked`: how often what learns is asked about each row besides, without gradient.
     """
     config, layout = recipe.fabric, layout_of(recipe.fabric)
-    module = meta_model(recipe, rank_architecture(architecture, layout.tensor))
+    module = part_model(recipe, architecture)
     learning = members_of(module, recipe, asked=asked)
     standing = [member_of(one.model, config, one.quantised, asked=one.asked) for one in beside]
     again = config.activation_checkpointing

@@ -15,20 +15,22 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from litrecipe.config.groups import RewardRecipe, TrainingRecipe
+from litrecipe.config.groups import Fabric, RewardRecipe, TrainingRecipe
 from litrecipe.config.online import PpoRecipe
+from litrecipe.engine.optim import optimizer_bytes
 from litrecipe.model.adapters import add_adapter
-from litrecipe.model.architecture import Architecture, LayerShape
+from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.experts import ExpertMLPs
+from litrecipe.model.group import Group
 from litrecipe.model.head import block_size
 from litrecipe.model.hydra import Hydra, of_best
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
+from litrecipe.model.tensor_parallel import split
+from litrecipe.model.tensor_plan import narrowed
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd": 4.0}
-"""Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
 CPU_HOLES = 0.2
@@ -69,6 +71,9 @@ class MemoryTable:
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
     """Copies of the weights for as long."""
+    saving: int = 0
+    """A copy of what a checkpoint holds, while it is written in the background; of a GPU's it lies in the host's
+    memory."""
 
     @property
     def peak(self) -> int:
@@ -78,6 +83,7 @@ class MemoryTable:
         """
         backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
         always = self.weights + self.reference + self.judges + self.teacher + self.optimizer + self.exchange
+        always += self.saving
         return max(always + max(backward, self.cache + self.laid_out), self.weights + self.asked)
 
 
@@ -91,37 +97,36 @@ def estimate(
     device: torch.device | str = "cpu",
     frozen_copy: bool = False,
 ) -> MemoryTable:
-    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step.
+    """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step. Where ranks
+    share a copy of the model, that of the first.
 
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
-    Of ranks that share each layer everything is that of one rank's part.
     """
-    architecture = rank_architecture(architecture, recipe.fabric.tensor_parallel)
-    model = meta_model(recipe, architecture)
+    parameters, trained = counted(meta_model(recipe, architecture))
+    model, size = part_model(recipe, architecture), recipe.fabric.tensor_parallel
+    whole, architecture, world_size = architecture, narrowed(architecture, size), world_size // size
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
-    shards = world_size // recipe.fabric.tensor_parallel
     weights, gradients = sum(sizes.values()), sum(learnt.values())
     copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    optimizer = int(trained * OPTIMIZER_BYTES[recipe.optim.name])
+    optimizer = optimizer_bytes(recipe.optim.name, (p for p in model.parameters() if p.requires_grad))
     strategy, exchange = recipe.fabric.strategy, 0
-    whole_scales = scales_bytes(model) if recipe.quantize.method == "nf4" else 0
-    if strategy == "fsdp":
-        # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
-        exchange = gathered(sizes, architecture, blocks=2) + gathered(learnt, architecture, blocks=1)
-        gradients, optimizer = gradients // shards, optimizer // shards
-        weights = whole_scales + (weights - whole_scales) // shards
+    cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
+    if cuts:
+        exchange = exchanged_bytes(recipe.fabric, sizes, learnt, architecture)
+        scales = scales_bytes(model) if recipe.quantize.method == "nf4" else 0
+        weights = scales + (weights - scales) // world_size
+        gradients, optimizer = gradients // world_size, optimizer // world_size
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
+    saved = (sum(learnt.values()) // (world_size if strategy == "fsdp" else 1)) + optimizer
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
-    activations, again = kept_bytes(recipe, architecture, row)
+    activations, again = kept_bytes(recipe, whole, row)
     return MemoryTable(
         weights=weights,
-        reference=(weights if strategy == "fsdp" else copied) if frozen_copy else 0,
+        reference=(weights if cuts else copied) if frozen_copy else 0,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
@@ -129,6 +134,7 @@ def estimate(
         scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4 + again,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
+        saving=saved if recipe.checkpoint.asynchronous and torch.device(device).type == "cpu" else 0,
         parameters=parameters,
         trained=trained,
     )
@@ -162,11 +168,18 @@ def teacher_bytes(
     row: Row,
     *,
     sharded_over: int | None = None,
+    split_over: int = 1,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits."""
+    """Of a frozen model that is asked about a row beside the student: weights, hidden states and blocks of logits.
+
+    Ranks may each have a part of it (`split_over`), and pieces of that.
+    """
     with torch.device("meta"):
         model = Decoder(teacher).to(dtype).requires_grad_(False)
+    if split_over > 1:
+        split(model, Group(0, split_over))
+        teacher = narrowed(teacher, split_over)
     sizes = {name: stored_bytes(name, p, method) for name, p in model.named_parameters()}
     weights = sum(sizes.values())
     if sharded_over:
@@ -197,15 +210,27 @@ def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
     return model
 
 
-def rank_architecture(architecture: Architecture, ranks: int) -> Architecture:
-    """What one of so many ranks that share each layer has of a model: fewer heads, narrower MLPs, fewer words."""
-    a = architecture
-    if ranks == 1:
-        return a
-    shapes = tuple(LayerShape(*(width // ranks for width in shape)) for shape in a.shapes)
-    experts = None if a.experts is None else replace(a.experts, size=a.experts.size // ranks)
-    widths = {name: getattr(a, name) // ranks for name in LayerShape._fields}
-    return replace(a, vocab_size=-(-a.vocab_size // ranks), shapes=shapes, experts=experts, **widths)
+def part_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
+    """What the first of the ranks that share a copy of `meta_model` has of it."""
+    model = meta_model(recipe, architecture)
+    if recipe.fabric.tensor_parallel > 1:
+        split(model, Group(0, recipe.fabric.tensor_parallel))
+    return model
+
+
+def counted(model: nn.Module) -> tuple[int, int]:
+    """Parameters, and those that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+
+
+def exchanged_bytes(config: Fabric, sizes: dict[str, int], learnt: dict[str, int], architecture: Architecture) -> int:
+    """What a rank of FSDP2 holds besides its pieces: all outside of the layers and two of these, as one is fetched
+    while another works, or all where none is let go; and on the way back the whole gradients of what is outside and of
+    one layer."""
+    share = 0.5 if config.param_dtype == "bfloat16" else 1.0
+    layers = 2 if config.reshard_after_forward else architecture.num_layers
+    return int(share * (gathered(sizes, architecture, layers) + gathered(learnt, architecture, 1)))
 
 
 def kept_bytes(recipe: TrainingRecipe, architecture: Architecture, row: Row) -> tuple[int, int]:
@@ -216,9 +241,12 @@ def kept_bytes(recipe: TrainingRecipe, architecture: Architecture, row: Row) -> 
     a, recomputes = architecture, recipe.fabric.activation_checkpointing
 
     def of(layers: int, vocabulary: int, again: bool = recomputes) -> int:
-        asked = replace(recipe, fabric=replace(recipe.fabric, activation_checkpointing=again))
+        fabric = replace(recipe.fabric, activation_checkpointing=again)
+        if fabric.param_dtype == "bfloat16":  # gathered in bf16 a model computes as one that is stored so
+            fabric = replace(fabric, precision="bf16-true")
+        asked = replace(recipe, fabric=fabric)
         smaller = replace(a.first_layers(layers), vocab_size=vocabulary)
-        return saved_bytes(meta_model(asked, smaller), asked, row)
+        return saved_bytes(part_model(asked, smaller), asked, row)
 
     alike = not (a.kinds or a.shapes or (a.experts and a.experts.dense_layers)) and a.num_layers > LAYERS_RUN
     layers = LAYERS_RUN if alike else a.num_layers

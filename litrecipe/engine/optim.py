@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from litrecipe.checkpoint.state import Pieces
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Optim, Schedule
+from litrecipe.model.tensor_plan import alike, held_of
+
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "paged_adamw8bit": 2.1, "sgd": 4.0}
+"""Bytes of state per trained parameter in fp32; 8-bit state carries a scale for each block of 256."""
 
 
 def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -94,12 +98,17 @@ def set_rates(optimizer: torch.optim.Optimizer, config: Optim, factors: Mapping[
             group["eps"] = config.eps / math.sqrt(1 - config.betas[1] ** (taken + 1))
 
 
+def optimizer_bytes(name: str, trained: Iterable[nn.Parameter]) -> int:
+    """About what the state of an optimizer will take."""
+    return int(sum(STATE_BYTES[name] / 4 * (p.numel() * p.element_size()) for p in trained))
+
+
 def optimizer_state(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """All state as tensors named `<parameter>::<key>`; plain numbers become tensors of no dimension."""
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
-            state[f"{name}::{key}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+            state[f"{name}::{key}"] = alike(value, parameter) if isinstance(value, Tensor) else torch.tensor(value)
     return state
 
 
@@ -138,11 +147,13 @@ def _fill(state: dict[str, Any], name: str, keys: list[str], saved: Pieces, para
             state[key] = saved.read(full_name).item()
         elif isinstance(state.get(key), Tensor):
             state[key].copy_(saved.read(full_name))
-        elif isinstance(parameter, DTensor) and saved.shapes[full_name] == parameter.shape:
-            piece = saved.like(full_name, parameter).to(parameter.device)
-            state[key] = DTensor.from_local(
-                piece, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-            )
+        elif saved.shapes[full_name] == held_of(parameter).whole_shape(parameter.shape):
+            state[key] = saved.like(full_name, parameter).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                shape, stride = parameter.shape, parameter.stride()
+                state[key] = DTensor.from_local(
+                    state[key], parameter.device_mesh, parameter.placements, shape=shape, stride=stride
+                )
         else:
             value = saved.read(full_name)
             # fused kernels keep `step` beside the parameter, whatever its dtype

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 
-def seed_rng(seed: int, rank: int) -> None:
-    """Start every generator anew; ranks draw different numbers."""
-    mine = seed + 100_003 * rank
+def seed_rng(seed: int, rank: int, step: int = 0) -> None:
+    """Start every generator anew; ranks, and those that begin at other steps, draw different numbers."""
+    mine = seed + 100_003 * rank + 1_000_000_007 * step
     random.seed(mine)
     np.random.seed(mine % 2**32)  # noqa: NPY002 - what user code may still draw from
     torch.manual_seed(mine)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from litrecipe.checkpoint.manifest import is_disk_full, mistakes_of, refuse_fore
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import try_writing
 from litrecipe.config.progress import say, warn
+from litrecipe.engine import lock
 
 
 class RunDir:
@@ -92,25 +90,12 @@ class RunDir:
                 )
         return folder
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """Keep every other process from training here while the body runs; a dead process keeps nobody.
 
         Raises InputError when another holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"out_dir: {self.path}: another process trains here: wait for it, or name another --out_dir"
-                ) from None
-            except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                    raise
-                warn(f"out_dir: {self.path}: its file system has no locks: do not start a second run there")
-            yield
+        return lock.held(self.path)
 
     @property
     def holds_a_run(self) -> bool:
@@ -124,6 +109,7 @@ class RunDir:
     def start(self, recipe_yaml: str, resumed_step: int) -> None:
         """Write the resolved recipe and drop records of steps that will be done again."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        state.clear_leftovers(self.checkpoints)
         write_text(self.path / "recipe.yaml", recipe_yaml)
         for name in ("metrics.jsonl", "flight.jsonl"):
             _truncate_after(self.path / name, resumed_step)

@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.engine.grid import row_of
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.reward import RewardModel
+from litrecipe.model.tensor_parallel import split
+from litrecipe.model.tensor_plan import mark
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,23 +30,37 @@ def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.
     `mesh` has the dimensions `data_parallel` and `tensor_parallel`. Weights on the meta device get values once they
     are cut: each model says by its `fill` where they come from. Every process must call it.
     """
-    from torch.distributed.fsdp import fully_shard  # there is nothing to import where it is not used
-
     models = [part for part in module.modules() if isinstance(part, Trunk)]
     heads = second_heads(models)
+    if (group := row_of(mesh)) is not None:
+        split(module, group)
     models = [model for model in models if model not in heads]
-    unshare(models)
-    for model in models:
-        shard(model, mesh["data_parallel"], config)
-    for head in heads:
-        fully_shard(head.score, mesh=mesh["data_parallel"], **policies(config))
     device = torch.device("cpu") if config.cpu_offload else _device_of(mesh)
+    if config.strategy == "fsdp" or mesh["data_parallel"].size() > 1:
+        cut(models, heads, mesh["data_parallel"], config)
+        for model in models:
+            if model.fill is not None:
+                give_memory(model, device)
+    else:
+        give_common_memory(models, device)
+        module.to(device)
+    mark(module)
     for model in models:
         if model.fill is not None:
-            give_memory(model, device)
             model.fill(model)
             model.fill = None
     return module
+
+
+def cut(models: Sequence[Trunk], heads: Sequence[RewardModel], mesh: DeviceMesh, config: FabricConfig) -> None:
+    """Cut models, and the scores of those that share theirs, along their first dimensions, each on its own."""
+    from torch.distributed.fsdp import fully_shard  # there is nothing to import where it is not used
+
+    unshare(models)
+    for model in models:
+        shard(model, mesh, config)
+    for head in heads:
+        fully_shard(head.score, mesh=mesh, **policies(config))
 
 
 def shard(model: Trunk, mesh: DeviceMesh, config: FabricConfig) -> None:
@@ -96,6 +113,18 @@ def give_memory(model: nn.Module, device: torch.device) -> None:
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=device, recurse=False)
+
+
+def give_common_memory(models: Iterable[nn.Module], device: torch.device) -> None:
+    """The same for several models; what they share they share afterwards."""
+    given: dict[nn.Parameter, nn.Parameter] = {}
+    for owner in (module for model in models for module in model.modules()):
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.is_meta:
+                if parameter not in given:
+                    values = torch.empty_like(parameter, device=device)
+                    given[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                setattr(owner, name, given[parameter])
 
 
 def unshare(models: Iterable[nn.Module]) -> None:

@@ -115,6 +115,7 @@ class Teller:
 
     def tell(self, step: int, tokens: int, lr: float, result: StepResult, flight: dict[str, Any]) -> None:
         """One optimizer step."""
+        progress.whisper(f"step {step}/{self.total}: loss {result.loss:.4f}")
         if not self.speaks:
             return
         self.dir.append("flight.jsonl", flight)

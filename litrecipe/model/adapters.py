@@ -20,6 +20,7 @@ from litrecipe.model.architecture import EXPERTS, PROJECTIONS, Architecture
 from litrecipe.model.experts import ExpertMLPs
 from litrecipe.model.lora_experts import LoraExperts
 from litrecipe.model.names import PEFT_PREFIX, SAME_NAMES, Names
+from litrecipe.model.tensor_plan import alike
 
 if TYPE_CHECKING:
     from litrecipe.model.lora_linear import LoraLinear
@@ -28,13 +29,13 @@ HEADS = {"lm_head", "score"}
 """Linear layers that get no adapter. A reward model's `score` is small and new: it trains whole beside the adapter."""
 
 
-def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
+def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0, device: torch.device | str | None = None) -> None:
     """Wrap the target layers of a model whose weights are loaded, and freeze all but the adapter.
 
     The adapter is fp32 whatever the model is, drawn from `seed` alone: A from U(-1/√i, 1/√i), B zero. DoRA's magnitudes
     are the row norms of the weights that are there now: load them first. A reward model's `score` becomes fp32 and
-    belongs to the adapter. A model on the meta device gets an adapter without values. Raises InputError for targets
-    that the model does not have.
+    belongs to the adapter. The adapter is on `device`, or where the model is: one of a model on the meta device has no
+    values, and there magnitudes have none on any device. Raises InputError for targets that the model does not have.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -64,8 +65,8 @@ def add_adapter(model: nn.Module, config: Adapter, *, seed: int = 0) -> None:
             model.set_submodule(name, LoraExperts(module, of_experts, config.r, scale))
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for _, layer in _layers(model):
-        layer.init_weights(generator)
+    for _, layer in adapted_layers(model):
+        layer.init_weights(generator, device)
     if (score := _score(model)) is not None:
         score.float().requires_grad_()
 
@@ -122,7 +123,7 @@ def _check_experts(model: nn.Module, config: Adapter) -> None:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter under the names of `adapter_model.safetensors`; tensors of a sharded model stay sharded."""
-    return {name: parameter.detach() for name, parameter in _parameters(model).items()}
+    return {name: alike(parameter.detach(), parameter) for name, parameter in _parameters(model).items()}
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
@@ -184,7 +185,7 @@ def merge_adapter(model: nn.Module, *, dtype: torch.dtype = torch.float32) -> No
     """
     from litrecipe.model.quantize import QuantizedLinear, dequantize, plain_linear
 
-    for name, layer in _layers(model):
+    for name, layer in adapted_layers(model):
         if isinstance(layer, LoraExperts):
             model.set_submodule(name, layer.merge(dtype))
             continue
@@ -202,7 +203,7 @@ def has_adapter(model: nn.Module) -> bool:
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base, bit for bit; a reward model keeps its score."""
-    layers = [layer for _, layer in _layers(model)]
+    layers = [layer for _, layer in adapted_layers(model)]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         # peft's enable_adapters would also switch requires_grad, which the optimizer and sharding rely on
@@ -247,7 +248,8 @@ def _kind(name: str) -> str:
     return next((kind for word, kind in words.items() if word in parts), "norm")
 
 
-def _layers(model: nn.Module) -> list[tuple[str, LoraLinear | LoraExperts]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, LoraLinear | LoraExperts]]:
+    """Path and layer of all that have an adapter."""
     from litrecipe.model.lora_linear import LoraLinear
 
     kinds = LoraLinear, LoraExperts
@@ -263,7 +265,7 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's own parameters under peft's names, and the score's."""
     parameters = {
         f"{PEFT_PREFIX}{path}.{name}": parameter
-        for path, layer in _layers(model)
+        for path, layer in adapted_layers(model)
         for name, parameter in layer.adapter_parameters().items()
     }
     if (score := _score(model)) is not None:

@@ -74,8 +74,10 @@ def critic_beside(policy: Decoder, *, joined: bool = False) -> Critic:
     with torch.device("meta"):
         critic = Critic(policy.architecture)
     critic.model = policy.model if joined else copy.deepcopy(policy.model, what_does_not_learn(policy))
+    critic.fill = policy.fill
     embedding = policy.model.embed_tokens.weight
-    critic.score.weight = nn.Parameter(torch.zeros(1, embedding.shape[1], device=embedding.device))
+    device = "cpu" if embedding.is_meta else embedding.device
+    critic.score.weight = nn.Parameter(torch.zeros(1, embedding.shape[1], device=device))
     return critic
 
 
@@ -86,4 +88,5 @@ def critic_as(model: RewardModel) -> Critic:
     with torch.device("meta"):
         critic = Critic(model.architecture)
     critic.model, critic.score, critic.statistics = model.model, model.score, model.statistics
+    critic.fill = model.fill
     return critic.requires_grad_()

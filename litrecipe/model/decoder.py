@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,11 @@ from litrecipe.model.architecture import Activation, Architecture, LayerShape, N
 from litrecipe.model.attention import forests
 from litrecipe.model.cache import CacheStep
 from litrecipe.model.experts import Mixture
-from litrecipe.model.head import Entropy, Predictions, SoftTargets, predict, soft_cap, widen
+from litrecipe.model.group import Group
+from litrecipe.model.head import Entropy, OwnTokens, Predictions, SoftTargets, predict, soft_cap, widen
 from litrecipe.model.rotary import Turn, inverse_frequencies, rotary_tables, rotate
 from litrecipe.model.row import Row, Span
+from litrecipe.model.tensor_plan import narrowed
 
 T = TypeVar("T")
 
@@ -46,11 +48,18 @@ class Trunk(nn.Module):
         self.architecture = architecture
         self.activation_checkpointing = False
         """Compute each layer again in the backward pass instead of keeping its insides."""
+        self.group: Group | None = None
+        """The ranks that this model is split over (`tensor_parallel`); None where one computes all of it."""
         self.model = Backbone(architecture)
-        self.fill: Callable[[Self], None] | None = None
+        self.fill: Callable[[Trunk], None] | None = None
         """Of a model on the meta device: gives values to what is on this process, once that has memory."""
         # Neither parameters nor buffers: they must stay in fp32 whatever the weights are cast to.
         self.frequencies = frequencies_of(architecture)
+
+    @property
+    def own_architecture(self) -> Architecture:
+        """What this rank computes of the model."""
+        return self.architecture if self.group is None else narrowed(self.architecture, self.group.size)
 
     def reach(self, tokens: int, theta: float | None = None) -> None:
         """Be trained on sequences of so many tokens from here on, see `Architecture.trained_on`."""
@@ -159,6 +168,8 @@ class Decoder(Trunk):
         """Whether predictions bring `log_z`."""
         self.with_routing = False
         """Whether predictions bring `router_logits`."""
+        self.own_tokens: OwnTokens | None = None
+        """Which rows of head and embedding are here where ranks share the vocabulary."""
         self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
         self.tie_weights()
 
@@ -182,7 +193,7 @@ class Decoder(Trunk):
     def said(self, hidden: Tensor, row: Row, temperature: float = 1.0, soft: SoftTargets | None = None) -> Predictions:
         """Log-probabilities (P,) of the row's targets, by the hidden states (P, d) that predict them."""
         wanted = self.with_collisions, self.with_entropy, self.architecture.final_softcap, self.with_log_z
-        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, soft)
+        return predict(hidden, self.lm_head.weight, row.target, temperature, *wanted, soft, self.own_tokens)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """All logits (T, V) of one sequence of tokens (T,); for short sequences."""
@@ -191,9 +202,10 @@ class Decoder(Trunk):
         return self.head(self._finished(self._hidden(tokens, positions, attention)))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits (…, V) of normalised hidden states (…, d)."""
+        """Logits (…, V) of normalised hidden states (…, d); without gradient where ranks share the vocabulary."""
         logits, cap = self.lm_head(hidden), self.architecture.final_softcap
-        return logits if cap is None else soft_cap(logits, cap)
+        logits = logits if cap is None else soft_cap(logits, cap)
+        return logits if self.own_tokens is None else self.own_tokens.joined(logits)
 
     def decode(self, tokens: Tensor, step: CacheStep) -> Tensor:
         """Read tokens (T,) into the step's cache; returns the logits (B + P, V) after each sequence and prompt."""
@@ -403,10 +415,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(size) if kind == "rms_plus_one" else torch.ones(size))
         self.eps, self.kind = eps, kind
+        self.group: Group | None = None
+        """The ranks that x is spread over."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, d) → (…, d)."""
-        return _RMSNorm.apply(x, self.factor(), self.eps)
+        return _RMSNorm.apply(x, self.factor(), self.eps, self.group)
 
     def factor(self) -> Tensor:
         """By what (d,) the normalised x is multiplied; fp32 where that comes before it is cast back."""
@@ -421,29 +435,37 @@ class _RMSNorm(torch.autograd.Function):
     weight is trained."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, scale = normalise(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, group: Group | None) -> Tensor:
+        y, scale = normalise(x, weight, eps, group)
         ctx.save_for_backward(x, weight, scale)
+        ctx.group = group
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         normalised = widen(x) * scale
         grad_weight = (grad * normalised).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
-            return None, grad_weight, None
+            return None, grad_weight, None, None
         inner = widen(grad) * weight
-        along = (inner * normalised).mean(-1, keepdim=True)
-        return inner.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None
+        along = _mean_over((inner * normalised).mean(-1, keepdim=True), ctx.group)
+        return inner.sub_(normalised.mul_(along)).mul_(scale).to(x.dtype), grad_weight, None, None
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`RMSNorm`'s output (…, d) without its gradient, and 1 / √(mean x² + eps) (…, 1)."""
+def normalise(x: Tensor, weight: Tensor, eps: float, group: Group | None = None) -> tuple[Tensor, Tensor]:
+    """`RMSNorm`'s output (…, d) without its gradient, and 1 / √(mean x² + eps) (…, 1), the mean over all that the ranks
+    of a `group` have."""
     wide = widen(x)
     # Not vecdot: autocast would take it for a matrix product and compute it in bf16.
-    scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+    scale = _mean_over(squares, group).add_(eps).rsqrt_()
     if weight.dtype == wide.dtype:
         return (wide * scale).mul_(weight).to(x.dtype), scale
     return (wide * scale).to(x.dtype).mul_(weight), scale
+
+
+def _mean_over(x: Tensor, group: Group | None) -> Tensor:
+    """In place."""
+    return x if group is None else group.add_up(x).div_(group.size)

@@ -163,7 +163,7 @@ class _Batch:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embedding.dtype
         self.waiting, self.cache_tokens = waiting, cache_tokens
         self.device = embedding.device
-        self.cache = KVCache(model.architecture, dtype, embedding.device)
+        self.cache = KVCache(model.own_architecture, dtype, embedding.device)
         laid_out = lay_out(model) if pays(len(waiting), sum(sequence.room for sequence in waiting)) else None
         self.decode = model.decode if laid_out is None else laid_out.decode
         self.sequences: list[_Sequence] = []

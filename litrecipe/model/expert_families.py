@@ -6,7 +6,7 @@ Shapes: E experts, I inner size of one, d hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from litrecipe.config.errors import InputError
@@ -63,9 +63,10 @@ class ExpertNames(Names):
             if self._part.fullmatch(name) is None:
                 yield name, tensor
                 continue
-            experts, expert, part = name.removesuffix(".weight").rsplit(".", 2)
-            leaf = next(leaf for leaf, parts in TOGETHER.items() if part in parts)
-            together, parts = f"{experts}.{leaf}", TOGETHER[leaf]
+            _, expert, part = name.removesuffix(".weight").rsplit(".", 2)
+            together = self._whole(name)
+            leaf = together.rpartition(".")[2]
+            parts = TOGETHER[leaf]
             if together not in whole:
                 whole[together] = torch.empty(shapes[leaf], dtype=tensor.dtype)
                 missing[together] = a.count * len(parts)
@@ -73,6 +74,34 @@ class ExpertNames(Names):
             missing[together] -= 1
             if not missing[together]:
                 yield together, whole.pop(together)
+
+    def read_rows(
+        self, name: str, parts: Sequence[str], rows: slice, read: Callable[[str], Tensor], architecture: Architecture
+    ) -> Tensor:
+        """As those of `Names`; of experts only those that are asked for are read."""
+        leaf = _of_experts(name)[1]
+        if leaf is None:
+            return super().read_rows(name, parts, rows, read, architecture)
+        import torch
+
+        own = {self.in_memory(part): part for part in parts}
+        experts = range(len(parts) // len(TOGETHER[leaf]))[rows]
+        found = [
+            torch.cat([read(own[f"{_of_experts(name)[0]}.{expert}.{part}.weight"]) for part in TOGETHER[leaf]])
+            for expert in experts
+        ]
+        return torch.stack(found) if found else torch.empty(0, 1, 1)
+
+    def keeps(self, name: str) -> bool:
+        """Whether a weight lies in files as it does in memory."""
+        return _of_experts(name)[1] is None and super().keeps(name)
+
+    def _whole(self, name: str) -> str:
+        """The weight of all experts that an expert's is in."""
+        if self._part.fullmatch(name) is None:
+            return name
+        experts, _, part = name.removesuffix(".weight").rsplit(".", 2)
+        return next(f"{experts}.{leaf}" for leaf, parts in TOGETHER.items() if part in parts)
 
     def written(self, tensors: Mapping[str, Tensor], architecture: Architecture) -> dict[str, Tensor]:
         """Tensors of memory as files have them."""

@@ -10,6 +10,9 @@ they are in the processor's cache, and a trained weight's gradient is written on
 The entropy H = -Σ_v p_v log p_v = logsumexp(z) - Σ_v p_v z_v falls out of the same pass. Its gradient towards h is
 -(Σ_v p_v z_v W_v - Σ_v p_v z_v · Σ_v p_v W_v) / τ: minus the covariance under p of logits and rows of the weight.
 
+Ranks may share the vocabulary: each goes through its own tokens, and what they add up to, a few numbers a prediction,
+is combined. Gradients towards h are added up on their way back. Nobody sends logits.
+
 logsumexp(z), of which a z-loss takes the square, has the gradient Σ_v p_v W_v / τ. What a teacher says of a place is
 held against p block by block too: `soft_targets`.
 """
@@ -17,12 +20,15 @@ held against p block by block too: `soft_targets`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from litrecipe.model.group import Group, entered
 
 SMALLEST_BLOCK = 256
 """Tokens of the vocabulary in a product, however many predictions there are."""
@@ -63,6 +69,10 @@ class Comparison(Protocol):
         """Take in a block's logits (P, v), which stay as they are."""
         ...
 
+    def add_up(self, group: Group) -> None:
+        """Take in what the other ranks' blocks add up to, when all of this one's are in."""
+        ...
+
     def results(self) -> tuple[Tensor, Tensor]:
         """KL(q ‖ p) and the entropy of q (P,) when all blocks are in."""
         ...
@@ -80,6 +90,27 @@ class SoftTargets(Protocol):
         ...
 
 
+class OwnTokens(NamedTuple):
+    """The rows of the weight that a rank has, where a group shares the vocabulary."""
+
+    group: Group
+    bounds: tuple[int, ...]
+    """The first token of each rank, and behind the last."""
+
+    @property
+    def start(self) -> int:
+        """This rank's first token."""
+        return self.bounds[self.group.rank]
+
+    def first(self, tokens: int) -> OwnTokens:
+        """Those of the vocabulary's first so many tokens."""
+        return self._replace(bounds=tuple(min(bound, tokens) for bound in self.bounds))
+
+    def joined(self, logits: Tensor) -> Tensor:
+        """Logits (…, V) of all tokens, from each rank's of its own; without gradient."""
+        return self.group.joined(logits, [stop - start for start, stop in pairwise(self.bounds)])
+
+
 class _Wanted(NamedTuple):
     """What predictions shall bring, and of which logits."""
 
@@ -89,6 +120,12 @@ class _Wanted(NamedTuple):
     softcap: float | None
     log_z: bool
     soft: SoftTargets | None
+    own: OwnTokens | None
+
+    @property
+    def start(self) -> int:
+        """The token of the weight's first row."""
+        return 0 if self.own is None else self.own.start
 
 
 def predict(
@@ -101,6 +138,7 @@ def predict(
     softcap: float | None = None,
     log_z: bool = False,
     soft: SoftTargets | None = None,
+    own: OwnTokens | None = None,
 ) -> Predictions:
     """Log-probabilities of `target` (P,) under p = softmax(hidden weightᵀ / temperature); and, if wanted,
     `log_collisions`, `entropy` and `log_z` of p. With a `softcap` c logits z are c tanh(z / c) before they are divided.
@@ -109,12 +147,13 @@ def predict(
     hidden is (P, d) and weight (V, d). A weight that is trained costs a second product of all logits in the backward
     pass; a frozen one (LoRA) none, but for an entropy that is learnt another one in the forward pass. With soft targets
     the one is as the other, and the teacher's logits are computed twice too. P may be 0; the result still hangs on the
-    graph.
+    graph. With tokens of its `own` a rank's weight has their rows only; all ranks of the group get the same results.
     """
+    hidden = hidden if own is None else entered(hidden, own.group)
     hidden, weight = in_autocast(hidden, weight)
     again = soft is not None or (weight.requires_grad and torch.is_grad_enabled())
     head = _TrainedHead if again else _FrozenHead
-    wanted = _Wanted(temperature, collisions, entropy, softcap, log_z, soft)
+    wanted = _Wanted(temperature, collisions, entropy, softcap, log_z, soft, own)
     logps, correct, *others = head.apply(hidden, weight, target, wanted)
     return Predictions(logps, correct, None, *others)
 
@@ -160,6 +199,8 @@ class _Block(NamedTuple):
     """Some tokens of the vocabulary and the logits they get."""
 
     tokens: slice
+    rows: slice
+    """Of the weight."""
     weight: Tensor
     """(v, d)"""
     logits: Tensor
@@ -172,18 +213,17 @@ class _Block(NamedTuple):
     """(P, v) by what a gradient towards a logit is multiplied on its way through the soft cap, 1 - (c tanh / c)²."""
 
 
-def _blocks(
-    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, softcap: float | None
-) -> Iterator[_Block]:
-    size = block_size(len(hidden), hidden.device)
-    for start in range(0, len(weight), size):
-        part = weight[start : start + size]
+def _blocks(hidden: Tensor, weight: Tensor, target: Tensor, wanted: _Wanted) -> Iterator[_Block]:
+    size, softcap = block_size(len(hidden), hidden.device), wanted.softcap
+    for first in range(0, len(weight), size):
+        part = weight[first : first + size]
         logits = capped(widen(F.linear(hidden, part)), softcap)
         slope = None if softcap is None else _slope(logits, softcap)
+        start, rows = wanted.start + first, slice(first, first + len(part))
         place = (target - start).clamp(0, len(part) - 1)
         inside = place + start == target
-        scaled = logits if temperature == 1.0 else logits.div_(temperature)
-        yield _Block(slice(start, start + len(part)), part, scaled, place[:, None], inside, slope)
+        scaled = logits if wanted.temperature == 1.0 else logits.div_(wanted.temperature)
+        yield _Block(slice(start, start + len(part)), rows, part, scaled, place[:, None], inside, slope)
 
 
 def _slope(capped: Tensor, cap: float) -> Tensor:
@@ -227,32 +267,46 @@ class _Sums:
         self.chosen = torch.where(block.inside, block.logits.gather(1, block.place)[:, 0], self.chosen)
         values, places = block.logits.max(1)
         self.likeliest = torch.where(values > self.highest, places + block.tokens.start, self.likeliest)
-        highest = torch.maximum(self.highest, values)
-        drop = self.highest - highest
-        shrink = drop.exp()
-        self.highest = highest
-        below = block.logits.sub_(highest[:, None])
+        self._raise(torch.maximum(self.highest, values))
+        below = block.logits.sub_(self.highest[:, None])
         # The entropy needs z - m once more; otherwise there is no second tensor of the block's size.
         unnormalised = below.exp_() if self.moment is None else below.exp()
+        self.total.add_(unnormalised.sum(1))
         if self.moment is not None:
-            self._add_moment(below.mul_(unnormalised), block, drop, shrink)
-        self.total.mul_(shrink).add_(unnormalised.sum(1))
+            terms = below.mul_(unnormalised)
+            self.moment.add_(terms.sum(1))
+            if self.moment_rows is not None:
+                self.moment_rows.add_(_sloped(terms, block.slope).to(block.weight.dtype) @ block.weight)
         if self.squares is not None:
             # The norm makes no second tensor of the block's size.
-            self.squares.mul_(shrink.square()).add_(torch.linalg.vector_norm(unnormalised, dim=1).square_())
+            self.squares.add_(torch.linalg.vector_norm(unnormalised, dim=1).square_())
         if self.rows is not None:
-            self.rows.mul_(shrink[:, None]).add_(
-                _sloped(unnormalised, block.slope).to(block.weight.dtype) @ block.weight
-            )
+            self.rows.add_(_sloped(unnormalised, block.slope).to(block.weight.dtype) @ block.weight)
 
-    def _add_moment(self, terms: Tensor, block: _Block, drop: Tensor, shrink: Tensor) -> None:
-        """Adds the block's exp(z - m) (z - m) (P, v); what is there already moves by `drop` (P,), old m less new."""
-        assert self.moment is not None
+    def _raise(self, highest: Tensor) -> None:
+        """Let `highest` (P,) be the highest logit: what is there already moves with it."""
+        drop = self.highest - highest
+        self.highest, shrink = highest, drop.exp()
         drop = drop.clamp(min=torch.finfo(drop.dtype).min)  # of nothing yet, where m is -inf and the sums are 0
-        if self.moment_rows is not None and self.rows is not None:
-            self.moment_rows.addcmul_(drop[:, None], self.rows).mul_(shrink[:, None])
-            self.moment_rows.add_(_sloped(terms, block.slope).to(block.weight.dtype) @ block.weight)
-        self.moment.addcmul_(drop, self.total).mul_(shrink).add_(terms.sum(1))
+        if self.moment is not None:
+            if self.moment_rows is not None and self.rows is not None:
+                self.moment_rows.addcmul_(drop[:, None], self.rows).mul_(shrink[:, None])
+            self.moment.addcmul_(drop, self.total).mul_(shrink)
+        self.total.mul_(shrink)
+        if self.squares is not None:
+            self.squares.mul_(shrink.square())
+        if self.rows is not None:
+            self.rows.mul_(shrink[:, None])
+
+    def add_up(self, group: Group) -> None:
+        """Take in what other ranks' tokens add up to. The sums of rows stay this rank's: so are its gradients."""
+        highest = group.largest(self.highest.clone())
+        first = torch.where(self.highest == highest, self.likeliest, torch.iinfo(self.likeliest.dtype).max)
+        self.likeliest = group.smallest(first)
+        self._raise(highest)
+        sums = [one for one in (self.total, self.chosen, self.squares, self.moment) if one is not None]
+        for one, of_all in zip(sums, group.add_up(torch.stack(sums)), strict=True):
+            one.copy_(of_all)
 
     @property
     def logsumexp(self) -> Tensor:
@@ -286,6 +340,14 @@ class _Sums:
         return self.chosen - self.logsumexp, correct, log_collisions, entropy, log_z, kl, teacher_entropy
 
 
+def _rows_of(target: Tensor, weight: Tensor, wanted: _Wanted) -> Tensor:
+    """The targets' rows (P, d) of the weight; zeros for those of other ranks."""
+    if wanted.own is None:
+        return weight[target]
+    places = (target - wanted.start).clamp(0, len(weight) - 1)
+    return weight[places] * (places + wanted.start == target)[:, None]
+
+
 class _FrozenHead(torch.autograd.Function):
     """Keeps the Jacobian towards the hidden states (P, d) instead of anything of size V: the forward pass has the
     probabilities at hand, so one product there spares the backward pass both the logits and their gradient."""
@@ -294,11 +356,13 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, wanted: _Wanted) -> _Results:
         temperature, softcap = wanted.temperature, wanted.softcap
         sums = _Sums(hidden, with_mean=ctx.needs_input_grad[0], wanted=wanted)
-        for block in _blocks(hidden, weight, target, temperature, softcap):
+        for block in _blocks(hidden, weight, target, wanted):
             sums.add(block)
+        if wanted.own is not None:
+            sums.add_up(wanted.own.group)
         if sums.rows is not None:
             mean = sums.rows.div_(sums.total[:, None])
-            chosen = weight[target]
+            chosen = _rows_of(target, weight, wanted)
             if softcap is not None:
                 chosen = chosen * _slope(sums.chosen * temperature, softcap)[:, None]
             of_entropy = sums.entropy_jacobian(mean)
@@ -327,10 +391,14 @@ class _TrainedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, wanted: _Wanted) -> _Results:
         sums = _Sums(hidden, with_mean=False, wanted=wanted)
         comparison = None if wanted.soft is None else wanted.soft.comparison()
-        for block in _blocks(hidden, weight, target, wanted.temperature, wanted.softcap):
+        for block in _blocks(hidden, weight, target, wanted):
             if comparison is not None:
                 comparison.add(block.tokens, block.logits)
             sums.add(block)
+        if wanted.own is not None:
+            sums.add_up(wanted.own.group)
+            if comparison is not None:
+                comparison.add_up(wanted.own.group)
         learnt = sums.entropy if sums.learns_entropy else None
         ctx.save_for_backward(hidden, weight, target, sums.logsumexp, learnt)
         ctx.wanted, ctx.comparison = wanted, comparison
@@ -346,7 +414,7 @@ class _TrainedHead(torch.autograd.Function):
         of_all = scale - (grad_log_z / wanted.temperature)[:, None] if wanted.log_z else scale
         grad_hidden = torch.zeros_like(hidden, dtype=logsumexp.dtype)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for block in _blocks(hidden, weight, target, wanted.temperature, wanted.softcap):
+        for block in _blocks(hidden, weight, target, wanted):
             of_kl = None if comparison is None else comparison.slope(block.tokens, block.logits)
             logps = block.logits.sub_(logsumexp[:, None])
             if entropy is None:
@@ -361,5 +429,5 @@ class _TrainedHead(torch.autograd.Function):
             grad_logits = _sloped(grad_logits, block.slope).to(weight.dtype)
             grad_hidden += grad_logits @ block.weight
             if grad_weight is not None:
-                torch.mm(grad_logits.T, hidden, out=grad_weight[block.tokens])
+                torch.mm(grad_logits.T, hidden, out=grad_weight[block.rows])
         return grad_hidden.to(hidden.dtype), grad_weight, None, None

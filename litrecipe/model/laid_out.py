@@ -58,10 +58,12 @@ class LaidOut:
 @torch.no_grad()
 def lay_out(model: Decoder) -> LaidOut | None:
     """None where it would not help, or could not compute the same: elsewhere than on a CPU, in other dtypes than fp32,
-    with layers that are quantised, sharded or compiled, or not made as Llama's, with dropout, and above `LARGEST`."""
+    with layers that are quantised, sharded or compiled, or not made as Llama's, with dropout, above `LARGEST`, and
+    where ranks split the model."""
     layers = [cast(Layer, layer) for layer in model.model.layers]
     helps = (
         is_like_llama(model.architecture)
+        and model.group is None
         and not torch.is_autocast_enabled("cpu")
         and size(model.architecture) <= LARGEST
     )

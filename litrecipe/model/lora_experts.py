@@ -54,9 +54,9 @@ class LoraExperts(nn.Module):
             parameters[f"{inside}lora_B.weight"] = self.lora_B[name]
         return parameters
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """As `LoraLinear`'s: each A from U(-1/√i, 1/√i) and B zero, in fp32 on the base's device."""
-        device = next(self.base_layer.parameters()).device
+    def init_weights(self, generator: torch.Generator, device: torch.device | str | None = None) -> None:
+        """As `LoraLinear`'s: each A from U(-1/√i, 1/√i) and B zero, in fp32 on a device or that of the base."""
+        device = device or next(self.base_layer.parameters()).device
         for name in self.lora_A:
             shape, bound = self.lora_A[name].shape, 1 / math.sqrt(self.lora_A[name].shape[1])
             a = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

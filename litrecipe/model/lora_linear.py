@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from litrecipe.model.head import product_dtype
 from litrecipe.model.quantize import dense_weight
+from litrecipe.model.split_layers import RowLinear
 
 NAME = "default"
 """peft's name of the adapter."""
@@ -37,7 +38,9 @@ class LoraLinear(PeftLinear):
         x = x.to(product_dtype(x))
         z = self.lora_dropout[NAME](x) if self.training and self.drops else None
         magnitude, norms = (self.magnitude, self.row_norms()) if self.is_dora else (None, None)
-        return _LowRank.apply(x, z, self.a, self.b, magnitude, norms, self.base, self.scale)
+        bias = None if isinstance(self.base, RowLinear) else self.base.bias
+        y = _LowRank.apply(x, z, self.a, self.b, magnitude, norms, self.base, bias, self.scale)
+        return self.base.completed(y) if isinstance(self.base, RowLinear) else y
 
     @property
     def base(self) -> nn.Linear:
@@ -84,16 +87,18 @@ class LoraLinear(PeftLinear):
         with torch.device("meta"):
             super().update_layer(*args, **kwargs)
 
-    def init_weights(self, generator: torch.Generator) -> None:
-        """A from U(-1/√i, 1/√i) and B zero, in fp32 on the base's device; m the row norms. `generator` is a CPU one, so
-        that every device starts with the same adapter."""
-        device, bound = self.base.weight.device, 1 / math.sqrt(self.base.in_features)
+    def init_weights(self, generator: torch.Generator, device: torch.device | str | None = None) -> None:
+        """A from U(-1/√i, 1/√i) and B zero, in fp32 on a device or that of the base; m the row norms, zeros where the
+        base has no values. `generator` is a CPU one, so that every device starts with the same adapter."""
+        device, bound = device or self.base.weight.device, 1 / math.sqrt(self.base.in_features)
         a = torch.empty(self.a.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
         self.lora_A[NAME].weight = nn.Parameter(a.to(device))
         self.lora_B[NAME].weight = nn.Parameter(torch.zeros(self.b.shape, dtype=torch.float32, device=device))
         if self.is_dora:
-            weight = dense_weight(self.base, torch.float32).detach()  # B A is zero
-            self.lora_magnitude_vector[NAME].weight = nn.Parameter(torch.linalg.vector_norm(weight, dim=1))
+            norms = torch.zeros(self.base.out_features, device=device)
+            if not self.base.weight.is_meta:
+                norms = torch.linalg.vector_norm(dense_weight(self.base, torch.float32).detach(), dim=1)  # B A is zero
+            self.lora_magnitude_vector[NAME].weight = nn.Parameter(norms)
 
     @torch.no_grad()
     def adapted_weight(self) -> Tensor:
@@ -103,7 +108,8 @@ class LoraLinear(PeftLinear):
 
     def row_norms(self) -> Tensor:
         """‖W + s B A‖ of each row (o,)."""
-        return torch.linalg.vector_norm(self.adapted_weight(), dim=1)
+        norms = torch.linalg.vector_norm(self.adapted_weight(), dim=1)
+        return self.base.group.add_up(norms.square_()).sqrt_() if isinstance(self.base, RowLinear) else norms
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -131,6 +137,7 @@ class _LowRank(torch.autograd.Function):
         magnitude: Tensor | None,
         norms: Tensor | None,
         base: nn.Linear,
+        bias: Tensor | None,
         scale: float,
     ) -> Tensor:
         rows = x.flatten(0, -2)
@@ -139,11 +146,11 @@ class _LowRank(torch.autograd.Function):
         y.addmm_(reduced, b.to(x.dtype).T, alpha=scale)
         if magnitude is not None and norms is not None:
             y.mul_(magnitude / norms)
-        if base.bias is not None:
-            y.add_(base.bias)
+        if bias is not None:
+            y.add_(bias)
         y = y.view(*x.shape[:-1], y.shape[-1])  # -1 is ambiguous where there are no rows
         ctx.save_for_backward(x, z, reduced, a, b, magnitude, norms, None if magnitude is None else y)
-        ctx.base, ctx.scale = base, scale
+        ctx.base, ctx.has_bias, ctx.scale = base, bias is not None, scale
         return y
 
     @staticmethod
@@ -154,7 +161,7 @@ class _LowRank(torch.autograd.Function):
         grad = grad.flatten(0, -2)
         grad_magnitude = grad_x = grad_z = None
         if magnitude is not None:
-            scaled = y.flatten(0, -2) if ctx.base.bias is None else y.flatten(0, -2) - ctx.base.bias
+            scaled = y.flatten(0, -2) - ctx.base.bias if ctx.has_bias else y.flatten(0, -2)
             grad_magnitude = (grad * scaled).sum(0, dtype=magnitude.dtype) / magnitude
             grad = (grad * (magnitude / norms)).to(dtype)
         grad_reduced = (grad @ b.to(dtype)).mul_(ctx.scale)
@@ -167,4 +174,4 @@ class _LowRank(torch.autograd.Function):
             grad_x = grad_x.view(shape)
         if ctx.needs_input_grad[1]:
             grad_z = (grad_reduced @ a.to(dtype)).view(shape)
-        return grad_x, grad_z, grad_a.to(a.dtype), grad_b.to(b.dtype), grad_magnitude, None, None, None
+        return grad_x, grad_z, grad_a.to(a.dtype), grad_b.to(b.dtype), grad_magnitude, None, None, None, None

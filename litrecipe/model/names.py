@@ -9,7 +9,7 @@ Shapes: i inputs, o outputs of a linear layer, r rank, H heads, D head dimension
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -97,6 +97,28 @@ class Names:
         """The shapes that the tensors of files have in memory."""
         own = {self.in_memory(theirs): shape for theirs, shape in found.items() if not theirs.endswith(self.derived)}
         return {name: shape[::-1] if self._layout(name) == "transposed" else shape for name, shape in own.items()}
+
+    def read_rows(
+        self, name: str, parts: Sequence[str], rows: slice, read: Callable[[str], Tensor], architecture: Architecture
+    ) -> Tensor:
+        """Some rows of a tensor in memory, which `parts` of the files make up; `read` gives these."""
+        return dict(self.read(((part, read(part)) for part in parts), architecture))[name][rows]
+
+    def made_of(self, found: Iterable[str]) -> dict[str, list[str]]:
+        """Name in memory → the tensors of files that make it up, in the order of `found`."""
+        made: dict[str, list[str]] = {}
+        for theirs in found:
+            if not theirs.endswith(self.derived):
+                made.setdefault(self._whole(self.in_memory(theirs)), []).append(theirs)
+        return made
+
+    def keeps(self, name: str) -> bool:
+        """Whether a weight lies in files as it does in memory."""
+        return self._whole(name) == name and self._layout(name) == "same"
+
+    def _whole(self, name: str) -> str:
+        """What in memory a tensor of files is a part of."""
+        return name
 
     def parted(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The shapes of a model's parameters, by the names of `shapes`; those that files have in pieces, by piece."""

@@ -10,6 +10,7 @@ Shapes: i inputs, o outputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -23,18 +24,60 @@ from litrecipe.model.architecture import PROJECTIONS
 from litrecipe.model.experts import ExpertMLPs
 from litrecipe.model.head import product_dtype
 
+BLOCK = 64
+"""Weights that share a scale."""
+
 
 class NF4Linear(bnb.nn.Linear4bit):
     """NormalFloat4 in blocks of 64 weights (QLoRA, 2305.14314, section 3)."""
 
+    scales: nn.Parameter | None = None
+    """Of a model that processes share: the scales of the blocks, which are cut as the weight is."""
+
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The restored weight (o, i)."""
+        if self.scales is not None:
+            state: Any = self.quant_state
+            state.absmax = self.scales.data
         # The module's state, not the weight's: a sharded weight comes back as a plain tensor.
         return bnb.functional.dequantize_4bit(self.weight.data, self.quant_state).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, i) → (…, o)."""
         return _FrozenProduct.apply(x.to(product_dtype(x)), self)
+
+    @classmethod
+    def like(cls, weight: Tensor, double_quant: bool) -> NF4Linear:
+        """A layer without values for a weight (o, i)."""
+        o, i = weight.shape
+        return cls(
+            i,
+            o,
+            bias=False,
+            compute_dtype=weight.dtype,
+            compress_statistics=double_quant,
+            quant_type="nf4",
+            device="meta",
+        )
+
+    def cut_later(self, double_quant: bool) -> NF4Linear:
+        """The same with its parameters on the meta device, for a model that is cut before it has values."""
+        count, whole = self.in_features * self.out_features, torch.uint8
+        kind = whole if double_quant else torch.float32
+        self.weight = nn.Parameter(torch.empty(-(-count // 2), 1, dtype=whole, device="meta"), requires_grad=False)
+        scales = torch.empty(-(-count // BLOCK), dtype=kind, device="meta")
+        self.register_parameter("scales", nn.Parameter(scales, requires_grad=False))
+        return self
+
+    def pack(self, weight: Tensor, put: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Quantise a weight (o, i) and `put` the pieces of that where they belong; returns what will be restored."""
+        assert self.scales is not None
+        packed, self.quant_state = quantised(weight, self.scales.dtype == torch.uint8)
+        restored = bnb.functional.dequantize_4bit(packed, self.quant_state)
+        put(self.weight, packed)
+        put(self.scales, self.quant_state.absmax)
+        self.quant_state.to(self.weight.device)
+        return restored
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):
@@ -122,14 +165,19 @@ def quantize_linear(linear: nn.Linear, config: Quantize) -> QuantizedLinear:
     return layer
 
 
+def quantised(weight: Tensor, double_quant: bool) -> tuple[Tensor, Any]:
+    """A weight (o, i) in NF4, two in a byte, and what restores it."""
+    found: tuple[Tensor, Any] = bnb.functional.quantize_4bit(
+        weight, blocksize=BLOCK, compress_statistics=double_quant, quant_type="nf4"
+    )
+    return found
+
+
 def _nf4(weight: Tensor, double_quant: bool) -> NF4Linear:
-    o, i = weight.shape
-    layer = NF4Linear(
-        i, o, bias=False, compute_dtype=weight.dtype, compress_statistics=double_quant, quant_type="nf4", device="meta"
-    )
-    packed, layer.quant_state = bnb.functional.quantize_4bit(
-        weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
-    )
+    layer = NF4Linear.like(weight, double_quant)
+    if weight.is_meta:
+        return layer.cut_later(double_quant)
+    packed, layer.quant_state = quantised(weight, double_quant)
     layer.weight = bnb.nn.Params4bit(
         packed,
         quant_state=layer.quant_state,

@@ -18,6 +18,7 @@ from litrecipe.model.decoder import Decoder
 from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row
 from litrecipe.model.soft_targets import divergence
+from litrecipe.model.tensor_plan import mark
 
 
 class PolicyAndReference(nn.Module):
@@ -59,7 +60,7 @@ class PolicyAndReference(nn.Module):
                 other = policy.hidden(row, row.predict_from)
         weights = policy.lm_head.weight, (reference or policy).lm_head.weight
         cap = policy.architecture.final_softcap
-        return divergence(hidden, weights[0], other, weights[1], self.temperature, softcap=cap)
+        return divergence(hidden, weights[0], other, weights[1], self.temperature, cap, policy.own_tokens)
 
     def moving(self) -> dict[str, nn.Parameter]:
         """The reference's copies of what the policy learns, by their names in this module."""
@@ -97,7 +98,9 @@ def frozen_twin(model: Decoder) -> Decoder:
     Of a model with an adapter this is a second adapter on the same base; of one that trains whole, a second model.
     FSDP2 shares no parameters: `engine.fabric.shard` copies them.
     """
-    return copy.deepcopy(model, what_does_not_learn(model)).requires_grad_(False).eval()
+    twin = copy.deepcopy(model, what_does_not_learn(model)).requires_grad_(False).eval()
+    mark(twin)
+    return twin
 
 
 def what_does_not_learn(model: nn.Module) -> dict[int, Any]:

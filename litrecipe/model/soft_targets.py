@@ -14,13 +14,15 @@ cannot change: to learn one is to learn the other.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from litrecipe.model.head import block_size, capped, in_autocast, widen
+from litrecipe.model.group import Group, logsumexp
+from litrecipe.model.head import OwnTokens, block_size, capped, in_autocast, widen
 
 
 class WholeVocabulary(NamedTuple):
@@ -33,20 +35,23 @@ class WholeVocabulary(NamedTuple):
     hidden: Tensor
     """(P, e)"""
     weight: Tensor
-    """(V, e)"""
+    """(V, e), or the rows of a rank's own tokens."""
     softcap: float | None = None
     temperature: float = 1.0
+    start: int = 0
+    """The token of the weight's first row."""
 
     @classmethod
     def read(
-        cls, hidden: Tensor, weight: Tensor, softcap: float | None = None, temperature: float = 1.0
+        cls, hidden: Tensor, weight: Tensor, softcap: float | None = None, temperature: float = 1.0, start: int = 0
     ) -> WholeVocabulary:
         """The same in the precision of autocast, where that is on: there is none in a backward pass."""
-        return cls(*in_autocast(hidden, weight), softcap, temperature)
+        return cls(*in_autocast(hidden, weight), softcap, temperature, start)
 
     def logits(self, tokens: slice) -> Tensor:
         """t (P, v) of some tokens, fewer where the teacher knows no more."""
-        return capped(widen(F.linear(self.hidden, self.weight[tokens])), self.softcap) / self.temperature
+        weight = self.weight[tokens.start - self.start : tokens.stop - self.start]
+        return capped(widen(F.linear(self.hidden, weight)), self.softcap) / self.temperature
 
     def comparison(self) -> WholeComparison:
         """See `Comparison`."""
@@ -83,6 +88,13 @@ class WholeComparison:
         self.mean = self.mean * shrink + (q * t).sum(1)
         self.apart = self.apart * shrink + q.mul_(t.sub_(z[:, : t.shape[1]])).sum(1)
         self.total = higher
+
+    def add_up(self, group: Group) -> None:
+        """See `Comparison`."""
+        total = logsumexp(self.total, group)
+        share = (self.total - total).exp()
+        self.mean, self.apart = group.add_up(torch.stack((self.mean * share, self.apart * share)))
+        self.total, self.other_total = total, logsumexp(self.other_total, group)
 
     def results(self) -> tuple[Tensor, Tensor]:
         """See `Comparison`."""
@@ -139,6 +151,11 @@ class LikeliestComparison:
         self.total = torch.logaddexp(self.total, z.logsumexp(1))
         self.rest_total = torch.logaddexp(self.rest_total, self._without_named(z, places, inside).logsumexp(1))
 
+    def add_up(self, group: Group) -> None:
+        """See `Comparison`."""
+        group.add_up(self.named)  # each of the k is another rank's 0
+        self.total, self.rest_total = logsumexp(self.total, group), logsumexp(self.rest_total, group)
+
     def results(self) -> tuple[Tensor, Tensor]:
         """See `Comparison`."""
         of_rest = torch.xlogy(self.rest, self.rest)
@@ -170,24 +187,38 @@ class LikeliestComparison:
 
 @torch.no_grad()
 def likeliest(
-    hidden: Tensor, weight: Tensor, k: int, temperature: float = 1.0, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    own: OwnTokens | None = None,
 ) -> Likeliest:
     """The k likeliest tokens (all, if there are fewer) under softmax(hidden weightᵀ / temperature), likeliest first.
 
-    hidden is (P, e), weight (V, e); all logits are never there at once.
+    hidden is (P, e), weight (V, e), or that of a rank's `own` tokens; all logits are never there at once.
     """
+    start = 0 if own is None else own.start
     teacher = WholeVocabulary(hidden, weight, softcap, temperature)
     total = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
     best, ids = total.new_empty(len(hidden), 0), torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
     size = max(block_size(len(hidden), hidden.device), k)
-    for start in range(0, len(weight), size):
-        t = teacher.logits(slice(start, start + size))
+    for first in range(0, len(weight), size):
+        t = teacher.logits(slice(first, first + size))
         total = torch.logaddexp(total, t.logsumexp(1))
         values, places = t.topk(min(k, t.shape[1]), 1)
-        values, ids = torch.cat((best, values), 1), torch.cat((ids, places + start), 1)
-        best, order = values.topk(min(k, values.shape[1]), 1)
-        ids = ids.gather(1, order)
+        best, ids = _best(torch.cat((best, values), 1), torch.cat((ids, places + (start + first)), 1), k)
+    if own is not None:
+        widths = [min(k, stop - start) for start, stop in pairwise(own.bounds)]
+        best, ids = _best(own.group.joined(best, widths), own.group.joined(ids, widths), k)
+        total = logsumexp(total, own.group)
     return Likeliest(ids, best - total[:, None], temperature)
+
+
+def _best(values: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k highest of some values, fewer where there are no more, and their tokens."""
+    best, order = values.topk(min(k, values.shape[1]), 1)
+    return best, ids.gather(1, order)
 
 
 @torch.no_grad()
@@ -198,9 +229,10 @@ def divergence(
     other_weight: Tensor,
     temperature: float = 1.0,
     softcap: float | None = None,
+    own: OwnTokens | None = None,
 ) -> Tensor:
     """KL(p ‖ q) (P,) in nats, over the whole vocabulary: p = softmax(hidden weightᵀ / temperature), q the same of
-    `other` (P, d) and `other_weight` (V, d).
+    `other` (P, d) and `other_weight` (V, d); of both weights a rank has the rows of its `own` tokens.
 
     Its mean over what p sampled is that of k1, log p - log q of the samples, with far less noise.
     """
@@ -209,4 +241,6 @@ def divergence(
     for start in range(0, len(other_weight), size):
         tokens = slice(start, start + size)
         comparison.add(tokens, capped(widen(F.linear(other, other_weight[tokens])), softcap))
+    if own is not None:
+        comparison.add_up(own.group)
     return comparison.results()[0]

@@ -32,15 +32,17 @@ class Teacher(Decoder):
     @torch.no_grad()
     def forward(self, row: Row) -> WholeVocabulary | Likeliest:  # type: ignore[override]
         """Of each place that predicts."""
-        hidden, weight = self.hidden(row, row.predict_from), self.lm_head.weight[: self.tokens]
+        own = None if self.own_tokens is None else self.own_tokens.first(self.tokens)
+        start = 0 if own is None else own.start
+        hidden, weight = self.hidden(row, row.predict_from), self.lm_head.weight[: self.tokens - start]
         cap = self.architecture.final_softcap
         if self.k is not None:
-            return likeliest(hidden, weight, self.k, self.temperature, cap)
+            return likeliest(hidden, weight, self.k, self.temperature, cap, own)
         from torch.distributed.fsdp import FSDPModule  # there is nothing to import where it is not used
 
         if isinstance(self, FSDPModule):  # what was gathered is gone when this is left
             weight = weight.clone()
-        return WholeVocabulary.read(hidden, weight, cap, self.temperature)
+        return WholeVocabulary.read(hidden, weight, cap, self.temperature, start)
 
 
 class StudentAndTeacher(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from litrecipe.checkpoint.fill import Filling, merge_when_filled
 from litrecipe.checkpoint.load import load_reward_model, same_settings
 from litrecipe.checkpoint.reward import vocabulary
 from litrecipe.checkpoint.source import ModelFiles, open_model_as
@@ -17,6 +18,7 @@ from litrecipe.config.progress import say
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.critic import Critic, critic_as, critic_beside
 from litrecipe.model.decoder import Decoder
+from litrecipe.model.tensor_plan import check_divides
 from litrecipe.recipes.training import adapter_of, precision_of
 from litrecipe.rollout.sources import MODEL
 
@@ -91,7 +93,12 @@ def misfit(judge: ModelFiles, files: ModelFiles, adapter: Adapter | None) -> str
 def make_critic(policy: Decoder, start: ModelFiles | None, files: ModelFiles, recipe: PpoRecipe) -> Critic:
     """The critic of a policy, see `start_of_critic`. From a reward model it keeps the units of its rewards."""
     if start is not None and adapter_of(recipe, files) is None:
-        return critic_as(load_reward_model(start.for_length(longest_of(recipe)), dtype=precision_of(recipe)))
+        shared = recipe.fabric.is_sharded
+        check_divides(start.architecture, recipe.fabric.tensor_parallel, "the critic")
+        model = load_reward_model(start.for_length(longest_of(recipe)), dtype=precision_of(recipe), shared=shared)
+        if shared and start.adapter is not None:
+            merge_when_filled(model, start.source)
+        return critic_as(model)
     critic = critic_beside(policy, joined=recipe.ppo.layout == "joined")
     if recipe.ppo.layout == "hydra":
         _put(critic, files.score())
@@ -101,6 +108,8 @@ def make_critic(policy: Decoder, start: ModelFiles | None, files: ModelFiles, re
 
         score = {f"{PEFT_PREFIX}{SCORE}": start.score()} if start.is_hydra else {}
         load_adapter_state(critic, start.adapter.state() | score)
+        if isinstance(critic.fill, Filling):
+            critic.fill = replace(critic.fill, fresh_adapter=False)
         critic.statistics = start.reward_statistics
     return critic
 

@@ -23,6 +23,7 @@ from litrecipe.engine.rundir import RunDir
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.row import Row
 from litrecipe.model.teacher import TEACHER_IDS, TEACHER_LOGPS, StudentAndTeacher, Teacher
+from litrecipe.model.tensor_plan import check_divides
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.distillation import Distillation
 from litrecipe.recipes.known import start
@@ -74,7 +75,8 @@ class Teaching:
     def load(self, recipe: TrainingRecipe) -> Teacher:
         """The teacher, frozen; in bf16 where anything is: its weights do not move, so that no rounding adds up."""
         quantize, files = Quantize(method=self.distil.quantize), self.files.for_length(longest_of(recipe))
-        teacher = load_teacher(files, dtype=teacher_dtype(recipe), quantize=quantize)
+        shared = recipe.fabric.is_sharded and not self.distil.cache
+        teacher = load_teacher(files, dtype=teacher_dtype(recipe), quantize=quantize, shared=shared)
         teacher.k = self.k
         teacher.temperature, teacher.tokens = self.distil.temperature, self.tokens
         if recipe.fabric.compile:
@@ -133,6 +135,7 @@ def lesson(
     objective = Distillation(teaching.alpha, distil.temperature, z_loss)
     shape: dict[str, Any] = {"temperature": distil.temperature, "hard": distil.method == "top_1"}
     if not distil.cache:
+        check_divides(teaching.files.architecture, recipe.fabric.tensor_parallel, "the teacher")
         return Lesson(StudentAndTeacher(student, teaching.load(recipe), **shape), objective, train, val)
     refuse_other_run(RunDir(recipe.out_dir), recipe.checkpoint.resume, known)
     remember = remembering(teaching, recipe, fabric)

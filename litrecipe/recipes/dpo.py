@@ -31,6 +31,7 @@ from litrecipe.recipes.dry_run import show
 from litrecipe.recipes.known import start
 from litrecipe.recipes.training import (
     adapter_of,
+    alone,
     begin,
     identity,
     load_to_train,
@@ -70,8 +71,12 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
     train: SampleList = data.train
     val: SampleList | None = data.val
     if reference == "cache":
-        remember = remembering(policy, files, recipe, fabric)
+        # Ranks that share a model cannot each ask it about other samples: for that time it is whole on all of them.
+        asked = load_to_train(load_model, files, alone(recipe)) if policy.fill else policy
+        remember = remembering(asked, files, recipe, fabric)
+        del asked
         train, val = remember(data.train), data.val and remember(data.val)
+        del remember
     module = beside_reference(policy, reference)
     make_ready(policy, recipe)
     objective = make_dpo(recipe.dpo, tokenizer.control_ids)
@@ -105,7 +110,7 @@ def choose_reference(recipe: DpoRecipe, files: ModelFiles) -> Reference | None:
     recorded = dpo.loss != "kto" or bool(dpo.mix)
     if dpo.reference == "auto":
         # What is kept is computed before the model is sharded, by one device that would have to hold all of it.
-        cached = recorded and recipe.fabric.strategy != "fsdp"
+        cached = recorded and not recipe.fabric.is_sharded
         return "cache" if cached else "adapter_off" if has_fresh_adapter else "copy"
     if dpo.reference == "cache" and not recorded:
         raise InputError("dpo.reference: cache: kto pairs answers with other prompts in every step: use auto")

@@ -18,6 +18,7 @@ from litrecipe.engine.forecast import device_of, layout_of
 from litrecipe.model.architecture import Architecture, count_parameters
 from litrecipe.model.laid_out import LARGEST, pays, size
 from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.model.tensor_plan import narrowed
 from litrecipe.recipes.dry_run import show_recipe
 from litrecipe.recipes.dry_run_ranks import Load, memory_of, print_rank
 from litrecipe.recipes.training import precision_of
@@ -108,17 +109,18 @@ def _show(
     frozen_copy: bool,
 ) -> int:
     """`said` is about steps."""
-    console, world = progress.console(), layout_of(recipe.fabric).data
+    console, shares = progress.console(), layout_of(recipe.fabric).data
     show_recipe(recipe)
-    load = longest_rows(recipe, shape, prompts, world)
+    own = narrowed(files.architecture, recipe.fabric.tensor_parallel)
+    load = longest_rows(recipe, shape, prompts, shares)
     bytes_each = precision_of(recipe).itemsize
     sources = [*recipe.rewards.sources, *(recipe.eval.sources if isinstance(recipe, OnlineRecipe) else [])]
     judges = [open_model(spec.removeprefix(MODEL)) for spec in sources if spec.startswith(MODEL)]
     table = replace(
         memory_of(recipe, files, load, frozen_copy),
         judges=sum(bytes_each * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
-        cache=cache_bytes(recipe, shape, files.architecture, prompts, world),
-        laid_out=laid_out_bytes(recipe, shape, files.architecture, world),
+        cache=cache_bytes(recipe, shape, own, prompts, shares),
+        laid_out=laid_out_bytes(recipe, shape, own, shares),
     )
     print_rank(recipe, files, load, table)
     console.print(said)
@@ -160,5 +162,6 @@ def laid_out_bytes(recipe: TrainingRecipe, shape: Shape, architecture: Architect
     """Copies of the weights that are sampled with, see `model.laid_out`."""
     fabric, completions = recipe.fabric, -(-shape.completions // world)
     plain = fabric.precision == "32-true" and recipe.quantize.method == "none" and not fabric.compile
+    plain = plain and fabric.tensor_parallel == 1
     copied = plain and device_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
     return size(architecture) if copied and size(architecture) <= LARGEST else 0

@@ -56,6 +56,7 @@ def beside_teacher(table: MemoryTable, teaching: Teaching, recipe: TrainingRecip
         distil.quantize,
         load.row,
         sharded_over=layout.data if layout.sharded and not distil.cache else None,
+        split_over=1 if distil.cache else layout.tensor,
         device=device_of(recipe.fabric),
     )
     return replace(table, **{"asked" if distil.cache else "teacher": size})
@@ -154,20 +155,21 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
     out.add_column("")
     share = 100 * table.trained / table.parameters
     notes = {
-        "weights": f"{table.parameters:,} parameters" + (", its part of the layers" if layout.tensor > 1 else ""),
+        "weights": f"{table.parameters:,} parameters",
         "reference": "a frozen copy of what is trained",
         "judges": "reward models",
         "teacher": "what is learnt from, and what it computes with",
         "asked": "a teacher, before anything is learnt",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
+        "saving": "a copy of what a checkpoint holds, while it is written in the background",
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
         "activations": f"largest row: {len(load.row.tokens)} tokens, {len(load.row.target)} of them predicted",
         "scratch": "logits of one block, gradients on their way",
         "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
-    for name in ("reference", "judges", "teacher", "asked"):
+    for name in ("reference", "judges", "teacher", "asked", "saving"):
         if not getattr(table, name):
             del notes[name]
     for name, note in notes.items():

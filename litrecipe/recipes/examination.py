@@ -12,8 +12,7 @@ from litrecipe.config.files import write_json
 from litrecipe.config.online import OnlineRecipe, Rewards, Sampling, longest_of
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import Ranks
-from litrecipe.engine.fit import on_first_rank
+from litrecipe.engine.fabric import Ranks, on_first_rank
 from litrecipe.engine.rundir import read_records
 from litrecipe.model.decoder import Decoder
 from litrecipe.recipes.training import save_trained, task_runner

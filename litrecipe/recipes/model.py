@@ -27,7 +27,7 @@ from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
 from litrecipe.recipes.model_tables import architecture_table, memory_table, parameter_table
 from litrecipe.recipes.reward import built, rewards_of
-from litrecipe.recipes.training import load_to_train, precision_of, save_trained
+from litrecipe.recipes.training import alone, load_to_train, precision_of, save_trained
 
 
 def import_model(src: str, out: str) -> int:
@@ -140,6 +140,7 @@ def _restore(recipe: TrainingRecipe, files: ModelFiles, checkpoint: Path) -> Dec
     """The model of a recipe with the trained weights of a checkpoint."""
     saved = state.Saved(checkpoint).tensors("weights")
     model: Decoder | RewardModel
+    recipe = alone(recipe)
     if isinstance(recipe, RewardRecipe):
         model, _ = built(files, recipe)
     else:

@@ -25,8 +25,7 @@ from litrecipe.data.prompts import Prompt, PromptSet
 from litrecipe.data.supervised import SUPERVISED
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.checkpoints import other_settings
-from litrecipe.engine.fabric import Ranks, make_fabric, started_by_fabric
-from litrecipe.engine.fit import on_first_rank
+from litrecipe.engine.fabric import Ranks, make_fabric, on_first_rank
 from litrecipe.engine.rundir import RunDir
 from litrecipe.evaluation.pictures import draw_best_of
 from litrecipe.recipes.dry_run_online import show_rejection_sampling
@@ -132,8 +131,6 @@ def answer(
     except stop.Stopped as stopped:
         name = signal.Signals(stopped.signal_number).name
         say(f"stopped by {name}: the same command with --checkpoint.resume auto goes on with {file.path}")
-        if started_by_fabric():
-            raise SystemExit(0) from None  # the process that started this one answers for all
         raise
 
 

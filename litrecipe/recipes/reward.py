@@ -22,7 +22,7 @@ from litrecipe.config.progress import say
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.readers import check_source
 from litrecipe.data.source import RecordedSource, SampleList
-from litrecipe.engine.fabric import checkpoint_writer, make_fabric
+from litrecipe.engine.fabric import Ranks, gather_rows, make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.evaluation.comparing import compare, summary
 from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
@@ -102,7 +102,7 @@ def picture_of(recipe: RewardRecipe) -> Path:
 
 def judge(reward: Callable[[Row], Tensor], val: SampleList, recipe: RewardRecipe, fabric: Fabric) -> dict[str, float]:
     """How well held-out pairs are told apart; numbers and pictures lie in the run directory as `held_out`."""
-    writer = checkpoint_writer(fabric, sharded=False)
+    ranks = Ranks(fabric)
     with fabric.autocast():
         pairs = compare(
             reward,
@@ -110,9 +110,9 @@ def judge(reward: Callable[[Row], Tensor], val: SampleList, recipe: RewardRecipe
             budget=recipe.train.micro_batch_tokens,
             device=fabric.device,
             progress="held-out pairs: row",
-            rank=fabric.global_rank,
-            world=fabric.world_size,
-            gather=writer.gather,
+            rank=ranks.rank,
+            world=ranks.world,
+            gather=partial(gather_rows, fabric),
         )
     found = summary(pairs)
     if fabric.global_rank == 0:

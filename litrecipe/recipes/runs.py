@@ -52,7 +52,7 @@ def diff(a: str, b: str, tolerance: float = 0.0) -> int:
     return 1 if lines else 0
 
 
-WHERE_AND_WHAT_ELSE = ("out_dir", "log.", "checkpoint.", "data.cache_dir")
+WHERE_AND_WHAT_ELSE = ("out_dir", "log.", "checkpoint.", "slurm.", "data.cache_dir")
 """Keys in which two runs that are to be alike may differ."""
 
 

@@ -24,7 +24,7 @@ from litrecipe.config.pipeline import NOTE, PipelineRecipe, Stage, flat
 from litrecipe.engine.child import run_child
 from litrecipe.engine.rundir import read_records
 
-FREE = ("checkpoint.", "log.", "fabric.", "data.cache_dir", "train.micro_batch_tokens", "batch_tokens")
+FREE = ("checkpoint.", "log.", "fabric.", "slurm.", "data.cache_dir", "train.micro_batch_tokens", "batch_tokens")
 """Keys, or beginnings of keys, that say where and how fast something is made, not what."""
 NOT_FREE = ("fabric.precision",)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +30,10 @@ from litrecipe.evaluation.session import say_positions
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.hydra import Hydra
 from litrecipe.model.reward import RewardModel
+from litrecipe.model.tensor_plan import check_divides
 
 M = TypeVar("M", bound=Trunk)
+R = TypeVar("R", bound=TrainingRecipe)
 
 
 def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokenizer]:
@@ -44,6 +46,7 @@ def begin(recipe: TrainingRecipe, *, dry_run: bool) -> tuple[ModelFiles, Tokeniz
         plan(recipe.eval.tasks, key="eval.tasks")  # tells mistyped tasks now, not at the first evaluation
     files = open_asked(recipe.model).for_length(longest_of(recipe))
     say_positions(files)
+    check_divides(files.architecture, recipe.fabric.tensor_parallel)
     if not isinstance(recipe, RewardRecipe) or recipe.reward.sft_coef:
         files.refuse_reward_model()
     return files, Tokenizer.load(files.tokenizer_dir, recipe.model.chat_template, recipe.data.date)
@@ -71,7 +74,8 @@ def prompts_for(recipe: TrainingRecipe, max_new_tokens: int, files: ModelFiles, 
 
 
 def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRecipe) -> M:
-    """The model as a recipe trains it: base weights, quantised or not, and the adapter."""
+    """The model as a recipe trains it: base weights, quantised or not, and the adapter. Where processes share it, it
+    gets its values when it is set up."""
     return load(
         files,
         dtype=precision_of(recipe),
@@ -79,7 +83,13 @@ def load_to_train(load: Callable[..., M], files: ModelFiles, recipe: TrainingRec
         adapter=recipe.adapter,
         init=recipe.model.init,
         seed=recipe.train.seed,
+        shared=recipe.fabric.is_sharded,
     )
+
+
+def alone(recipe: R) -> R:
+    """The same for a process that shares its models with no other."""
+    return replace(recipe, fabric=replace(recipe.fabric, strategy="auto", tensor_parallel=1))
 
 
 def save_trained(

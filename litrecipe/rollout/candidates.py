@@ -101,11 +101,12 @@ def sample_candidates(
         streams = [(first + place) * n + number for place in mine for number in range(n)]
         asked = [batch[place] for place in mine]
         with torch.no_grad(), fabric.autocast():
-            found = sampler(asked, settings, n, streams, f"from prompt {first + 1} on")
+            with ranks.apart():
+                found = sampler(asked, settings, n, streams, f"from prompt {first + 1} on")
             scores = scorer(found)
         groups = torch.tensor(mine, dtype=torch.int64).repeat_interleave(n)
         whole = joined(ranks.agree(Scored(found, scores, groups))).in_order()
-        if ranks.rank == 0:
+        if ranks.writes:
             file.add(whole)
         ranks.agree(None)
 

@@ -46,7 +46,9 @@ def _scored(
     settings = Generate(practice.config.max_new_tokens, temperature, stop=practice.config.stop, seed=practice.seed)
     streams = [STREAMS + place * n + number for place in mine for number in range(n)]
     with practice.at_rest(), practice.apart():
-        found = practice.sampler([prompts[place] for place in mine], settings, n, streams, "answering held-out prompts")
+        asked = [prompts[place] for place in mine]
+        with practice.ranks.apart():
+            found = practice.sampler(asked, settings, n, streams, "answering held-out prompts")
         scores = [practice.scorer.plain()(found)]
         scores += [judge(found)] if judge is not None else []
     groups = torch.tensor(mine, dtype=torch.int64).repeat_interleave(n)

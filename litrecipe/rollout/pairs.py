@@ -201,7 +201,7 @@ class Pairing(Practice):
         return told
 
     def _keep(self, rollout: Rollout, paired: Paired, samples: list[Sample]) -> None:
-        if self.ranks.rank == 0:
+        if self.ranks.writes:
             path = self.folder / f"{rollout.number:06d}"
             if self.rounds.history:
                 SampleSet.write(path.with_suffix(".samples"), samples)

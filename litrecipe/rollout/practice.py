@@ -130,7 +130,7 @@ class Practice:
     def apart(self) -> Iterator[None]:
         """Inside, each of several ranks takes its own time over its own share, and stops only where all agree: asked in
         lockstep whether to stop, as evaluations are, those with more to do would wait for ever."""
-        with stop.interruptible(lambda: None) if self.ranks.world > 1 else nullcontext():
+        with nullcontext() if self.ranks.alone else stop.interruptible(lambda: None):
             yield
 
 

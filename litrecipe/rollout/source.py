@@ -218,7 +218,7 @@ class Rollouts:
         self.metrics |= about(rollout.scored) | lesson.metrics
         self._plan()
         self.at.minibatch, self.at.minibatches = 0, len(self.plan)
-        if self.ranks.rank == 0:
+        if self.ranks.writes:
             self._save(rollout, lesson)
         self.metrics["time/rollout"] = time.monotonic() - started
         self.ranks.agree(None)
@@ -323,7 +323,8 @@ class Rollouts:
         mine = range(len(prompts))[self.ranks.rank :: self.ranks.world]
         streams = [self.at.completions + place * n + number for place in mine for number in range(n)]
         self.at.completions += len(prompts) * n
-        completions = self.method.sample([prompts[place] for place in mine], streams)
+        with self.ranks.apart():
+            completions = self.method.sample([prompts[place] for place in mine], streams)
         groups = torch.tensor([places[place] for place in mine], dtype=torch.int64).repeat_interleave(n)
         found = joined(self.ranks.agree(Scored(completions, self.method.score(completions), groups))).in_order()
         if self.config.filters:

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+from itertools import combinations_with_replacement
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from litrecipe.checkpoint import state
 from litrecipe.checkpoint.manifest import MANIFEST
@@ -38,18 +40,42 @@ def test_round_trip_is_exact(tmp_path, tensors):
             assert pieces.read(name).dtype == tensor.dtype
 
 
-def test_pieces_of_any_number_of_ranks_are_read_by_any_other(tmp_path):
-    """Three ranks wrote rows 0-1, 2-3, 4 of a tensor; any range of rows can be read."""
-    from safetensors.torch import save_file
+def write_pieces(folder, whole, boxes, as_schema_1=False):
+    """A file for each box of a tensor, which is a slice a dimension."""
+    for rank, box in enumerate(boxes):
+        offset = [part.start for part in box]
+        layout = {"w": {"offset": offset[0] if as_schema_1 else offset, "shape": list(whole.shape)}}
+        path = folder / f"weights-{rank:05d}.safetensors"
+        save_file({"w": whole[box].clone()}, path, {"layout": json.dumps(layout)})
+    return state.Pieces(sorted(folder.glob("weights-*")))
 
+
+@pytest.mark.parametrize("as_schema_1", [False, True])
+def test_pieces_of_any_number_of_ranks_are_read_by_any_other(tmp_path, as_schema_1):
+    """Three ranks wrote rows 0-1, 2-3, 4 of a tensor; any range of rows can be read."""
     whole = torch.arange(15.0).reshape(5, 3)
-    for rank, (start, stop) in enumerate([(0, 2), (2, 4), (4, 5)]):
-        layout = json.dumps({"w": {"offset": start, "shape": [5, 3]}})
-        save_file({"w": whole[start:stop].clone()}, tmp_path / f"weights-{rank:05d}.safetensors", {"layout": layout})
-    pieces = state.Pieces(sorted(tmp_path.glob("weights-*")))
-    for start in range(6):
-        for stop in range(start, 6):
-            assert torch.equal(pieces.read("w", start, stop), whole[start:stop])
+    boxes = [(slice(start, stop), slice(0, 3)) for start, stop in [(0, 2), (2, 4), (4, 5)]]
+    pieces = write_pieces(tmp_path, whole, boxes, as_schema_1)
+    for start, stop in combinations_with_replacement(range(6), 2):
+        assert torch.equal(pieces.read("w", (start, 0), (stop - start, 3)), whole[start:stop])
+    assert torch.equal(pieces.read("w"), whole)
+
+
+def test_pieces_along_several_dimensions_are_read_by_any_other_division(tmp_path):
+    """Five ranks divided a tensor unevenly along both dimensions; any box of it can be read."""
+    whole = torch.arange(35).reshape(5, 7)
+    cuts = [(0, 2, 0, 3), (2, 5, 0, 3), (0, 3, 3, 6), (3, 5, 3, 6), (0, 5, 6, 7)]
+    pieces = write_pieces(tmp_path, whole, [(slice(a, b), slice(c, d)) for a, b, c, d in cuts])
+    for top, bottom in combinations_with_replacement(range(6), 2):
+        for left, right in combinations_with_replacement(range(8), 2):
+            box = pieces.read("w", (top, left), (bottom - top, right - left))
+            assert torch.equal(box, whole[top:bottom, left:right])
+
+
+def test_a_piece_that_nobody_wrote_is_missed(tmp_path):
+    pieces = write_pieces(tmp_path, torch.zeros(4, 3), [(slice(0, 3), slice(0, 3)), (slice(3, 4), slice(0, 2))])
+    with pytest.raises(InputError, match=r"w: 1 of 12 values are missing: the checkpoint is damaged"):
+        pieces.read("w")
 
 
 def names(folder):

@@ -118,7 +118,10 @@ def test_a_folder_without_permission_is_named(tmp_path):
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_one_goes(run):
-    refused = pytest.raises(InputError, match=rf"^out_dir: {run.path}: another process trains here: wait for it")
+    refused = pytest.raises(
+        InputError,
+        match=rf"^out_dir: {run.path}: another process trains here \(process {os.getpid()} on .*\): wait for it",
+    )
     with run.held(), refused, RunDir(run.path).held():
         pytest.fail("both hold it")
     with RunDir(run.path).held():

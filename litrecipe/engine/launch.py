@@ -1,0 +1,234 @@
+"""The ranks of a run as children of a process that computes nothing: it starts them, passes on what asks them to stop,
+and when one of them dies it ends the others and tells which one it was, with the last that it said.
+
+Left alone the others would wait for the dead one in a collective operation: gloo notices a closed connection, NCCL on
+one machine nothing for half an hour. Where several ranks of a machine are wanted they are all children of one process.
+Where torchrun or srun start a process for each, every one of them watches a rank of its own, as a dead process tells
+nothing of itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from litrecipe.config import stop
+from litrecipe.config.errors import WRONG_INPUT
+from litrecipe.config.groups import Fabric
+from litrecipe.config.progress import WATCHED, WHISPER
+from litrecipe.engine.child import EVERY, FAILED, dies_with
+
+ANSWERS = (0, WRONG_INPUT, stop.PREEMPTED, stop.INTERRUPTED)
+"""Exit codes of ranks that knew what they did."""
+KEPT = 20
+"""Lines that are kept of what a rank said last."""
+SETTLES = 1.0
+"""Seconds after the first death in which others may be found dead, to tell the cause from its consequences."""
+GRACE = 30.0
+"""Seconds in which ranks must follow one that has ended by itself, before they are killed."""
+OTHERS_FAILED = signal.SIGUSR2
+"""What tells processes that watch the other ranks of a Slurm step that one has failed."""
+GO_ON = "the same command with --checkpoint.resume auto goes on from the newest checkpoint"
+
+
+def ranks_to_start(config: Fabric) -> list[dict[str, str]]:
+    """What to add to the environment of each rank that this process is to start and watch; none where it is the only
+    process of its run, or a rank that is watched."""
+    if WATCHED in os.environ:
+        return []
+    if tasks := _started_by_others():
+        return [{}] if tasks > 1 else []
+    # Of several nodes that do not know one another, nothing is started: that is told where the ranks would meet.
+    if config.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        return []
+    count = _devices(config)
+    if count * config.num_nodes == 1:
+        return []
+    node = int(os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or 0)
+    common = {
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT") or _free_port(),
+        "NODE_RANK": str(node),
+        "WORLD_SIZE": str(count * config.num_nodes),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _processors() // count)),
+    }
+    return [common | {"LOCAL_RANK": str(local), "RANK": str(node * count + local)} for local in range(count)]
+
+
+def _started_by_others() -> int:
+    """As how many ranks torchrun, srun or a person's script started this process and others; 0: nobody did."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE") or 1)
+    in_slurm = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    if not in_slurm:
+        return 0
+    return int(os.environ["SLURM_NTASKS"]) if "SLURM_STEP_ID" in os.environ else 1
+
+
+def _devices(config: Fabric) -> int:
+    if config.devices != "auto":
+        return config.devices
+    if config.accelerator == "cpu":
+        return 1
+    from litrecipe.engine.fabric import devices_of
+
+    return devices_of(config)
+
+
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _free_port() -> str:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return str(one.getsockname()[1])
+
+
+class Rank:
+    """One rank: a process, and what it said last."""
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str], room: Room) -> None:
+        """A first rank keeps the terminal, if there is one; others are heard through this process, line by line."""
+        whole = {**os.environ, **env}
+        number = whole.get("RANK") or whole.get("SLURM_PROCID") or whole.get("LOCAL_RANK") or "0"
+        self.number = int(number)
+        self.is_first = room.ranks == 1 or env.get("LOCAL_RANK") == "0"
+        is_heard = not (self.is_first and sys.stderr.isatty())
+        self.process = subprocess.Popen(
+            command,
+            env=whole | {WATCHED: "heard" if is_heard else "seen"},
+            stdin=subprocess.DEVNULL,
+            stdout=None if self.is_first else subprocess.PIPE,
+            stderr=None if not is_heard else subprocess.PIPE if self.is_first else subprocess.STDOUT,
+            process_group=0,  # or Ctrl-C at a terminal would reach it twice, which ends a run without saving
+            preexec_fn=dies_with(os.getpid()),
+        )
+        self.last: deque[str] | None = deque(maxlen=KEPT) if is_heard else None
+        self.ear = threading.Thread(target=self._listen, args=(room,), daemon=True)
+        self.ear.start()
+
+    def _listen(self, room: Room) -> None:
+        pipe = self.process.stderr or self.process.stdout
+        if pipe is None or self.last is None:
+            return
+        for line in pipe:
+            text = line.decode(errors="replace").rstrip("\n")
+            self.last.append(text.removeprefix(WHISPER))
+            if not text.startswith(WHISPER):
+                room.repeat(self, text)
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self.process.poll()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over otherwise than it should be."""
+        return self.code is not None and self.code not in ANSWERS
+
+    def last_words(self) -> list[str]:
+        """What became of it, in lines."""
+        code = self.process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        cure = " (was there enough memory?)" if code == -signal.SIGKILL else ""
+        self.ear.join(SETTLES)  # a child of its may still hold the line
+        where = f"process {self.process.pid} on {socket.gethostname()}"
+        told = f"litrecipe: error: rank {self.number} ({where}) {how}{cure}; the run ends; {GO_ON}"
+        if self.last is None:  # what it said stands above
+            return [told]
+        if not self.last:
+            return [told, f"rank {self.number} had said nothing"]
+        return [told, f"the last that rank {self.number} said:", *(f"  {line}" for line in self.last)]
+
+
+class Room:
+    """Where ranks are heard: what several say alike is said once."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = ranks
+        self.said: deque[tuple[int, str]] = deque(maxlen=200)
+        self.lock = threading.Lock()
+
+    def repeat(self, rank: Rank, text: str) -> None:
+        """A line of a rank, on standard error."""
+        with self.lock:
+            others = [line for number, line in self.said if number != rank.number]
+            self.said.append((rank.number, text))
+            if text and text in others:
+                return
+            speaker = "" if rank.is_first or text.startswith("litrecipe: ") else f"rank {rank.number}: "
+            os.write(2, f"{speaker}{text}\n".encode(errors="replace"))
+
+
+def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+    """Start a rank for each environment, and return the exit code of the run when all are over.
+
+    SIGTERM, SIGUSR1 and Ctrl-C are passed on, once; that one rank was stopped is told to the others, which must follow.
+    Where one fails the others are killed, and the code is 1.
+    """
+    others_failed = threading.Event()
+    signal.signal(OTHERS_FAILED, lambda *_: others_failed.set())
+    with stop.deferred(), stop.child_speaks():
+        room = Room(len(environments))
+        ranks = [Rank(command, env, room) for env in environments]
+        try:
+            return _watch(ranks, others_failed)
+        finally:
+            for rank in ranks:
+                if rank.code is None:
+                    rank.process.kill()
+            for rank in ranks:
+                rank.process.wait()
+                rank.ear.join(SETTLES)
+
+
+def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:
+    passed_on, first, ended = False, None, 0.0
+    while any(rank.code is None for rank in ranks):
+        running = [rank for rank in ranks if rank.code is None]
+        if first is None and (bad := [rank for rank in ranks if rank.code]):
+            first, ended = bad[0], time.monotonic()
+        asked = stop.requested()
+        if asked is None and first is not None and first.code == stop.PREEMPTED:
+            asked = signal.SIGTERM
+        if asked is not None and not passed_on:
+            passed_on = True
+            for rank in running:
+                rank.process.send_signal(asked)
+        since = time.monotonic() - ended if first is not None else 0.0
+        if others_failed.is_set() or since > (SETTLES if any(rank.failed for rank in ranks) else GRACE):
+            break
+        time.sleep(EVERY)
+    first = first or next((rank for rank in ranks if rank.code), None)
+    if first is None:
+        return FAILED if others_failed.is_set() else 0
+    failed = [rank for rank in ranks if rank.failed]
+    if not first.failed:
+        return int(first.code or 0)
+    # One that was killed did not end for want of another, as its neighbours may have.
+    culprit = min(failed, key=lambda rank: (int(rank.code or 0) > 0, rank is not first))
+    if not others_failed.is_set():
+        for line in culprit.last_words():
+            os.write(2, f"{line}\n".encode(errors="replace"))
+        _tell_slurm()
+    return FAILED
+
+
+def _tell_slurm() -> None:
+    """Let the processes that watch the other ranks of a Slurm step know: their ranks may wait for ever."""
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    scancel = shutil.which("scancel")
+    if job is None or step is None or scancel is None or int(os.environ.get("SLURM_NTASKS") or 1) == 1:
+        return
+    command = [scancel, f"--signal={OTHERS_FAILED.name.removeprefix('SIG')}", f"{job}.{step}"]
+    subprocess.run(command, stdin=subprocess.DEVNULL, timeout=GRACE, check=False)

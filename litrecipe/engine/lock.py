@@ -1,0 +1,147 @@
+"""Who trains in a folder: one process at a time, which is told by name to all others.
+
+On one machine the kernel knows whether the holder of a lock is alive (`flock`). Of another machine it may not, as
+network file systems do not always share locks, so the holder also touches its file every few seconds: one that has not
+done so for a while is gone. Times are read off the file system, whose clock is the same for all.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import IO
+
+from litrecipe.config.errors import InputError
+from litrecipe.config.progress import say, warn
+
+BEAT = 10.0
+"""Seconds between touches of a lock that is held."""
+DEAD = 60.0
+"""Seconds without one after which its holder is gone."""
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+ABSENT = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What file systems without locks answer."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that trains."""
+
+    host: str
+    kernel: str
+    """Tells machines apart, which may have the same name; a machine has another each time it starts."""
+    pid: int
+    job: str | None
+    """Slurm's number of its job, which stays the same when that is requeued."""
+
+    @classmethod
+    def this(cls) -> Holder:
+        """This process."""
+        host = socket.gethostname()
+        kernel = BOOT_ID.read_text().strip() if BOOT_ID.exists() else host
+        return cls(host, kernel, os.getpid(), os.environ.get("SLURM_JOB_ID"))
+
+    @classmethod
+    def read(cls, file: IO[str]) -> Holder | None:
+        """Who is written in a lock file; None where nobody is, or half of one."""
+        file.seek(0)
+        try:
+            return cls(**json.loads(file.read()))
+        except (ValueError, TypeError):
+            return None
+
+    def __str__(self) -> str:
+        job = "" if self.job is None else f", Slurm job {self.job}"
+        return f"process {self.pid} on {self.host}{job}"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep every other process from training in a folder while the body runs; a dead process keeps nobody.
+
+    Raises InputError when another holds it. Waits up to `DEAD` seconds to see whether one on another machine lives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    me = Holder.this()
+    with path.open("a+", encoding="utf-8") as file:
+        is_sure = _locked(file, folder)
+        before = Holder.read(file)
+        if before is not None and before != me:
+            is_dead = (is_sure and before.kernel == me.kernel) or (me.job is not None and before.job == me.job)
+            if not is_dead:
+                _wait_until_dead(path, folder, before)
+            say(f"{folder}: {before} is gone without a word: its lock is taken over")
+        _write(file, json.dumps(asdict(me)))
+        over = threading.Event()
+        heart = threading.Thread(target=_beat, args=(path, over), daemon=True, name="lock")
+        heart.start()
+        try:
+            yield
+        finally:
+            over.set()
+            heart.join()
+            _write(file, "")
+
+
+def _locked(file: IO[str], folder: Path) -> bool:
+    """Take the lock of this machine, and say whether there is such a thing. Raises InputError when it is taken."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _taken(folder, Holder.read(file)) from None
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
+        warn(f"out_dir: {folder}: its file system has no locks: a second run is told from its file alone")
+        return False
+    return True
+
+
+def _taken(folder: Path, by: Holder | None) -> InputError:
+    who = "" if by is None else f" ({by})"
+    return InputError(f"out_dir: {folder}: another process trains here{who}: wait for it, or name another --out_dir")
+
+
+def _wait_until_dead(path: Path, folder: Path, holder: Holder) -> None:
+    """Watch a holder that the kernel cannot see. Raises InputError when it shows that it lives."""
+    seen = path.stat().st_mtime
+    if (left := DEAD - (_now(folder) - seen)) > 0:
+        say(f"{folder}: {holder} trained here a moment ago: looking for up to {left:.0f} s whether it still does")
+    while _now(folder) - seen < DEAD:
+        time.sleep(min(1.0, BEAT))
+        if path.stat().st_mtime != seen:
+            raise _taken(folder, holder)
+
+
+def _now(folder: Path) -> float:
+    """The time on the file system's clock."""
+    with NamedTemporaryFile(dir=folder, prefix=".clock.") as file:
+        os.utime(file.name)
+        return Path(file.name).stat().st_mtime
+
+
+def _beat(path: Path, over: threading.Event) -> None:
+    while not over.wait(BEAT):
+        try:
+            os.utime(path)
+        except OSError as error:
+            if error.errno != errno.ENOENT:  # somebody took the folder away: told where something is written
+                warn(f"{path}: {error.strerror}: other machines may take this run for dead")
+
+
+def _write(file: IO[str], text: str) -> None:
+    file.seek(0)
+    file.truncate()
+    file.write(text)
+    file.flush()
