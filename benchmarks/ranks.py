@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py count OUT verb flags…
     python benchmarks/ranks.py reckon OUT verb flags…
+    python benchmarks/ranks.py probe OUT
 
 Counting looks at what torch is asked for, below FSDP2, DDP and litrecipe: every collective passes the dispatcher. Of a
 run's steps the second is counted and the others are timed, as counting slows a step down.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import sys
 import time
 from collections import Counter
@@ -22,6 +24,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+TIMES = 5
+"""Of each exchange that is timed."""
 COUNTED = 1
 """The step, from 0, that is counted."""
 KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
@@ -60,11 +64,9 @@ def count(out: Path, words: list[str]) -> None:
     from litrecipe import cli
     from litrecipe.engine import fit
 
-    traffic, seconds, before = Traffic(), list[float](), 0
-    made, step = fit.Run.__init__, fit.Run.train_step
+    traffic, seconds, step = Traffic(), list[float](), fit.Run.train_step
 
     def train_step(run: Any, samples: Any) -> Any:
-        nonlocal traffic
         if len(seconds) == COUNTED:
             with traffic:
                 result = step(run, samples)
@@ -98,7 +100,7 @@ def reckon(out: Path, words: list[str]) -> None:
     def kept_forecast(*args: Any, **keys: Any) -> Any:
         found = forecast(*args, **keys)
         told["collectives"] = [[one.kind, one.bytes, one.times] for one in found.collectives]
-        told["seconds"] = found.time.total
+        told["time"] = dataclasses.asdict(found.time)
         return found
 
     def kept_table(recipe: Any, table: Any, *others: Any) -> Any:
@@ -111,5 +113,24 @@ def reckon(out: Path, words: list[str]) -> None:
     (out / "reckoned.json").write_text(json.dumps(told))
 
 
+def probe(out: Path, _: list[str]) -> None:
+    """How long ranks on this machine take to exchange a little and a lot."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    ranks, told = dist.get_world_size(), {}
+    for size in (1024, 2**25):
+        piece = torch.zeros(size // 4 // ranks)
+        whole, taken = torch.empty(len(piece) * ranks), []
+        for _ in range(TIMES + 1):
+            dist.barrier()
+            started = time.perf_counter()
+            dist.all_gather_into_tensor(whole, piece)
+            taken.append(time.perf_counter() - started)
+        told[str(size)] = statistics.median(taken[1:])
+    (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(told))
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    {"count": count, "reckon": reckon}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])
+    {"count": count, "reckon": reckon, "probe": probe}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])
