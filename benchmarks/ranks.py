@@ -1,11 +1,12 @@
 """One rank of a run whose collectives are counted, or what a dry run reckons of them; for benchmarks/scaling.py.
 
     python benchmarks/ranks.py count OUT verb flags…
-    python benchmarks/ranks.py reckon OUT verb flags…
+    python benchmarks/ranks.py reckon OUT
     python benchmarks/ranks.py probe OUT
 
-Counting looks at what torch is asked for, below FSDP2, DDP and litrecipe: every collective passes the dispatcher. Of a
-run's steps the second is counted and the others are timed, as counting slows a step down.
+What is reckoned is asked for in `cases.json` of OUT, name → verb and flags. Counting looks at what torch is asked for, below FSDP2, DDP and litrecipe: every collective passes the dispatcher. Of a
+run's steps the second is counted and the later ones are timed, as counting slows a step down; by the clock, and by the
+processor's time, which other work on the machine does not lengthen.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 TIMES = 5
 """Of each exchange that is timed."""
-COUNTED = 1
-"""The step, from 0, that is counted."""
+COUNTED = 2
+"""The step that is counted."""
 KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
 SMALL = 4096
 """Bytes up to which a collective is one of those by which ranks agree (sums of losses, a norm, a flag)."""
@@ -64,18 +65,20 @@ def count(out: Path, words: list[str]) -> None:
     from litrecipe import cli
     from litrecipe.engine import fit
 
-    traffic, seconds, step = Traffic(), list[float](), fit.Run.train_step
+    traffic, timed, done = Traffic(), list[tuple[float, float]](), 0
+    step = fit.Run.train_step
 
     def train_step(run: Any, samples: Any) -> Any:
-        if len(seconds) == COUNTED:
+        nonlocal done
+        done += 1
+        if done == COUNTED:
             with traffic:
-                result = step(run, samples)
-            seconds.append(0.0)
-            return result
+                return step(run, samples)
         run.fabric.barrier()
-        started = time.perf_counter()
+        clock, processor = time.perf_counter(), time.process_time()
         result = step(run, samples)
-        seconds.append(time.perf_counter() - started)
+        if done > COUNTED:
+            timed.append((time.perf_counter() - clock, time.process_time() - processor))
         return result
 
     fit.Run.train_step = train_step  # type: ignore[method-assign]
@@ -83,34 +86,50 @@ def count(out: Path, words: list[str]) -> None:
         sys.exit("the run failed")
     told = {
         "counted": [[kind, size, times] for (kind, size), times in sorted(traffic.counted.items())],
-        "seconds": [one for place, one in enumerate(seconds) if place not in (0, COUNTED)],
+        "seconds": timed,
         "peak": resident("VmHWM"),
     }
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(told))
 
 
-def reckon(out: Path, words: list[str]) -> None:
-    """Write what a dry run knows of the same."""
+def reckon(out: Path, _: list[str]) -> None:
+    """Write what a dry run knows of some cases."""
     from litrecipe import cli
     from litrecipe.recipes import dry_run_ranks
 
-    told: dict[str, Any] = {}
+    told: dict[str, dict[str, Any]] = {}
     forecast, table_of = dry_run_ranks.forecast, dry_run_ranks.parameter_and_memory_table
+    peak = products()
 
     def kept_forecast(*args: Any, **keys: Any) -> Any:
-        found = forecast(*args, **keys)
-        told["collectives"] = [[one.kind, one.bytes, one.times] for one in found.collectives]
-        told["time"] = dataclasses.asdict(found.time)
+        here = dataclasses.replace(keys.pop("hardware"), half=peak, full=peak)
+        found = forecast(*args, hardware=here, **keys)
+        told[name]["collectives"] = [[one.kind, one.bytes, one.times] for one in found.collectives]
+        told[name]["time"] = dataclasses.asdict(found.time)
         return found
 
     def kept_table(recipe: Any, table: Any, *others: Any) -> Any:
-        told["memory"] = dataclasses.asdict(table) | {"peak": table.peak}
+        told[name]["memory"] = dataclasses.asdict(table) | {"peak": table.peak}
         return table_of(recipe, table, *others)
 
     dry_run_ranks.forecast, dry_run_ranks.parameter_and_memory_table = kept_forecast, kept_table
-    if cli.main([*words, "--dry_run"]):
-        sys.exit("the dry run failed")
+    for name, words in json.loads((out / "cases.json").read_text()).items():
+        told[name] = {"peak": peak}
+        if cli.main([*words, "--dry_run"]):
+            sys.exit(f"the dry run of {name} failed")
     (out / "reckoned.json").write_text(json.dumps(told))
+
+
+def products() -> float:
+    """Operations of fp32 products in a second of the processor's time, with one thread."""
+    left = torch.linspace(0, 1, 2**20).reshape(2**10, 2**10)
+    taken = []
+    for _ in range(TIMES + 1):
+        started = time.process_time()
+        for _ in range(8):
+            left @ left
+        taken.append(time.process_time() - started)
+    return 8 * 2 * 2**30 / statistics.median(taken[1:])
 
 
 def probe(out: Path, _: list[str]) -> None:

@@ -3,10 +3,10 @@
     python benchmarks/scaling.py [--only NAME …]
 
 Each case is a run of a few steps over gloo on this machine: every collective of a step is counted where torch is asked
-for it (`benchmarks/ranks.py`), resident memory is measured at its peak, less that of a process that only imports the
-same libraries, and steps are timed. Ranks have one thread each; where there are more of them than cores they take
-turns, and the reckoned arithmetic counts as many times over. Ends with 1 where a count is not the reckoned one, or
-memory is more than 10 % off.
+for it (`benchmarks/ranks.py`), resident memory is measured at its peak, less that of the same run with a model of next
+to nothing, and steps are timed: by the clock, and by the processor's time, which is what the reckoned seconds are held
+against, as other work on the machine does not lengthen it. Ranks have one thread each. Ends with 1 where a count is not
+the reckoned one, or memory is more than 10 % off.
 """
 
 from __future__ import annotations
@@ -29,15 +29,13 @@ from typing import Any
 from common import MIB, REPO, as_hf_folder, environment, print_table, run_child, write_part
 
 RANKS = REPO / "benchmarks" / "ranks.py"
-IMPORTS = "import litrecipe.recipes.pretrain, litrecipe.recipes.finetune, lightning_fabric"
-LAYERS, STEPS, LENGTH = 8, 4, 256
+LAYERS, STEPS, LENGTH = 8, 3, 256
 """Layers of the model, which is SmolLM2-135M's otherwise; steps of a run; tokens of a sequence."""
 ALLOWED = 0.10
 SMALL = 4096
 """Bytes up to which a collective is one by which ranks agree on numbers."""
 FSDP = ["--fabric.strategy", "fsdp"]
 TENSOR = ["--fabric.tensor_parallel", "2"]
-LORA = ["--adapter.method", "lora", "--adapter.r", "16"]
 CASES: dict[str, tuple[int, list[str]]] = {
     "1": (1, []),
     "ddp, 2": (2, []),
@@ -46,8 +44,6 @@ CASES: dict[str, tuple[int, list[str]]] = {
     "fsdp, 4": (4, FSDP),
     "fsdp, layers stay, 2": (2, [*FSDP, "--fabric.reshard_after_forward", "false"]),
     "fsdp, layers computed again, 2": (2, [*FSDP, "--fabric.activation_checkpointing", "true"]),
-    "fsdp, lora, 2": (2, [*FSDP, *LORA]),
-    "fsdp, lora on nf4, 2": (2, [*FSDP, *LORA, "--quantize.method", "nf4"]),
     "tensor parallel, 2": (2, TENSOR),
     "tensor parallel and fsdp, 4": (4, [*TENSOR, *FSDP]),
 }
@@ -76,19 +72,25 @@ def together(ranks: int, words: Sequence[str | Path]) -> None:
             process.kill()
 
 
-def measure(name: str, work: Path, flags: Sequence[str | Path], baseline: int) -> dict[str, Any]:
-    """One case: counted, measured and reckoned."""
+def run_of(name: str, work: Path, flags: Sequence[str | Path]) -> list[str]:
+    """Verb and flags of a case."""
     ranks, own = CASES[name]
+    words = [*flags, "--train.global_batch_size", 4 * ranks, "--fabric.devices", ranks, *own, "--out_dir", work / "run"]
+    return [str(word) for word in words]
+
+
+def counted_run(name: str, work: Path, flags: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """What each rank of a run told."""
     out = work / "out"
-    shutil.rmtree(out, ignore_errors=True)
+    for folder in (out, work / "run"):
+        shutil.rmtree(folder, ignore_errors=True)
     out.mkdir()
-    words = [*flags, "--train.global_batch_size", str(4 * ranks), "--fabric.devices", str(ranks), *own]
-    words += ["--out_dir", work / "run"]
-    shutil.rmtree(work / "run", ignore_errors=True)
-    run_child([sys.executable, RANKS, "reckon", out, *words], threads=1).check()
-    together(ranks, ["count", out, *words])
-    reckoned = json.loads((out / "reckoned.json").read_text())
-    told = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
+    together(CASES[name][0], ["count", out, *run_of(name, work, flags)])
+    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(CASES[name][0])]
+
+
+def compared(name: str, told: list[dict[str, Any]], reckoned: dict[str, Any], baseline: int) -> dict[str, Any]:
+    """One case: counted, measured and reckoned."""
     counted, expected = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
     for kind, size, times in told[0]["counted"]:
         if size > SMALL:
@@ -96,12 +98,10 @@ def measure(name: str, work: Path, flags: Sequence[str | Path], baseline: int) -
     for kind, size, times in reckoned["collectives"]:
         expected[kind, size] += times
     peak = max(one["peak"] for one in told) - baseline
-    turns = max(1.0, ranks / (os.cpu_count() or 1))
-    time_of = reckoned["time"]
-    seconds = turns * (time_of["arithmetic"] + time_of["optimizer"]) + time_of["waiting"]
-    measured = statistics.median(told[0]["seconds"])
+    by_clock, by_processor = (statistics.median(one[place] for one in told[0]["seconds"]) for place in (0, 1))
+    seconds = sum(reckoned["time"].values())
     return {
-        "ranks": ranks,
+        "ranks": CASES[name][0],
         "collectives": sum(counted.values()),
         "mb_counted": round(sum(size * times for (_, size), times in counted.items()) / 1e6, 6),
         "mb_reckoned": round(sum(size * times for (_, size), times in expected.items()) / 1e6, 6),
@@ -110,54 +110,64 @@ def measure(name: str, work: Path, flags: Sequence[str | Path], baseline: int) -
         "memory_mib_measured": round(peak / MIB),
         "memory_mib_reckoned": round(reckoned["memory"]["peak"] / MIB),
         "memory_ratio": round(reckoned["memory"]["peak"] / peak, 3),
-        "seconds_measured": round(measured, 3),
+        "seconds_by_clock": round(by_clock, 3),
+        "seconds_of_processor": round(by_processor, 3),
         "seconds_reckoned": round(seconds, 3),
-        "seconds_ratio": round(seconds / measured, 2),
+        "seconds_ratio": round(seconds / by_processor, 2),
     }
 
 
-def prepared(work: Path) -> list[str | Path]:
-    """Model, text and the flags that all cases share."""
+def prepared(work: Path) -> tuple[list[str | Path], list[str | Path]]:
+    """The flags that all cases share, for the model and for one of next to nothing with the same tokenizer."""
     model = as_hf_folder(work / "model")
-    small = work / "small"
-    if not small.exists():
-        code = (
-            "import sys; from litrecipe.checkpoint.source import open_model\n"
-            "from litrecipe.checkpoint.hf import save_model; from litrecipe.checkpoint.load import load_model\n"
-            "from pathlib import Path\n"
-            "files = open_model(sys.argv[1], layers=int(sys.argv[3]))\n"
-            "save_model(Path(sys.argv[2]), load_model(files), files.tokenizer_dir)"
-        )
-        run_child([sys.executable, "-c", code, model, small, str(LAYERS)]).check()
     text = work / "text.jsonl"
     lines = (" ".join(f"{n} times {m} is {n * m}," for m in range(60)) for n in range(400))
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    flags: list[str | Path] = ["pretrain", "--model", small, "--data.train", text]
-    flags += ["--data.max_length", str(LENGTH), "--train.micro_batch_tokens", str(2 * LENGTH), "--data.workers", "1"]
-    flags += ["--data.cache_dir", work / "cache", "--train.max_steps", str(STEPS), "--fabric.accelerator", "cpu"]
-    flags += ["--checkpoint.every", "null", "--log.loggers", "[]"]
-    run_child([sys.executable, RANKS, "reckon", work, *flags], threads=1).check()  # prepares the text once
-    return flags
+    config = json.loads((model / "config.json").read_text())
+    folders = []
+    for name, changes in {
+        "model": {"num_hidden_layers": LAYERS},
+        "nothing": {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 48, "head_dim": 8}
+        | {"num_attention_heads": 6, "num_key_value_heads": 2},
+    }.items():
+        folder = work / "made" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        folders.append(folder)
+    shared: list[str | Path] = ["--model.init", "random", "--model.tokenizer", model, "--data.train", text]
+    shared += ["--data.max_length", str(LENGTH), "--train.micro_batch_tokens", str(2 * LENGTH), "--data.workers", "1"]
+    shared += ["--data.cache_dir", work / "cache", "--train.max_steps", str(STEPS), "--fabric.accelerator", "cpu"]
+    shared += ["--checkpoint.every", "null", "--log.loggers", "[]"]
+    whole, nothing = (["pretrain", "--model.source", folder / "config.json", *shared] for folder in folders)
+    return whole, nothing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), help="cases to measure; the others stay as they are")
-    args = parser.parse_args()
-    baseline = run_child([sys.executable, "-c", IMPORTS], threads=1).check().peak_rss
-    rows = {}
+    names = parser.parse_args().only or list(CASES)
+    rows, parts = {}, ["baselines, MiB", "exchange of two ranks, bytes: seconds", *CASES]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        flags = prepared(work)
+        flags, nothing = prepared(work)
+        (work / "cases.json").write_text(json.dumps({name: run_of(name, work, flags) for name in names}))
+        run_child([sys.executable, RANKS, "reckon", work], threads=1).check()
+        reckoned = json.loads((work / "reckoned.json").read_text())
+        baselines: dict[bool, int] = {}
+        for name in names:
+            began, several = time.monotonic(), CASES[name][0] > 1
+            if several not in baselines:
+                baselines[several] = max(
+                    one["peak"] for one in counted_run("fsdp, 2" if several else "1", work, nothing)
+                )
+                told = {"several" if key else "one": round(found / MIB) for key, found in baselines.items()}
+                write_part("scaling", parts[0], told, parts)
+            rows[name] = compared(name, counted_run(name, work, flags), reckoned[name], baselines[several])
+            write_part("scaling", name, rows[name], parts)
+            print(f"{name}: {time.monotonic() - began:.0f} s, {rows[name]}", flush=True)
         (work / "probe").mkdir()
         together(2, ["probe", work / "probe"])
-        told = json.loads((work / "probe" / "rank-0.json").read_text())
-        write_part("scaling", "exchange of two ranks, bytes: seconds", told, ["exchange of two ranks, bytes: seconds"])
-        for name in args.only or CASES:
-            began = time.monotonic()
-            rows[name] = measure(name, work, flags, baseline)
-            write_part("scaling", name, rows[name], ["exchange of two ranks, bytes: seconds", *CASES])
-            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        write_part("scaling", parts[1], json.loads((work / "probe" / "rank-0.json").read_text()), parts)
     print_table(["", *next(iter(rows.values()))], [[name, *map(str, row.values())] for name, row in rows.items()])
     missed = [f"{name}: other collectives than reckoned" for name, row in rows.items() if not row["equal"]]
     missed += [

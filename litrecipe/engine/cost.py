@@ -1,8 +1,9 @@
 """What the ranks of a run send one another in a step: pure functions of shapes and of the recipe's choices.
 
-A parameter is cut along its first dimension, as FSDP2 cuts it (2304.11277): each of n ranks has ⌈rows / n⌉ rows, the
-last ones padded. What is gathered or reduced at once is a *unit*: one layer, or all of a model but its layers. Counted
-are the bytes of the whole, as every collective is asked for; `Collective.sent` says what of it a rank puts on the wire.
+A parameter is cut along one dimension, the first but for experts, as FSDP2 cuts it (2304.11277): each of n ranks has
+⌈rows / n⌉ rows, the last ones padded. What is gathered or reduced at once is a *unit*: one layer, or all of a model but
+its layers. Counted are the bytes of the whole, as every collective is asked for; `Collective.sent` says what of it a
+rank puts on the wire.
 
 Letters: n ranks of a collective, L layers, T tokens of a row, P predictions of it, d hidden size.
 """
@@ -60,11 +61,24 @@ class Layout:
         return max(1, self.devices // self.tensor)
 
 
+def cut_dimension(shape: Sequence[int], ranks: int) -> int:
+    """Along which so many ranks share out a parameter. Experts (E, o, i) are few: where they do not come out even the
+    ranks share the rows of each, or most ranks would hold nothing, and all of them gather padding."""
+    is_experts = len(shape) == 3
+    return 1 if is_experts and shape[0] % ranks and shape[1] % ranks == 0 else 0
+
+
+def largest_share(shape: Sequence[int], ranks: int) -> float:
+    """What part of a parameter the rank with the most of it has."""
+    rows = shape[cut_dimension(shape, ranks)]
+    return -(-rows // ranks) / rows
+
+
 class Piece(NamedTuple):
     """A parameter, as it is exchanged."""
 
     rows: int
-    """Of its first dimension, along which it is cut."""
+    """Of the dimension along which it is cut."""
     width: int
     """Numbers of a row."""
     weight_bytes: int

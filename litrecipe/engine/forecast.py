@@ -15,7 +15,7 @@ from torch import nn
 
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.config.groups import TrainingRecipe
-from litrecipe.engine.cost import Collective, Layout, Member, Piece, Widths, added_up, exchanged
+from litrecipe.engine.cost import Collective, Layout, Member, Piece, Widths, added_up, cut_dimension, exchanged
 from litrecipe.engine.fabric import devices_of, devices_there
 from litrecipe.engine.grid import rows_of
 from litrecipe.engine.hardware import KNOWN, Hardware, seconds
@@ -35,9 +35,11 @@ back again."""
 
 def device_of(config: FabricConfig) -> str:
     """`cpu`, `cuda` or `mps`: what a recipe plans for, whether it is there or not."""
+    if config.hardware != "here":
+        return "cuda"
     if config.accelerator != "auto":
         return config.accelerator
-    return "cuda" if config.hardware != "here" or torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def layout_of(config: FabricConfig) -> Layout:
@@ -93,26 +95,26 @@ def this_cpu() -> Hardware:
     )
 
 
-def members_of(module: nn.Module, recipe: TrainingRecipe, *, asked: int = 0) -> list[Member]:
+def members_of(module: nn.Module, recipe: TrainingRecipe, ranks: int, *, asked: int = 0) -> list[Member]:
     """The models of a module on the meta device that learn, see `engine.memory.meta_model`, and how often each is
     `asked` about a row besides."""
     models = [part for part in module.modules() if isinstance(part, Trunk)]
-    return [member_of(model, recipe.fabric, recipe.quantize.method, asked=asked) for model in models]
+    return [member_of(model, recipe.fabric, recipe.quantize.method, ranks, asked=asked) for model in models]
 
 
-def member_of(model: Trunk, config: FabricConfig, quantised: str, *, asked: int = 0) -> Member:
+def member_of(model: Trunk, config: FabricConfig, quantised: str, ranks: int, *, asked: int = 0) -> Member:
     """One transformer, cut as `engine.sharding.shard` does."""
     layers: dict[str, list[Piece]] = {}
     rest: list[Piece] = []
     for name, parameter in model.named_parameters():
         _, is_layer, inside = name.partition(LAYERS)
         unit = layers.setdefault(inside.partition(".")[0], []) if is_layer else rest
-        unit += pieces_of(name, parameter, config, quantised)
+        unit += pieces_of(name, parameter, config, quantised, ranks)
     learns = any(parameter.requires_grad for parameter in model.parameters())
     return Member(tuple(map(tuple, layers.values())), tuple(rest), learns, asked)
 
 
-def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantised: str) -> list[Piece]:
+def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantised: str, ranks: int) -> list[Piece]:
     """A parameter as it is gathered and reduced. Of one in NF4 two numbers lie in each byte, all bytes in a row; of
     experts in NF4 each is a parameter of its own."""
     weight = gradient = parameter.element_size()
@@ -122,7 +124,7 @@ def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantise
     if quantised == "nf4" and can_be_quantised(name, parameter) and not parameter.requires_grad:
         matrices = parameter.shape[0] if parameter.ndim == 3 else 1
         return [Piece(parameter.numel() // matrices // 2, 1, 1, 0)] * matrices
-    rows = parameter.shape[0]
+    rows = parameter.shape[cut_dimension(parameter.shape, ranks)]
     return [Piece(rows, parameter.numel() // rows, weight, gradient if parameter.requires_grad else 0)]
 
 
@@ -224,18 +226,20 @@ def forecast(
     hardware: Hardware | None,
     asked: int = 0,
     beside: Sequence[Beside] = (),
+    again: float | None = None,
 ) -> Forecast:
     """Of a recipe whose ranks take `rows` rows like `row` in a step of so many `tokens` over all of them.
 
-    `asked`: how often what learns is asked about each row besides, without gradient.
+    `asked`: how often what learns is asked about each row besides, without gradient. `again`: what share of the layers
+    is computed again on the way back, if that is not as the recipe says.
     """
     config, layout = recipe.fabric, layout_of(recipe.fabric)
     module = part_model(recipe, architecture)
-    learning = members_of(module, recipe, asked=asked)
-    standing = [member_of(one.model, config, one.quantised, asked=one.asked) for one in beside]
-    again = config.activation_checkpointing
+    learning = members_of(module, recipe, layout.data, asked=asked)
+    standing = [member_of(one.model, config, one.quantised, layout.data, asked=one.asked) for one in beside]
+    again = float(config.activation_checkpointing) if again is None else again
     collectives = exchanged([*learning, *standing], layout, rows)
-    collectives += added_up([*learning, *standing], layout, widths_of(config, architecture, row), rows, again=again)
+    collectives += added_up([*learning, *standing], layout, widths_of(config, architecture, row), rows, again=again > 0)
     if hardware is None:
         return Forecast(layout, collectives, None, tokens, None)
     own = row_flops(architecture, row)
@@ -246,7 +250,7 @@ def forecast(
         Forward(own.layers * share * len(learning), own.head * share),
         asked=(asked * sum(own) + of_others) * share,
         frozen=recipe.adapter.method != "none",
-        again=float(again),
+        again=again,
         trained=trained // layout.shards,
     )
     half = config.precision != "32-true"

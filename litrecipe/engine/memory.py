@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from litrecipe.config.groups import Fabric, RewardRecipe, TrainingRecipe
 from litrecipe.config.online import PpoRecipe
+from litrecipe.engine.cost import largest_share
 from litrecipe.engine.optim import optimizer_bytes
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
@@ -96,14 +97,16 @@ def estimate(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     frozen_copy: bool = False,
+    kept: tuple[int, int] | None = None,
 ) -> MemoryTable:
     """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step. Where ranks
     share a copy of the model, that of the first.
 
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
+    `kept`: what `kept_bytes` told of the same row before.
     """
-    parameters, trained = counted(meta_model(recipe, architecture))
     model, size = part_model(recipe, architecture), recipe.fabric.tensor_parallel
+    parameters, trained = counted(model if size == 1 else meta_model(recipe, architecture))
     whole, architecture, world_size = architecture, narrowed(architecture, size), world_size // size
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
@@ -115,15 +118,17 @@ def estimate(
     if cuts:
         exchange = exchanged_bytes(recipe.fabric, sizes, learnt, architecture)
         scales = scales_bytes(model) if recipe.quantize.method == "nf4" else 0
-        weights = scales + (weights - scales) // world_size
-        gradients, optimizer = gradients // world_size, optimizer // world_size
+        shares = {name: largest_share(p.shape, world_size) for name, p in model.named_parameters()}
+        weights = scales + round(sum(size * shares[name] for name, size in sizes.items()) - scales / world_size)
+        whole_gradients, gradients = gradients, round(sum(size * shares[name] for name, size in learnt.items()))
+        optimizer = optimizer * gradients // max(1, whole_gradients)
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
     saved = (sum(learnt.values()) // (world_size if strategy == "fsdp" else 1)) + optimizer
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
-    activations, again = kept_bytes(recipe, whole, row)
+    activations, again = kept or kept_bytes(recipe, whole, row)
     return MemoryTable(
         weights=weights,
         reference=(weights if cuts else copied) if frozen_copy else 0,

@@ -53,6 +53,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "a copy as reference": (4, SHARDED, {}, "copy"),
     "the base as reference": (4, SHARDED | {"adapter.method": "lora", "adapter.r": 4}, {}, "base"),
     "experts": (4, SHARDED, MIXTURE, ""),
+    "more ranks than experts": (16, SHARDED, MIXTURE, ""),
     "shared layers": (2, TENSOR, {}, ""),
     "shared layers, computed again": (2, TENSOR | {"fabric.activation_checkpointing": True}, {}, ""),
     "shared layers in bf16": (2, TENSOR | {"fabric.precision": "bf16-mixed"}, {"tie_word_embeddings": False}, ""),
