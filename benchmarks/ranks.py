@@ -4,9 +4,10 @@
     python benchmarks/ranks.py reckon OUT
     python benchmarks/ranks.py probe OUT
 
-What is reckoned is asked for in `cases.json` of OUT, name → verb and flags. Counting looks at what torch is asked for, below FSDP2, DDP and litrecipe: every collective passes the dispatcher. Of a
-run's steps the second is counted and the later ones are timed, as counting slows a step down; by the clock, and by the
-processor's time, which other work on the machine does not lengthen.
+What is reckoned is asked for in `cases.json` of OUT, name → verb and flags. Counting looks at what torch is asked for,
+below FSDP2, DDP and litrecipe: every collective passes the dispatcher. Of a run's steps the second is counted and the
+later ones are timed, as counting slows a step down; by the clock, and by the processor's time, which other work on the
+machine does not lengthen.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Makes the tables of docs/scaling.md: plans for 8, 64 and 512 GPUs, published runs beside what is reckoned of them, and
-what benchmarks/scaling.py measured.
+"""Makes the tables of docs/scaling.md: plans for 8, 64 and 512 GPUs, published runs beside what is reckoned of them,
+and what benchmarks/scaling.py measured.
 
     python scripts/scaling_tables.py            # prints them
     python scripts/scaling_tables.py --write    # puts them into the page
@@ -33,6 +33,8 @@ LAYOUTS = ((8, 1), (64, 1), (64, 8), (512, 1), (512, 8))
 """GPUs, and how many of them share each layer."""
 SEQUENCE, SEQUENCES = 8192, 512
 """Tokens of a sequence, and sequences of a step."""
+LINKS = 0.2
+"""Share of a step from which on waiting for links is what limits."""
 ROOM = 0.9
 """Share of a GPU's memory that may be planned for: the rest is the CUDA context's and what lies between tensors."""
 PUBLISHED: tuple[tuple[str, str, str, int, int, float, int, str], ...] = (
@@ -73,57 +75,51 @@ def recipe_of(model: str, gpus: int, tensor: int, hardware: str = "h100") -> Pre
 
 @cache
 def kept(model: str, tensor: int) -> tuple[int, int]:
-    """What a row's activations take, which no number of GPUs changes."""
+    """What the activations of a row of one sequence take, which no number of GPUs changes."""
     return kept_bytes(recipe_of(model, 64, tensor), architecture_of(model), row_of(1))
 
 
-def planned(model: str, gpus: int, tensor: int) -> tuple[MemoryTable, Forecast, int]:
-    """Memory of a GPU, a step, and rows of a rank."""
-    recipe, architecture, row = recipe_of(model, gpus, tensor), architecture_of(model), row_of(1)
-    rows = max(1, SEQUENCES * tensor // gpus)
-    table = estimate(recipe, architecture, row, rows=rows, world_size=gpus, device="cuda", kept=kept(model, tensor))
-    tokens = float(SEQUENCE * rows * gpus // tensor)
+def planned(model: str, gpus: int, tensor: int) -> tuple[MemoryTable, Forecast, int, int]:
+    """Memory of a GPU and a step with the longest rows that fit, or else the shortest; rows of a rank, and sequences of
+    a row."""
+    recipe, architecture = recipe_of(model, gpus, tensor), architecture_of(model)
+    own = max(1, SEQUENCES * tensor // gpus)
+    for sequences in (one for one in (8, 4, 2, 1) if own % one == 0):
+        row, rows = row_of(sequences), own // sequences
+        activations, again = kept(model, tensor)
+        alike = (sequences * activations, sequences * again)
+        table = estimate(recipe, architecture, row, rows=rows, world_size=gpus, device="cuda", kept=alike)
+        if fits(table):
+            break
+    tokens = float(SEQUENCE * own * gpus // tensor)
     step = forecast(recipe, architecture, row, rows=rows, tokens=tokens, hardware=hardware_of(recipe.fabric))
-    return table, step, rows
+    return table, step, rows, sequences
+
+
+def fits(table: MemoryTable) -> bool:
+    return table.peak < ROOM * KNOWN["h100"].memory
 
 
 def plans(model: str) -> Iterator[list[str]]:
     """The table of a model."""
-    yield [
-        "GPUs",
-        "data x tensor",
-        "rows",
-        "state GB",
-        "peak GB",
-        "sent GB",
-        "s a step",
-        "waiting",
-        "MFU",
-        "10⁹ a day",
-        "limit",
-    ]
+    speeds = ["s a step", "waiting", "MFU", "10⁹ tokens a day"]
+    yield ["GPUs", "data x tensor", "rows x sequences", "state GB", "peak GB", "sent GB", *speeds, "limit"]
     for gpus, tensor in LAYOUTS:
-        table, step, rows = planned(model, gpus, tensor)
+        table, step, rows, sequences = planned(model, gpus, tensor)
         time = step.time
         assert time is not None and step.mfu is not None
-        state = table.weights + table.gradients + table.optimizer
-        fits = table.peak < ROOM * KNOWN["h100"].memory
-        share = time.waiting / time.total
-        limit = "memory: does not fit" if not fits else "links" if share > 0.2 else "arithmetic"
-        speed = [
-            f"{time.total:.3g}",
-            f"{share:.0%}",
-            f"{step.mfu:.0%}",
-            f"{86400 * step.tokens / time.total / 1e9:,.1f}",
-        ]
+        state, share = table.weights + table.gradients + table.optimizer, time.waiting / time.total
+        limit = "memory: does not fit" if not fits(table) else "links" if share > LINKS else "arithmetic"
+        a_day = 86400 * step.tokens / time.total / 1e9
+        speed = [f"{time.total:.3g}", f"{share:.0%}", f"{step.mfu:.0%}", f"{a_day:,.1f}"]
         yield [
             str(gpus),
             f"{gpus // tensor} x {tensor}",
-            str(rows),
+            f"{rows} x {sequences}",
             f"{state / 1e9:.1f}",
             f"{table.peak / 1e9:.1f}",
             f"{sum(one.sent for one in step.collectives) / 1e9:,.0f}",
-            *(speed if fits else ["-"] * len(speed)),
+            *(speed if fits(table) else ["-"] * len(speed)),
             limit,
         ]
 
@@ -143,7 +139,8 @@ def published() -> Iterator[list[str]]:
 
 def measured() -> Iterator[list[str]]:
     """What benchmarks/scaling.py wrote."""
-    yield ["run", "collectives", "MB counted", "MB reckoned", "MiB measured", "reckoned", "s measured", "reckoned"]
+    heads = ["collectives of a step", "MB counted", "MB reckoned", "MiB measured", "MiB reckoned"]
+    yield ["run", *heads, "s of a processor", "s reckoned"]
     for name, found in json.loads(RESULTS.read_text()).items():
         if isinstance(found, dict) and "equal" in found:
             yield [
@@ -153,7 +150,7 @@ def measured() -> Iterator[list[str]]:
                 f"{found['mb_reckoned']:,.3f}",
                 f"{found['memory_mib_measured']:,}",
                 f"{found['memory_mib_reckoned']:,} ({found['memory_ratio'] - 1:+.0%})",
-                f"{found['seconds_measured']:.2f}",
+                f"{found['seconds_of_processor']:.2f}",
                 f"{found['seconds_reckoned']:.2f} ({found['seconds_ratio'] - 1:+.0%})",
             ]
 

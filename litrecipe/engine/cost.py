@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
 Phase = Literal["forward", "backward"]
 
-LAYERS, REST = "layers", "embedding and head"
+LAYERS, REST = "layers", "rest"
+"""Of what: a model's layers, and its embedding, head and last norm."""
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes at which DDP closes its first bucket of gradients and the others (torch's defaults)."""
 

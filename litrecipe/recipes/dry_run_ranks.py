@@ -125,7 +125,7 @@ def exchange_table(expected: Forecast) -> Table:
             f"{one.times:,}",
             f"{one.bytes / 1e6:,.3f}",
             f"{one.sent / 1e9:,.3f}",
-            "beside arithmetic" if one.hidden else "waited for",
+            "meanwhile" if one.hidden else "waited for",
         )
     total = sum(one.sent for one in expected.collectives)
     out.add_row("all", "", "", "", "", "", f"{total / 1e9:,.3f}", "by each rank", style="bold")
