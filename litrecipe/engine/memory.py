@@ -72,6 +72,8 @@ class MemoryTable:
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
     """Copies of the weights for as long."""
+    host: int = 0
+    """Weights, gradients and the optimizer, of a GPU that keeps them in main memory."""
     saving: int = 0
     """A copy of what a checkpoint holds, while it is written in the background; of a GPU's it lies in the host's
     memory."""
@@ -124,6 +126,11 @@ def estimate(
         optimizer = optimizer * gradients // max(1, whole_gradients)
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
+    reference = (weights if cuts else copied) if frozen_copy else 0
+    host = 0
+    if cuts and recipe.fabric.cpu_offload and torch.device(device).type != "cpu":
+        host = weights + reference + gradients + optimizer
+        weights = reference = gradients = optimizer = 0
     saved = (sum(learnt.values()) // (world_size if strategy == "fsdp" else 1)) + optimizer
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
@@ -131,7 +138,7 @@ def estimate(
     activations, again = kept or kept_bytes(recipe, whole, row)
     return MemoryTable(
         weights=weights,
-        reference=(weights if cuts else copied) if frozen_copy else 0,
+        reference=reference,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
@@ -139,6 +146,7 @@ def estimate(
         scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4 + again,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
+        host=host,
         saving=saved if recipe.checkpoint.asynchronous and torch.device(device).type == "cpu" else 0,
         parameters=parameters,
         trained=trained,

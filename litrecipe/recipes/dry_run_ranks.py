@@ -139,6 +139,7 @@ def time_line(recipe: TrainingRecipe, expected: Forecast) -> str:
         return "[bold]time of a step[/bold] nothing is known of this GPU: name one with fabric.hardware"
     what = "on this machine" if name == "here" else f"on {name}"
     rate = expected.tokens / time.total
+    what += ", without the copies of fabric.cpu_offload" if recipe.fabric.cpu_offload else ""
     mfu = "" if expected.mfu is None else f", {100 * expected.mfu:.0f} % of the peak (MFU)"
     return (
         f"[bold]time of a step[/bold] about {time.total:.3g} s {what}, reckoned and not measured: "
@@ -162,6 +163,7 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "asked": "a teacher, before anything is learnt",
         "gradients": f"{table.trained:,} trained ({share:.2f} %)",
         "optimizer": recipe.optim.name,
+        "host": "weights, gradients and the optimizer, in main memory and not on the GPU",
         "saving": "a copy of what a checkpoint holds, while it is written in the background",
         "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
         "activations": f"largest row: {len(load.row.tokens)} tokens, {len(load.row.target)} of them predicted",
@@ -169,7 +171,7 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "holes": "between tensors in the heap, on a CPU",
         "peak": "above what the imports take; " + beside(load.rows),
     }
-    for name in ("reference", "judges", "teacher", "asked", "saving"):
+    for name in ("reference", "judges", "teacher", "asked", "host", "saving"):
         if not getattr(table, name):
             del notes[name]
     for name, note in notes.items():

@@ -94,6 +94,16 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(table) -> None:
     assert (copied.weights, copied.exchange) == (full.weights, full.gradients)
 
 
+def test_what_lies_in_main_memory_is_not_on_the_gpu(table) -> None:
+    flags = {"world_size": 4, "rows": 2, "fabric__strategy": "fsdp", "fabric__devices": 4}
+    there, away = (table(**flags, device="cuda", fabric__cpu_offload=offload) for offload in ("false", "true"))
+    state = there.weights + there.gradients + there.optimizer
+    assert (away.host, there.host) == (state, 0)
+    assert (away.weights, away.gradients, away.optimizer, away.held) == (0, 0, 0, 0)
+    assert away.exchange == there.exchange > 0
+    assert table(**flags, fabric__cpu_offload="true").host == 0  # on a CPU there is only one memory
+
+
 def test_a_frozen_copy_shares_the_base_unless_it_is_sharded(table) -> None:
     lora = {"adapter__method": "lora", "frozen_copy": True}
     alone, sharded = table(**lora), table(**lora, fabric__strategy="fsdp", world_size=2)
