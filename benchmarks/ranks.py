@@ -1,23 +1,27 @@
-"""One rank of a run whose collectives are counted, or what a dry run reckons of them; for benchmarks/scaling.py.
+"""Real ranks whose collectives are counted, and what a dry run reckons of them; for benchmarks/scaling.py.
 
-    python benchmarks/ranks.py count OUT verb flags…
-    python benchmarks/ranks.py reckon OUT
-    python benchmarks/ranks.py probe OUT
+    python benchmarks/ranks.py FOLDER
 
-What is reckoned is asked for in `cases.json` of OUT, name → verb and flags. Counting looks at what torch is asked for,
-below FSDP2, DDP and litrecipe: every collective passes the dispatcher. Of a run's steps the second is counted and the
-later ones are timed, as counting slows a step down; by the clock, and by the processor's time, which other work on the
-machine does not lengthen.
+FOLDER has `cases.json`: name → verb and flags, of which a dry run's numbers go to `reckoned.json`, and `runs.json`: a
+list of name, number of ranks, words, which are run one after the other, each rank writing `NAME/rank-R.json`; a line on
+standard output names each that is done. Ranks are forks of this process, which has imported everything and computed
+nothing. Counting looks at what torch is asked for, below FSDP2, DDP and litrecipe: every collective passes the
+dispatcher. Of a run's steps the second is counted and the later ones are timed, as counting slows a step down; by the
+clock, and by the processor's time, which other work on the machine does not lengthen.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
+import signal
+import socket
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+PRELOADED = ("litrecipe.recipes.pretrain", "lightning_fabric", "lightning_fabric.strategies", "torch.distributed.fsdp")
 TIMES = 5
 """Of each exchange that is timed."""
 COUNTED = 2
@@ -152,5 +157,57 @@ def probe(out: Path, _: list[str]) -> None:
     dist.destroy_process_group()
 
 
+def forked(folder: Path, act: Any, words: list[str], meet: dict[str, str]) -> int:
+    """A process that does it; its number."""
+    number = os.fork()
+    if number:
+        return number
+    os.environ.update(meet)
+    log = os.open(folder / f"log-{meet.get('RANK', '0')}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        act(folder, words)
+        code = 0
+    except BaseException:  # noqa: BLE001 - as the interpreter would
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def together(folder: Path, act: Any, words: list[str], ranks: int) -> None:
+    """Processes that meet as torchrun's do. Ends this one where one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    meet |= {"TORCHELASTIC_RUN_ID": "scaling", "GROUP_RANK": "0"}
+    folder.mkdir(exist_ok=True)
+    own = [meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    left = {forked(folder, act, words, one) for one in own}
+    while left:
+        number, status = os.wait()
+        if status:
+            for other in left - {number}:
+                os.kill(other, signal.SIGKILL)
+            said = "".join(log.read_text()[-2000:] for log in sorted(folder.glob("log-*")))
+            sys.exit(f"ranks: {folder.name}: a process ended with {status}:\n{said}")
+        left.discard(number)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for module in PRELOADED:
+        importlib.import_module(module)
+    together(folder, reckon, [], 1)
+    print("reckoned", flush=True)
+    for name, ranks, words in json.loads((folder / "runs.json").read_text()):
+        together(folder / name, count if words else probe, words, ranks)
+        print(name, flush=True)
+
+
 if __name__ == "__main__":
-    {"count": count, "reckon": reckon, "probe": probe}[sys.argv[1]](Path(sys.argv[2]), sys.argv[3:])
+    main()

@@ -3,8 +3,8 @@
     python benchmarks/scaling.py [--only NAME …]
 
 Each case is a run of a few steps over gloo on this machine: every collective of a step is counted where torch is asked
-for it (`benchmarks/ranks.py`), resident memory is measured at its peak, less that of the same run with a model of next
-to nothing, and steps are timed: by the clock, and by the processor's time, which is what the reckoned seconds are held
+for it (`benchmarks/ranks.py`), resident memory is measured at its peak, less what that of a run with a model of next
+to nothing is above its own, and steps are timed: by the clock, and by the processor's time, which is what the reckoned seconds are held
 against, as other work on the machine does not lengthen it. Ranks have one thread each. Ends with 1 where a count is not
 the reckoned one, or memory is more than 10 % off.
 """
@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -25,16 +23,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import MIB, REPO, as_hf_folder, environment, print_table, run_child, write_part
+from common import MIB, REPO, as_hf_folder, environment, print_table, write_part
 
 RANKS = REPO / "benchmarks" / "ranks.py"
-LAYERS, STEPS, LENGTH = 8, 3, 256
+LAYERS, STEPS, LENGTH = 4, 3, 128
 """Layers of the model, which is SmolLM2-135M's otherwise; steps of a run; tokens of a sequence."""
 ALLOWED = 0.10
 SMALL = 4096
 """Bytes up to which a collective is one by which ranks agree on numbers."""
 FSDP = ["--fabric.strategy", "fsdp"]
 TENSOR = ["--fabric.tensor_parallel", "2"]
+PROBE = "exchange of two ranks, bytes to seconds"
 CASES: dict[str, tuple[int, list[str]]] = {
     "1": (1, []),
     "ddp, 2": (2, []),
@@ -49,43 +48,17 @@ CASES: dict[str, tuple[int, list[str]]] = {
 """Name → ranks, flags."""
 
 
-def together(ranks: int, words: Sequence[str | Path]) -> None:
-    """Run the program of a rank so many times at once, as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    meet |= {"TORCHELASTIC_RUN_ID": "scaling", "GROUP_RANK": "0"}
-    processes = []
-    for rank in range(ranks):
-        own = environment(1, meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-        command = [sys.executable, str(RANKS), *map(str, words)]
-        processes.append(subprocess.Popen(command, cwd=REPO, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    try:
-        for process in processes:
-            said, _ = process.communicate(timeout=1800)
-            if process.returncode:
-                sys.exit(f"scaling: a rank ended with {process.returncode}:\n{said.decode()[-3000:]}")
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def run_of(name: str, work: Path, flags: Sequence[str | Path]) -> list[str]:
     """Verb and flags of a case."""
     ranks, own = CASES[name]
-    words = [*flags, "--train.global_batch_size", 4 * ranks, "--fabric.devices", ranks, *own, "--out_dir", work / "run"]
+    words = [*flags, "--train.global_batch_size", 4 * ranks, "--fabric.devices", ranks, *own]
+    words += ["--out_dir", work / "runs" / f"{name}, {Path(flags[2]).parent.name}"]
     return [str(word) for word in words]
 
 
-def counted_run(name: str, work: Path, flags: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """What each rank of a run told."""
-    out = work / "out"
-    for folder in (out, work / "run"):
-        shutil.rmtree(folder, ignore_errors=True)
-    out.mkdir()
-    together(CASES[name][0], ["count", out, *run_of(name, work, flags)])
-    return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(CASES[name][0])]
+def told_by(folder: Path) -> list[dict[str, Any]]:
+    """What each rank of a run wrote."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
 def compared(name: str, told: list[dict[str, Any]], reckoned: dict[str, Any], baseline: int) -> dict[str, Any]:
@@ -145,28 +118,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(CASES), help="cases to measure; the others stay as they are")
     names = parser.parse_args().only or list(CASES)
-    rows, parts = {}, ["baselines, MiB", "exchange of two ranks, bytes: seconds", *CASES]
+    rows: dict[str, dict[str, Any]] = {}
+    parts = [PROBE, *CASES]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         flags, nothing = prepared(work)
-        (work / "cases.json").write_text(json.dumps({name: run_of(name, work, flags) for name in names}))
-        run_child([sys.executable, RANKS, "reckon", work], threads=1).check()
-        reckoned = json.loads((work / "reckoned.json").read_text())
-        baselines: dict[bool, int] = {}
-        for name in names:
-            began, several = time.monotonic(), CASES[name][0] > 1
-            if several not in baselines:
-                baselines[several] = max(
-                    one["peak"] for one in counted_run("fsdp, 2" if several else "1", work, nothing)
-                )
-                told = {"several" if key else "one": round(found / MIB) for key, found in baselines.items()}
-                write_part("scaling", parts[0], told, parts)
-            rows[name] = compared(name, counted_run(name, work, flags), reckoned[name], baselines[several])
-            write_part("scaling", name, rows[name], parts)
-            print(f"{name}: {time.monotonic() - began:.0f} s, {rows[name]}", flush=True)
-        (work / "probe").mkdir()
-        together(2, ["probe", work / "probe"])
-        write_part("scaling", parts[1], json.loads((work / "probe" / "rank-0.json").read_text()), parts)
+        runs: list[tuple[str, int, list[str]]] = [("1, nothing", 1, run_of("1", work, nothing))]
+        runs += [("2, nothing", 2, run_of("fsdp, 2", work, nothing))]
+        runs += [(name, CASES[name][0], run_of(name, work, flags)) for name in names]
+        (work / "cases.json").write_text(json.dumps({name: words for name, _, words in runs}))
+        (work / "runs.json").write_text(json.dumps([*runs, (PROBE, 2, [])]))
+        ranks = subprocess.Popen(
+            [sys.executable, str(RANKS), folder], cwd=REPO, env=environment(1), stdout=subprocess.PIPE
+        )
+        assert ranks.stdout is not None
+        began = time.monotonic()
+        for line in ranks.stdout:
+            name = line.decode().strip()
+            if name in names:
+                reckoned = json.loads((work / "reckoned.json").read_text())
+                other = "2, nothing" if CASES[name][0] > 1 else "1, nothing"
+                baseline = max(one["peak"] for one in told_by(work / other)) - reckoned[other]["memory"]["peak"]
+                rows[name] = compared(name, told_by(work / name), reckoned[name], baseline)
+                write_part("scaling", name, rows[name], parts)
+            elif name == PROBE:
+                write_part("scaling", PROBE, told_by(work / name)[0], parts)
+            print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+        if ranks.wait():
+            sys.exit("scaling: ranks failed")
     print_table(["", *next(iter(rows.values()))], [[name, *map(str, row.values())] for name, row in rows.items()])
     missed = [f"{name}: other collectives than reckoned" for name, row in rows.items() if not row["equal"]]
     missed += [
