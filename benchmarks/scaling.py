@@ -3,10 +3,10 @@
     python benchmarks/scaling.py [--only NAME …]
 
 Each case is a run of a few steps over gloo on this machine: every collective of a step is counted where torch is asked
-for it (`benchmarks/ranks.py`), resident memory is measured at its peak, less what that of a run with a model of next
-to nothing is above its own, and steps are timed: by the clock, and by the processor's time, which is what the reckoned seconds are held
-against, as other work on the machine does not lengthen it. Ranks have one thread each. Ends with 1 where a count is not
-the reckoned one, or memory is more than 10 % off.
+for it (`benchmarks/ranks.py`), resident memory is measured at its peak, less what that of a run with a model of next to
+nothing is above its own, and steps are timed: by the clock, and by the processor's time, which is what the reckoned
+seconds are held against, as other work on the machine does not lengthen it. Ranks have one thread each. Ends with 1
+where a count is not the reckoned one, or memory is more than 10 % off.
 """
 
 from __future__ import annotations
