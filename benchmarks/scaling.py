@@ -27,7 +27,7 @@ from common import MIB, REPO, as_hf_folder, environment, print_table, write_part
 
 RANKS = REPO / "benchmarks" / "ranks.py"
 LAYERS, STEPS, LENGTH = 4, 3, 128
-"""Layers of the model, which is SmolLM2-135M's otherwise; steps of a run; tokens of a sequence."""
+"""Layers of the model, which is SmolLM2-135M's but for its heads; steps of a run; tokens of a sequence."""
 ALLOWED = 0.10
 SMALL = 4096
 """Bytes up to which a collective is one by which ranks agree on numbers."""
@@ -98,7 +98,8 @@ def prepared(work: Path) -> tuple[list[str | Path], list[str | Path]]:
     config = json.loads((model / "config.json").read_text())
     folders = []
     for name, changes in {
-        "model": {"num_hidden_layers": LAYERS},
+        # Heads that two ranks can share: SmolLM2 has 9, and 3 of keys and values.
+        "model": {"num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
         "nothing": {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 48, "head_dim": 8}
         | {"num_attention_heads": 6, "num_key_value_heads": 2},
     }.items():
