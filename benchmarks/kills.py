@@ -155,12 +155,12 @@ class Job:
             sys.exit(f"kills: a run failed:\n{out.with_suffix('.log').read_text()[-3000:]}")
 
 
-def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
-    """A two-layer model with the real one's tokenizer and random weights."""
+def shrunken_model(folder: Path) -> dict[str, Any]:
+    """Keys of a two-layer model with the real one's tokenizer and random weights, and of how it is trained."""
     real = as_hf_folder(folder / "real")
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads((real / "config.json").read_text()), **SHRUNKEN}))
-    flags: dict[str, Any] = {
+    return {
         "model.source": config,
         "model.init": "random",
         "model.tokenizer": real,
@@ -169,6 +169,11 @@ def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
         "fabric.accelerator": "cpu",
         "log.loggers": "[]",
     }
+
+
+def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
+    """A method that trains the shrunken model."""
+    flags = shrunken_model(folder)
     if kind == "pipeline":  # its other keys are in its recipe
         model = {f"stages.sft.{key}": value for key, value in flags.items() if key.startswith("model.")}
         caches = {f"stages.{stage}.data.cache_dir": folder / "cache" for stage in STAGES}

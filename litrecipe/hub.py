@@ -23,6 +23,7 @@ from litrecipe.config.merge import (
     read_text,
 )
 from litrecipe.config.pipeline import PipelineRecipe
+from litrecipe.config.progress import counted
 from litrecipe.config.recipes import RECIPES
 
 
@@ -140,7 +141,7 @@ def _check_stages(pipeline: PipelineRecipe, path: Path) -> str:
             mistakes += stage.placed(name, error.mistakes)
     if mistakes:
         raise InputError(*mistakes)
-    return f"valid, {len(told)} stages: {', '.join(told)}"
+    return f"valid, {counted(len(told), 'stage')}: {', '.join(told)}"
 
 
 def _check_data(recipe: Any) -> None:

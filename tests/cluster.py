@@ -8,9 +8,12 @@ this machine, so programs on them meet at 127.0.0.1.
 from __future__ import annotations
 
 import os
+import random
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -51,13 +54,17 @@ PreemptMode=REQUEUE
 JobRequeue=1
 KillWait=20
 MinJobAge=600
+FirstJobId={first}
 MailProg=/bin/true
 ReturnToService=2
+EnforcePartLimits=ALL
 {more}
 NodeName={names} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports} CPUs={cpus} RealMemory=4000 State=UNKNOWN
 PartitionName=debug Nodes={names} Default=YES MaxTime=60 State=UP PriorityTier=1 GraceTime=15
 PartitionName=urgent Nodes={names} MaxTime=60 State=UP PriorityTier=9 PreemptMode=OFF
 """
+PATH = re.compile(r"\s*(Command|WorkDir|StdErr|StdIn|StdOut)=")
+"""Begins a line of `scontrol show job` that is one value, perhaps with spaces."""
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 """States of a job that will not run again."""
 
@@ -92,8 +99,9 @@ class Cluster:
 
     def told(self, job: object) -> dict[str, str]:
         """What Slurm knows of a job: `JobState`, `ExitCode`, `Restarts`, ..."""
-        words = self.call("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()[0].split()
-        return dict(word.split("=", 1) for word in words if "=" in word)
+        lines = self.call("scontrol", "show", "job", job).stdout.partition("\n\n")[0].splitlines()
+        words = [word for line in lines for word in ([line] if PATH.match(line) else line.split())]
+        return dict(word.strip().split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: object, until: Callable[[dict[str, str]], bool] | None = None, seconds: float = 90) -> str:
         """Until a job is over, or `until` says so of what is told of it; returns its state.
@@ -112,9 +120,10 @@ class Cluster:
             time.sleep(0.05)
 
     def hasten(self, job: object, restarts: int = 1, seconds: float = 90) -> None:
-        """Wait until a job was requeued so often, and let it start at once: Slurm would hold it back for seconds."""
-        self.wait(job, lambda told: told["JobState"] == "PENDING" and told["Restarts"] == str(restarts), seconds)
-        self.call("scontrol", "update", f"job={job}", "StartTime=now")
+        """Wait until a job was requeued so often, and let it start soon: Slurm would hold it back for six seconds."""
+        self.wait(job, lambda told: int(told["Restarts"]) >= restarts, seconds)
+        time.sleep(1.1)  # a credential of the second in which the last one was revoked is taken for revoked, too
+        self.call("scontrol", "update", f"job={job}", "StartTime=now", check=False)  # it may have started
 
     def clear(self) -> None:
         """End all jobs, and wait until they are gone."""
@@ -147,6 +156,7 @@ def running(nodes: int = 2, cpus: int = 2, more: Sequence[str] = ("RequeueExit=8
                 names=",".join(names),
                 ports=",".join(map(str, ports)),
                 cpus=cpus,
+                first=random.SystemRandom().randrange(1, 1_000_000),  # ports of jobs are made of it
                 more="\n".join(more),
             )
         )
@@ -215,3 +225,10 @@ def _free_ports(count: int) -> list[int]:
             one.bind(("127.0.0.1", 0))
             found.append(one.getsockname()[1])
         return found
+
+
+if __name__ == "__main__":  # a shell on a cluster, to try things
+    if reason := why_not():
+        sys.exit(reason)
+    with running() as here:
+        subprocess.run([os.environ.get("SHELL", "bash"), *sys.argv[1:]], env=here.environment)

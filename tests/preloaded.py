@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 
 from litrecipe.config.progress import WATCHED
@@ -65,7 +65,7 @@ class Server:
         self.folder.cleanup()
 
 
-_server: Server | None = None
+_server: Server | SimpleNamespace | None = None
 
 
 class Run:
@@ -81,13 +81,10 @@ class Run:
         script: str | None = None,
     ) -> None:
         """The program, or a script, with `words` behind its name; `env` is added to the environment."""
-        global _server
-        if _server is None:
-            _server = Server()
         self.args = list(words)
         self.returncode: int | None = None
         self._line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._line.connect(_server.address)
+        self._line.connect(address())
         whole = {**os.environ, **(env or {})}
         job = json.dumps({"words": self.args, "cwd": str(cwd), "env": whole, "script": script}).encode()
         socket.send_fds(self._line, [len(job).to_bytes(8, "big")], [output.fileno(), errors.fileno()])
@@ -268,5 +265,38 @@ def become(job: dict[str, Any], files: array.array[int] | list[int]) -> None:
         os._exit(code)
 
 
+def ask(address: str, words: Sequence[str]) -> int:
+    """Be a run that the process at `address` forks, for whoever starts processes himself: signals are passed on."""
+    global _server
+    _server = SimpleNamespace(address=address)
+    waiting: list[int] = []
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    for number in signals:
+        signal.signal(number, lambda number, _: waiting.append(number))
+    process = Run(words, sys.stdout, sys.stderr, Path.cwd(), {WATCHED: os.environ.get(WATCHED, "seen")})
+    for number in signals:
+        signal.signal(number, lambda number, _: os.kill(process.pid, number))
+    for number in waiting:
+        os.kill(process.pid, number)
+    return process.wait()
+
+
+def address() -> str:
+    """Where the process that is forked from is asked."""
+    global _server
+    _server = _server or Server()
+    return _server.address
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    if len(sys.argv) == 2:
+        serve(sys.argv[1])
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and WATCHED not in os.environ:
+        # Ranks of several tasks are watched, as a user's are.
+        from litrecipe.config import stop
+        from litrecipe.engine import launch
+
+        stop.install()
+        sys.exit(launch.run_ranks([sys.executable, *sys.argv], [{}]))
+    else:
+        sys.exit(ask(sys.argv[1], sys.argv[3:]))  # the word between is the program's name

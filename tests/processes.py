@@ -1,9 +1,11 @@
 """Runs as real processes: started, killed, compared. conftest.py puts this folder on the path."""
 
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 from preloaded import Run, ranks_of, run
@@ -22,6 +24,17 @@ def start(command, out, log, fresh=False):
     if ranks_of(words) == 1 and not fresh:
         return Run(words, file, file, Path.cwd())
     return subprocess.Popen([sys.executable, "-m", "litrecipe", *words], stdout=file, stderr=subprocess.STDOUT)
+
+
+@contextmanager
+def full_disk(room):
+    """Inside, no file can become larger than so many bytes, which stands in for a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))  # Python ignores the signal
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def wait_until(condition, process, seconds=90):
@@ -80,8 +93,9 @@ def losses(run):
     return [record["loss"] for record in read_records(run / "metrics.jsonl") if "loss" in record]
 
 
-def final_tensors(run):
-    return {k: v for path in sorted((run / "final").glob("*.safetensors")) for k, v in load_file(path).items()}
+def final_tensors(run, part=""):
+    """Of its final model, or of what lies in a folder there."""
+    return {k: v for path in sorted((run / "final" / part).glob("*.safetensors")) for k, v in load_file(path).items()}
 
 
 def on_ranks(ranks, script, folder, *words):

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from litrecipe import __version__, cli
-from litrecipe.cli import VERBS, main
+from litrecipe.cli import main
 from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe
+from litrecipe.verbs import VERBS
 
 HEAVY = ("torch", "lightning_fabric", "peft", "transformers", "bitsandbytes", "lm_eval", "pyarrow", "numpy")
 
@@ -121,9 +122,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("recipe ls", "recipe: no such verb: did you mean `litrecipe recipes`?"),
         (
             "xyzzy",
-            "xyzzy: no such verb: give one of pretrain, finetune, align, evaluate, generate, chat, recipes, data, "
-            "model, runs",
+            "xyzzy: no such verb: give one of pretrain, finetune, align, evaluate, generate, chat, submit, recipes, "
+            "data, model, runs",
         ),
+        ("submit", "submit: missing: no verb that can be submitted: give one of pretrain, finetune, align reward"),
+        ("submit finetun", "submit: finetun: no verb that can be submitted: did you mean `litrecipe submit finetune`?"),
+        ("submit chat", "submit: chat: no verb that can be submitted"),
+        ("submit finetune --sweeep optim.lr=1,2", "--sweeep: no such flag: did you mean `--sweep`?"),
         ("model", "model: missing: give one of import, export, merge, info"),
         ("model improt a b", "model: improt: did you mean `litrecipe model import`?"),
         (
@@ -225,7 +230,7 @@ def test_plain_verbs_get_their_arguments_by_name(recipe_given: list[object]) -> 
     main(["recipes", "validate", "x", "y"])
     assert recipe_given == [
         ("recipes.model:import_model", {"src": "a", "out": "b"}),
-        ("recipes.runs:ls", {"folder": "runs"}),
+        ("cluster.listing:ls", {"folder": "runs"}),
         ("recipes.runs:diff", {"a": "a", "b": "b", "tolerance": 1e-5}),
         ("hub:validate", {"names": ["x", "y"]}),
     ]
@@ -380,3 +385,12 @@ def test_data_for_another_verb_is_told_once(capsys: pytest.CaptureFixture[str]) 
     assert told.endswith("holds preferences: learn from them with `litrecipe align dpo` or `litrecipe align reward`")
     [told] = errors(capsys, "align", "dpo", "--model", "m", "--data.train", "toy:units?n=30")
     assert told.endswith("holds conversations: learn from them with `litrecipe finetune`, or give pairs")
+
+
+def test_a_full_disk_is_one_line_whatever_was_written():
+    command = [sys.executable, "-m", "litrecipe", "recipes", "ls"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    cure = "make room, and run the same again"
+    assert done.stderr == f"litrecipe: error: disk full: [Errno 28] No space left on device: {cure}\n"

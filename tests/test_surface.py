@@ -10,10 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from litrecipe.cli import VERBS, WRONG_INPUT, RecipeVerb
 from litrecipe.config import schema, stop
+from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.merge import SCHEMA_VERSION
 from litrecipe.config.recipes import RECIPES
+from litrecipe.verbs import VERBS, PlainVerb
 
 FROZEN = Path(__file__).with_name("surface.json")
 
@@ -30,7 +31,7 @@ def surface() -> dict[str, Any]:
             keys.setdefault(verb, {})[key] = f"{schema.describe(hint)}; {json.dumps(default)}"
     return {
         "verbs": {
-            name: [f"--{option}" for option in verb.options] if isinstance(verb, RecipeVerb) else list(verb.arguments)
+            name: list(verb.arguments) if isinstance(verb, PlainVerb) else [f"--{option}" for option in verb.options]
             for name, verb in VERBS.items()
         },
         "exit_codes": {"wrong input": WRONG_INPUT, "pre-empted": stop.PREEMPTED, "interrupted": stop.INTERRUPTED},

@@ -23,6 +23,7 @@ from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.families import FAMILIES
 from litrecipe.rollout.rewards import make_judge
 from litrecipe.rollout.sources import Completions, make_source
+from litrecipe.verbs import VERBS, RecipeVerb, SubmitVerb
 
 REPO = Path(__file__).resolve().parent.parent
 PAGES = sorted([*(REPO / "tutorials").glob("*.md"), REPO / "README.md"])
@@ -54,8 +55,15 @@ def test_every_command_is_read(page: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Files that a reader has and we have not are left out, and what would be missing without them."""
     monkeypatch.setattr(cli, "call", lambda *_, **__: 0)
     for words in commands(page):
-        found = next((name for name in (" ".join(words[:2]), words[0]) if name in cli.VERBS), None)
-        if found is None or not isinstance(verb := cli.VERBS[found], cli.RecipeVerb):
+        verb: object = None
+        if words[0] == "submit":
+            submit = VERBS["submit"]
+            assert isinstance(submit, SubmitVerb)
+            found, verb = cli.submitted(submit, words := words[1:])
+        else:
+            found = next((name for name in (" ".join(words[:2]), words[0]) if name in VERBS), "")
+            verb = VERBS.get(found)
+        if not isinstance(verb, RecipeVerb):
             assert cli.run(words) == 0, words
             continue
         kind = cli.found(f"config.{verb.kind}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.checkpoint.state import local_pieces
+from litrecipe.checkpoint.weight_files import rank_and_world
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import track
 from litrecipe.model.architecture import EXPERTS, PROJECTIONS, SCORE
@@ -54,7 +55,7 @@ class Filling:
 
     def __call__(self, model: Trunk) -> None:
         """Every process must call it. Raises InputError on all of them where one finds a file damaged."""
-        rank, world = _rank(), _world()
+        rank, world = rank_and_world()
         _together(lambda: self._fill(model))
         if self.init != "random":
             _together(lambda: self.files.check(rank, world))
@@ -151,17 +152,9 @@ def _together(act: Callable[[], None]) -> None:
         act()
     except InputError as error:
         mistakes = error.mistakes
-    if _world() > 1:
-        found: list[Any] = [None] * _world()
+    if (world := rank_and_world()[1]) > 1:
+        found: list[Any] = [None] * world
         torch.distributed.all_gather_object(found, mistakes)
         mistakes = next(filter(None, found), [])
     if mistakes:
         raise InputError(*mistakes)
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def _world() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

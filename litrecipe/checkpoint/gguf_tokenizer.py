@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from litrecipe.checkpoint.gguf import GgufWeights
-from litrecipe.checkpoint.manifest import user_cache
+from litrecipe.checkpoint.manifest import keeping_in_cache, user_cache, write_text
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
 
@@ -51,14 +51,15 @@ def write_tokenizer(weights: GgufWeights) -> Path:
         settings = _settings(meta, weights.config["max_position_embeddings"])
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{weights.path}: its tokenizer is damaged ({error}): fetch the file again") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=folder.parent))
-    tokenizer.save(str(draft / "tokenizer.json"))
-    write_json(draft / "tokenizer_config.json", settings)
     ids = {key: weights.config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(draft / "generation_config.json", {key: id for key, id in ids.items() if id is not None})
-    if template := meta.get("tokenizer.chat_template"):
-        (draft / "chat_template.jinja").write_text(template, encoding="utf-8")
+    with keeping_in_cache():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=folder.parent))
+        write_text(draft / "tokenizer.json", tokenizer.to_str(pretty=True))
+        write_json(draft / "tokenizer_config.json", settings)
+        write_json(draft / "generation_config.json", {key: id for key, id in ids.items() if id is not None})
+        if template := meta.get("tokenizer.chat_template"):
+            write_text(draft / "chat_template.jinja", template)
     try:
         draft.rename(folder)
     except OSError:  # another process was faster

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -15,17 +18,17 @@ from torch.distributed.tensor import DTensor
 from litrecipe.checkpoint.manifest import new_folder
 from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, write_config, write_config_alone
 from litrecipe.checkpoint.safetensors_files import INDEX, SINGLE
+from litrecipe.checkpoint.weight_files import WeightFiles, Written, rank_and_world
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
 from litrecipe.config.merge import path_of
 from litrecipe.model.architecture import SCORE, Architecture
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.families import names_of, to_hf_config
-from litrecipe.model.group import Group
 from litrecipe.model.hydra import Hydra
+from litrecipe.model.reference import kept
 from litrecipe.model.reward import RewardModel
-from litrecipe.model.tensor_parallel import whole
-from litrecipe.model.tensor_plan import held_of
+from litrecipe.model.tensor_plan import whole_size
 
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -53,9 +56,9 @@ def save_model(
     """Write config, weights, tokenizer and a manifest; the folder has its name only once it is complete.
 
     `chat_template` is a Jinja file that replaces the tokenizer's; `dtype` is what floating-point weights are stored in
-    (default: as they are). Sharded parameters are gathered shard by shard, so every rank has to call this; the first
-    one writes. Raises ValueError for a model with adapters or quantised weights, and on every rank InputError when the
-    disk is full.
+    (default: as they are). Every rank has to call this: each writes some of the files, tensor by tensor, so that none
+    holds more than two tensors of a model that they share. Raises ValueError for a model with adapters or quantised
+    weights, and on every rank InputError when the disk is full.
     """
 
     def configure(draft: Path, dtype: str) -> None:
@@ -82,7 +85,7 @@ def save_hydra(
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Write a hydra as the language model it is, and its score beside it; all else as `save_reward_model`."""
-    score = gather([(SCORE, model.score.weight)], model.group)
+    score = gather([(SCORE, model.score.weight)])
 
     def configure(draft: Path, dtype: str) -> None:
         _configure_language_model(draft, model.architecture, dtype)
@@ -137,73 +140,85 @@ def _save(
     max_shard_bytes: float,
 ) -> None:
     """`configure` completes a folder that has weights, in the dtype of this name, and tokenizer."""
-    parameters = dict(model.named_parameters())
+    parameters = kept(model)
     if isinstance(model, Hydra):
         del parameters[SCORE]
     if strange := [n for n, p in parameters.items() if not p.is_floating_point() or ".base_layer." in n]:
         raise ValueError(f"{strange[0]}: merge adapters and dequantise before saving")
     dtype = dtype or parameters["model.embed_tokens.weight"].dtype
-    names, shards = names_of(model.architecture), list(_cut(parameters, dtype.itemsize, max_shard_bytes))
-    gathered = (gather(((name, parameters[name]) for name in shard), model.group) for shard in shards)
+    shards = list(_cut(parameters, dtype.itemsize, max_shard_bytes))
+    called = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    names = [SINGLE] if len(shards) == 1 else called
+    translate = partial(names_of(model.architecture).written, architecture=model.architecture)
+    weights = WeightFiles(parameters, dict(zip(names, shards, strict=True)), translate, dtype, model.group)
 
     def write(draft: Path) -> None:
-        where: dict[str, str] = {}
-        for index, tensors in enumerate(gathered):
-            file = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-            stored = names.written({n: t.to(dtype) for n, t in tensors.items()}, model.architecture)
-            save_file(stored, draft / file, metadata={"format": "pt"})
-            where |= dict.fromkeys(stored, file)
         if len(shards) > 1:
-            size = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+            where = {stored: name for name in names for stored in weights.announced(name)}
+            size = sum(map(whole_size, parameters.values())) * dtype.itemsize
             write_json(draft / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
         copy_tokenizer(tokenizer_dir, draft, chat_template)
         configure(draft, dtype_name(dtype))
 
-    write_folder(folder, write, gathered)
+    write_folder(folder, write, weights)
 
 
-def write_folder(folder: Path, write: Callable[[Path], None], gathered: Iterable[object] = ()) -> None:
-    """Let the first rank fill a new folder; what goes wrong there (InputError, OSError) is raised on every rank.
+def write_folder(folder: Path, write: Callable[[Path], None], weights: WeightFiles) -> None:
+    """A new folder with weights, of which each rank writes some, and with what `write` lets the first one add.
 
-    `gathered` is what `write` draws from as it goes. Every rank comes to its end, even a first one whose disk is full.
+    What goes wrong on any rank (InputError, OSError) is raised on all of them.
     """
     failure: Exception | None = None
-    if _is_writer():
-        try:
-            with new_folder(folder) as draft:
+    rank, _ = rank_and_world()
+    try:
+        if rank == 0:
+            written: Written = {}
+            with _shown(new_folder(folder, written)) as draft:
+                written |= weights.write(draft)
                 write(draft)
-        except (InputError, OSError) as error:
-            failure = error
-    for _ in gathered:
-        pass
-    if torch.distributed.is_initialized():
-        told = [failure]
-        torch.distributed.broadcast_object_list(told, src=0)
-        failure = told[0]
+        elif draft := _first_says(None):
+            weights.write(draft)
+    except (InputError, OSError) as error:
+        failure = error
+    failure = _first_says(failure)
     if failure:
         raise failure
 
 
-def gather(tensors: Iterable[tuple[str, Tensor]], group: Group | None = None) -> dict[str, Tensor]:
-    """Whole tensors in the main memory of the first rank, nothing on the others.
+@contextmanager
+def _shown(folder: AbstractContextManager[Path]) -> Iterator[Path]:
+    """A folder of the first rank, which the others are told of; they are told too where there is none."""
+    with ExitStack() as stack:
+        try:
+            draft = stack.enter_context(folder)
+        except (InputError, OSError):
+            _first_says(None)
+            raise
+        _first_says(draft)
+        yield draft
 
-    A sharded tensor, or one that the ranks of a `group` have parts of, is put together on every rank: all have to call
-    this.
+
+def _first_says(value: Any) -> Any:
+    """What the first rank brings, on all of them."""
+    told = [value]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def gather(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Small tensors, whole and in the main memory of the first rank; nothing on the others.
+
+    A sharded tensor is put together on every rank: all have to call this.
     """
-    parts = ((name, t.full_tensor() if isinstance(t, DTensor) else t, held_of(t)) for name, t in tensors)
-    found = ((name, whole(part, what, group)) for name, part, what in parts)
-    keep = _is_writer()
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in found if keep}
+    whole = ((name, t.full_tensor() if isinstance(t, DTensor) else t) for name, t in tensors)
+    keep = rank_and_world()[0] == 0
+    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in whole if keep}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
     """`float32`, as a `config.json` has it."""
     return str(dtype).removeprefix("torch.")
-
-
-def _is_writer() -> bool:
-    """Whether this process writes what all of them hold."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def copy_tokenizer(source: Path, target: Path, chat_template: str | None = None) -> None:
@@ -220,11 +235,11 @@ def _cut(parameters: dict[str, nn.Parameter], itemsize: int, limit: float) -> It
     names: list[str] = []
     size = 0
     for name, parameter in parameters.items():
-        if names and size + parameter.numel() * itemsize > limit:
+        if names and size + whole_size(parameter) * itemsize > limit:
             yield names
             names, size = [], 0
         names.append(name)
-        size += parameter.numel() * itemsize
+        size += whole_size(parameter) * itemsize
     yield names
 
 

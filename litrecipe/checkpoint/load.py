@@ -185,6 +185,8 @@ def _put_weights(
 ) -> None:
     """Weights into a model without memory, fresh or read. A score that is not in the files stays without."""
     if shared:
+        if quantize.method == "int8":
+            raise InputError(f"{files.source}: int8 weights cannot be sharded: use nf4, or fabric.strategy ddp")
         if init != "random":
             _check_tensors(files, model)
         model.to(dtype)

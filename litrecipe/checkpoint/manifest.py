@@ -30,6 +30,19 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "litrecipe"
 
 
+@contextmanager
+def keeping_in_cache() -> Iterator[None]:
+    """Raise InputError where the body cannot write into the user's cache. Other errors stay what they are."""
+    try:
+        yield
+    except OSError as error:
+        ours = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(user_cache())
+        if not ours and not is_disk_full(error):
+            raise
+        why, cure = error.strerror or error, "make room, or name another folder by $LITRECIPE_CACHE"
+        raise InputError(f"{user_cache()}: {why}: {cure}") from error
+
+
 def sha256_of(path: Path) -> str:
     """Digest of a file, in hexadecimal."""
     with path.open("rb") as handle:
@@ -121,8 +134,9 @@ def is_disk_full(error: OSError) -> bool:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its manifest and its name only when the body is done.
+def new_folder(target: Path, written: dict[str, dict[str, Any]] | None = None) -> Iterator[Path]:
+    """A folder to fill, which gets its manifest and its name only when the body is done. Of files that the body puts
+    into `written`, as `describe_file` does, no digest is made again.
 
     It replaces one that was written here before, never another. Raises InputError when it cannot be written; what was
     at `target` is then untouched. Other errors of the body, such as those of reading, stay what they are.
@@ -137,7 +151,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         draft = workshop / target.name
         draft.mkdir()  # the user's umask decides who may read it; mkdtemp lets nobody
         yield draft
-        _finish(draft)
+        _finish(draft, written or {})
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and not is_disk_full(error):
             raise
@@ -191,10 +205,12 @@ def refuse_foreign(target: Path) -> None:
         raise InputError(f"{target}: exists, and was not written by litrecipe: name another folder, or remove it")
 
 
-def _finish(draft: Path) -> None:
+def _finish(draft: Path, written: dict[str, dict[str, Any]]) -> None:
     entries = {}
     for path in sorted(path for path in draft.rglob("*") if path.is_file()):
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-        entries[str(path.relative_to(draft))] = describe_file(path)
+        name = str(path.relative_to(draft))
+        if name not in written:
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        entries[name] = written.get(name) or describe_file(path)
     write_manifest(draft, entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,21 +182,20 @@ def save_adapter(
     `adapter` holds the settings it was made with; `base` is where its base model is, a path or `org/name[@revision]`;
     `chat_template` is a Jinja file that replaces the tokenizer's. A reward model's score goes along, and its
     `reward_config.json` with pad token, which must be given, and statistics; see `save_reward_model`. That of a hydra
-    lies beside the adapter of its language model; see `save_hydra`. Every rank has to call this; the first one writes.
-    Raises InputError on every rank when the disk is full.
+    lies beside the adapter of its language model; see `save_hydra`. Every rank has to call this; the first one writes,
+    tensor by tensor. Raises InputError on every rank when the disk is full.
     """
-    from safetensors.torch import save_file
-
     from litrecipe.checkpoint.hf import copy_tokenizer, dtype_name, gather, write_folder, write_head
+    from litrecipe.checkpoint.weight_files import WeightFiles
     from litrecipe.model.adapters import PEFT_PREFIX, adapter_config, adapter_state, fitting
     from litrecipe.model.hydra import Hydra
     from litrecipe.model.reward import RewardModel
 
     if isinstance(model, RewardModel) != (pad_token is not None):
         raise ValueError("pad_token: a reward model's adapter needs one, others have none")
-    state = gather(adapter_state(model).items(), model.group)
+    state = adapter_state(model)
     is_hydra = isinstance(model, Hydra)
-    head = {SCORE: state.pop(f"{PEFT_PREFIX}{SCORE}")} if is_hydra and state else {}
+    head = gather([(SCORE, state.pop(f"{PEFT_PREFIX}{SCORE}"))]) if is_hydra else {}
     if path_of(base).exists():
         name, revision = str(path_of(base).resolve()), ""
     else:
@@ -213,7 +213,6 @@ def save_adapter(
 
     def write(draft: Path) -> None:
         write_json(draft / ADAPTER_CONFIG, config)
-        save_file(names.written(state, model.architecture), draft / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         copy_tokenizer(tokenizer_dir, draft, chat_template)
         dtype = dtype_name(model.model.embed_tokens.weight.dtype)
         if is_hydra and pad_token is not None:
@@ -221,4 +220,5 @@ def save_adapter(
         elif pad_token is not None:
             write_config(draft / BESIDE_ADAPTER, model.architecture, dtype, pad_token, statistics)
 
-    write_folder(folder, write)
+    translate = partial(names.written, architecture=model.architecture)
+    write_folder(folder, write, WeightFiles(state, {ADAPTER_WEIGHTS: list(state)}, translate, group=model.group))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from litrecipe.checkpoint.hub import HUB_ID, fetch
-from litrecipe.checkpoint.manifest import user_cache, verify
+from litrecipe.checkpoint.manifest import keeping_in_cache, user_cache, verify
 from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read_adapter
 from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
@@ -24,6 +24,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, nearest, read_json
 from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
+from litrecipe.config.progress import counted
 from litrecipe.model.architecture import SCORE, Architecture, count_parameters
 from litrecipe.model.families import names_of, read_architecture
 from litrecipe.model.names import Names
@@ -176,7 +177,7 @@ class ModelFiles:
         if isinstance(self.weights, FirstLayers):
             stamps.append(self.weights.layers)
         memory = user_cache() / "weights" / sha256(json.dumps(stamps).encode()).hexdigest()[:32]
-        with locked(memory.with_suffix(".lock"), "reads the same weights"):
+        with keeping_in_cache(), locked(memory.with_suffix(".lock"), "reads the same weights"):
             if not memory.is_file():
                 draft = memory.with_suffix(".tmp")
                 draft.write_text(_digest(self.weights))
@@ -189,7 +190,10 @@ class ModelFiles:
         size = count_parameters(a, is_reward_model=self.is_reward_model)
         kind = f"{a.family} reward model" if self.is_reward_model else a.family
         kind += " with a score beside its language model" if self.is_hydra else ""
-        line = f"{self.source}: {kind}, {size:,} parameters in {a.num_layers} layers of {a.hidden_size}"
+        line = (
+            f"{self.source}: {kind}, {counted(size, 'parameter', ',')} in {counted(a.num_layers, 'layer')} of "
+            f"{a.hidden_size}"
+        )
         if a.experts is not None:
             active = count_parameters(a, is_reward_model=self.is_reward_model, active=True)
             line += f", {active:,} of them at work on a token"
@@ -269,11 +273,14 @@ def first_layers(files: ModelFiles, layers: int) -> ModelFiles:
     return replace(files, architecture=whole.first_layers(layers), weights=weights, head=None)
 
 
-def open_model(source: str, *, tokenizer: str | None = None, layers: int | None = None) -> ModelFiles:
+def open_model(
+    source: str, *, tokenizer: str | None = None, layers: int | None = None, fresh: bool = False
+) -> ModelFiles:
     """Find a model and read its configuration; tensors are read only when they are asked for.
 
     `tokenizer` is a folder with `tokenizer.json` that replaces the model's own; of the model only the first `layers`
-    are taken. Raises InputError naming the file when something is missing, damaged, or does not fit.
+    are taken, or none of its weights: `fresh`. Raises InputError naming the file when something is missing, damaged,
+    or does not fit.
     """
     files = _open(source)
     if layers is not None:
@@ -287,13 +294,14 @@ def open_model(source: str, *, tokenizer: str | None = None, layers: int | None 
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
         files = replace(files, tokenizer_dir=folder)
-    _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size)
+    _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size, fresh)
     return files
 
 
 def open_asked(model: Model) -> ModelFiles:
     """The same of a recipe's `model` group."""
-    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers)
+    fresh = model.init == "random"
+    return open_model(model.source, tokenizer=model.tokenizer, layers=model.inherit_layers, fresh=fresh)
 
 
 def open_model_as(source: str, key: str) -> ModelFiles:
@@ -403,7 +411,7 @@ def _find_head(folder: Path) -> SafetensorsFile | None:
     return head
 
 
-def _check_tokenizer(path: Path, vocab_size: int) -> None:
+def _check_tokenizer(path: Path, vocab_size: int, fresh: bool) -> None:
     """Every id of a tokenizer.json must have a row of the embedding. Who needs the file says so when it is missing."""
     if not path.is_file():
         return
@@ -414,8 +422,12 @@ def _check_tokenizer(path: Path, vocab_size: int) -> None:
         largest = max([*ids, *(token["id"] for token in state.get("added_tokens", []))], default=-1)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: {error}: no tokenizer the tokenizers library wrote; fetch it again") from error
-    if largest >= vocab_size:
-        raise InputError(
-            f"{path}: token id {largest}: the model's embedding has {vocab_size} rows: use the tokenizer the model was "
-            "trained with"
-        )
+    if largest < vocab_size:
+        return
+    if fresh:
+        cure = f"set it to {largest + 1} or more, or give another model.tokenizer"
+        raise InputError(f"model.source: vocab_size {vocab_size}: {path} has ids up to {largest}: {cure}")
+    raise InputError(
+        f"{path}: token id {largest}: the model's embedding has {vocab_size} rows: use the tokenizer the model was "
+        "trained with"
+    )

@@ -338,6 +338,15 @@ def all_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
+def states(folder: Path) -> list[dict[str, Any]]:
+    """What `state.json` says in all checkpoints, those that are being written among them."""
+    while True:
+        try:
+            return [json.loads(path.read_text()) for path in folder.glob("step-*/state.json")]
+        except FileNotFoundError:  # one has got its name meanwhile, or was deleted as too old
+            continue
+
+
 def newest_complete(folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:
     """The newest checkpoint whose files are as they were written; damaged ones are named to `warn` and passed over."""
     checkpoints = all_checkpoints(folder)

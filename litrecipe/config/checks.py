@@ -18,6 +18,7 @@ from litrecipe.config.groups import (
     DpoLoss,
     DpoRecipe,
     EvaluateRecipe,
+    Fabric,
     RewardRecipe,
     Target,
     TrainingRecipe,
@@ -34,6 +35,9 @@ from litrecipe.config.slurm import SLURM_RANGES, Slurm, check_slurm
 
 Mistake = tuple[str, Any, str]
 """Key, value, cure."""
+ONE_SOURCE = (
+    "is one source: give a folder that holds all, or for `litrecipe pretrain` name them: `data.sources: {a: …}`"
+)
 
 
 def check(recipe: Any) -> Iterator[Mistake]:
@@ -191,7 +195,8 @@ def _missing(recipe: Any) -> Iterator[Mistake]:
         yield "model.source", "missing", "give a Hugging Face folder, a hub id or a GGUF file (`--model M`)"
     if isinstance(recipe, TrainingRecipe):
         if not recipe.data.train and not getattr(recipe.data, "sources", None):
-            yield "data.train", "missing", "give a data file or folder, a hub id, or `toy:units?n=512&seed=0`"
+            named = ", or several by name in data.sources" if isinstance(recipe, PretrainRecipe) else ""
+            yield "data.train", "missing", f"give a data file or folder, a hub id, or `toy:units?n=512&seed=0`{named}"
         if not recipe.out_dir:
             yield "out_dir", "''", "give the folder of the run"
         if not recipe.adapter.targets and recipe.adapter.method != "none":
@@ -210,6 +215,8 @@ def _texts(recipe: TrainingRecipe) -> Iterator[Mistake]:
     for target in recipe.adapter.targets:
         if target not in known:
             yield "adapter.targets", target, f"give some of {', '.join(known)}"
+    if recipe.data.train[:1] + recipe.data.train[-1:] in ("[]", "{}"):
+        yield "data.train", recipe.data.train, ONE_SOURCE
     if recipe.train.max_time is not None:
         try:
             parse_duration(recipe.train.max_time)
@@ -231,6 +238,18 @@ def _combinations(recipe: Any) -> Iterator[Mistake]:
         yield "quantize.method", recipe.quantize.method, "there is nothing to quantise in model.init random: use none"
     if recipe.fabric.tensor_parallel > 1:
         yield from _tensor_parallel(recipe)
+    yield from _sharding(recipe.fabric)
+
+
+def _sharding(fabric: Fabric) -> Iterator[Mistake]:
+    """Keys of models that processes share."""
+    for key in ("reshard_after_forward", "cpu_offload", "param_dtype", "reduce_dtype", "gather_to_sample"):
+        value = getattr(fabric, key)
+        if value != getattr(Fabric, key) and not fabric.is_sharded:
+            yield f"fabric.{key}", value, "only fabric.strategy fsdp knows it: remove it, or use that"
+    if fabric.param_dtype != "auto" and fabric.precision != "bf16-mixed":
+        cure = f"fabric.precision is {fabric.precision}: use bf16-mixed, or remove it"
+        yield "fabric.param_dtype", fabric.param_dtype, cure
 
 
 def _tensor_parallel(recipe: Any) -> Iterator[Mistake]:
@@ -245,9 +264,15 @@ def _tensor_parallel(recipe: Any) -> Iterator[Mistake]:
     if fabric.devices != "auto" and fabric.devices * fabric.num_nodes % fabric.tensor_parallel:
         cure = f"the run has {fabric.devices * fabric.num_nodes} processes: give a divisor of it"
         yield "fabric.tensor_parallel", fabric.tensor_parallel, cure
+    if fabric.compile:
+        cure = "compiled blocks do not talk to other ranks: use false with fabric.tensor_parallel"
+        yield "fabric.compile", True, cure
     if recipe.quantize.method != "none":
         cure = "blocks of quantised weights do not end where ranks' parts do: use none with fabric.tensor_parallel"
         yield "quantize.method", recipe.quantize.method, cure
+    distil = _get(recipe, "distil")
+    if distil and distil.quantize != "none" and not distil.cache:
+        yield "distil.quantize", distil.quantize, "a quantised teacher cannot be split: use none, or distil.cache"
     if recipe.optim.name.endswith("8bit"):
         cure = "8-bit state of a part is not part of the whole's: use adamw with fabric.tensor_parallel"
         yield "optim.name", recipe.optim.name, cure

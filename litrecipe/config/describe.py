@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from textwrap import wrap
 from typing import Any, get_type_hints
 
+from litrecipe.config.pretrain import OF_A_STAGE, PretrainRecipe
+from litrecipe.config.stages import GIVEN, VERBS
+
 
 def recipe_help(verb: str, summary: str, kind: type, options: dict[str, str]) -> str:
     """The short help of a verb that takes a recipe: its options, its groups, and the keys outside groups."""
@@ -44,6 +47,32 @@ def group_help(verb: str, kind: Any, name: str) -> str:
     for key, default in vars(group()).items():
         keys.add_argument(f"--{name}.{key}", type=hints[key], default=default, help=docs[key].replace("%", "%%"))
     return str(parser.format_help()).rstrip()
+
+
+def key_help(verb: str, kind: Any, name: str) -> str:
+    """A key outside groups; of `stages` all that one may hold."""
+    default = next(field for field in dataclasses.fields(kind) if field.name == name)
+    said = wrap(" ".join(key_docs(kind)[name].split()), 96)
+    if name != "stages":
+        shown = "" if default.default is dataclasses.MISSING else f" (default: {default.default})"
+        return "\n".join([f"usage: litrecipe {verb} [--{name} VALUE]", "", *said, *([shown.strip()] if shown else [])])
+    held = stage_docs(kind)
+    rows = two_columns(held.items(), max(map(len, held)))
+    return "\n".join(
+        [f"usage: litrecipe {verb} [--stages.NAME.KEY VALUE]...", "", *said, "", "a stage may hold:", *rows]
+    )
+
+
+def stage_docs(kind: type) -> dict[str, str]:
+    """What a stage of a pretraining or a pipeline may hold → what it is."""
+    if kind is PretrainRecipe:
+        hints = get_type_hints(kind)
+        return {f"{group}.{key}": key_docs(hints[group])[key] for group, keys in OF_A_STAGE.items() for key in keys}
+    return {
+        "verb": f"What is run: {', '.join(VERBS)}.",
+        "extends": "A recipe of that verb, which the stage goes by where it says nothing itself.",
+        "KEY": f"Any key of the verb's recipe (`litrecipe VERB --help`), but {' and '.join(map('.'.join, GIVEN))}.",
+    }
 
 
 def key_docs(kind: type) -> dict[str, str]:

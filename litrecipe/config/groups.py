@@ -169,7 +169,8 @@ class Distil:
     """Learning from a teacher: what it says at each place, besides the token that stands there."""
 
     teacher: str | None = None
-    """A language model with the same tokenizer, in any form that `model.source` takes; it stays as it is."""
+    """A language model with the same tokenizer, in any form that `model.source` takes; it stays as it is. In a stage of
+    a pretraining null: without it."""
     method: DistilMethod = "full"
     """What of the teacher is learnt: `full`, its distribution over the whole vocabulary (Gemma 2, 2408.00118); `top_k`,
     its `top_k` likeliest tokens and how much is left for all others; `top_1`, its likeliest token (AFM, 2407.21075)."""
@@ -371,7 +372,7 @@ class Generate:
     """How text is sampled."""
 
     max_new_tokens: int = 256
-    """Longest answer in tokens."""
+    """Longest answer in tokens (the default, where the model's context leaves so many)."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0

@@ -82,11 +82,6 @@ def check_sampling(
     if isinstance(recipe, OnlineRecipe) and recipe.eval.sources and not (recipe.data.val or recipe.data.val_fraction):
         cure = "judge held-out answers: give data.val or data.val_fraction"
         yield "eval.sources", ", ".join(recipe.eval.sources), cure
-    if recipe.fabric.strategy == "fsdp":
-        yield "fabric.strategy", "fsdp", "sampling from a sharded model is not there yet: use ddp"
-    elif recipe.fabric.tensor_parallel > 1 and recipe.fabric.devices != recipe.fabric.tensor_parallel:
-        cure = f"sampling from a sharded model is not there yet: give {recipe.fabric.tensor_parallel}"
-        yield "fabric.devices", recipe.fabric.devices, cure
     for key, value, default in (
         ("data.format", recipe.data.format, "auto"),
         ("data.mask", recipe.data.mask, "assistant"),
@@ -118,6 +113,9 @@ def check_online(recipe: OnlineRecipe) -> Iterator[Mistake]:
             yield f"rewards.{key}", value, cure
     yield from check_sampling(recipe, recipe.rewards, hydra=isinstance(online, Ppo) and online.layout == "hydra")
     yield from check_portions(recipe.train, f"{name}.rollout_batch_size / {name}.minibatches completions")
+    if online.sampler is not None and recipe.fabric.tensor_parallel > 1:
+        cure = "another engine cannot read a policy of which a rank has a part: remove it, or share it by fsdp"
+        yield f"{name}.sampler", online.sampler, cure
     for key, value, cure in _of_method(online):
         yield f"{name}.{key}", value, cure
     if isinstance(online, Ppo):

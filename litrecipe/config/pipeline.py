@@ -17,7 +17,9 @@ from litrecipe.config.groups import EvaluateRecipe
 from litrecipe.config.slurm import Slurm
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-"""What a stage may be called: it is a folder, and a part of a key."""
+"""What a stage or a source may be called: it is a folder, and a part of a key."""
+NAMING = "use a-z, A-Z, 0-9, and behind the first also - and _"
+"""The same in words."""
 FINAL = "final"
 """What a run makes, and so no name of a stage."""
 NOTE = "stage.json"

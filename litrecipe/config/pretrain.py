@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from litrecipe.config.groups import Data, Distil, Model, Optim, Router, Train, TrainingRecipe
+from litrecipe.config.pipeline import NAME, NAMING
 
 
 @dataclass
@@ -62,8 +63,9 @@ class PretrainOptim(Optim):
     """Whether the embedding decays as well."""
     mup_base_width: int | None = None
     """Hidden size at which `lr` and `model.init_std` were found. At another one, d, the layers' matrices learn at
-    lr · base/d and start from init_std · √(base/d), so that both carry over (muP as in MiniCPM, 2404.06395); the
-    multipliers of embedding, residual stream and logits are the model's own (`model_type` granite)."""
+    lr · base/d and start from init_std · √(base/d) (muP as in MiniCPM, 2404.06395). Both carry over where the logits
+    are divided by d/base as well: this and the multipliers of embedding and residual stream are the model's own
+    (`logits_scaling` and others of `model_type` granite)."""
 
 
 @dataclass
@@ -107,7 +109,7 @@ class PretrainRecipe(TrainingRecipe):
     distil: Distil = field(default_factory=Distil)
     stages: dict[str, Any] = field(default_factory=dict)
     """Name → the keys in which a stage differs from what stands outside of them, in the order in which they run:
-    `{core: {train: {max_tokens: 2e9}}, long: {data: {max_length: 8192}, …}, …}`."""
+    `{core: {train: {max_tokens: 2e9}}, long: {data: {max_length: 8192}, …}, …}`. `--help stages` shows them all."""
     out_dir: str = "runs/pretrain"
 
     @property
@@ -121,6 +123,7 @@ OF_A_STAGE: dict[str, tuple[str, ...]] = {
     "schedule": ("name", "warmup_steps", "decay_steps", "decay", "half_life_steps", "min_lr_ratio"),
     "optim": ("lr",),
     "model": ("rope_theta",),
+    "distil": ("teacher",),
     "train": (
         "max_steps",
         "epochs",
@@ -134,9 +137,24 @@ OF_A_STAGE: dict[str, tuple[str, ...]] = {
 """Group → the keys that a stage may have for itself."""
 
 
+EACH_STAGE = {f"{group}.{key}" for group, keys in OF_A_STAGE.items() for key in keys}
+"""The same, as full names."""
+
+
 def stage_keys(recipe: PretrainRecipe) -> dict[str, dict[str, Any]]:
     """All that a stage may have for itself, as a tree."""
     return {group: {key: getattr(getattr(recipe, group), key) for key in keys} for group, keys in OF_A_STAGE.items()}
+
+
+def check_stages(recipe: PretrainRecipe) -> Iterator[tuple[str, Any, str]]:
+    """How stages go together: key, value, cure."""
+    teacher = recipe.distil.teacher
+    for name, stage in recipe.stages.items():
+        if stage.distil.teacher not in (None, teacher):
+            cure = "write distil outside of the stages, and `distil: {teacher: null}` in those that do without"
+            yield f"stages.{name}.distil.teacher", stage.distil.teacher, cure
+    if teacher is not None and recipe.stages and all(stage.distil.teacher is None for stage in recipe.stages.values()):
+        yield "distil.teacher", teacher, "no stage has it: remove it, or let one learn from it"
 
 
 def check_pretrain(recipe: PretrainRecipe) -> Iterator[tuple[str, Any, str]]:
@@ -148,15 +166,28 @@ def check_pretrain(recipe: PretrainRecipe) -> Iterator[tuple[str, Any, str]]:
     if data.val_fraction:
         yield "data.val_fraction", data.val_fraction, "documents are held out by data.val: remove it"
     if data.sources and data.train:
-        yield "data.train", data.train, "data.sources are taken instead: remove one of them"
+        none = ", ".join(f"{name}: null" for name in data.sources)
+        yield (
+            "data.train",
+            data.train,
+            f"data.sources are taken instead: remove one of them (`data.sources: {{{none}}}`)",
+        )
     names = list(data.sources) or ["train"]
-    for key in ("mix", "max_epochs"):
+    for name in data.sources:
+        if not NAME.fullmatch(name):
+            yield "data.sources", name or "''", f"no name for a source: {NAMING}"
+    if data.mix and not data.sources:
+        shares = ", ".join(f"{name}: null" for name in data.mix)
+        cure = f"there are no data.sources to have shares: give some, or take them away: `data.mix: {{{shares}}}`"
+        yield "data.mix", ", ".join(data.mix), cure
+    for key in ("mix", "max_epochs") if data.sources else ("max_epochs",):
         for name, value in getattr(data, key).items():
             if name not in names:
-                yield f"data.{key}", name, f"no such source: there are {', '.join(names)}"
+                cure = f"no such source: there are {', '.join(names)}: put it right, or take it away (`{name}: null`)"
+                yield f"data.{key}", name, cure
             elif value <= 0:
                 yield f"data.{key}", f"{name}: {value:g}", "give a number above 0, or leave the source out"
-    if data.mix and (missing := [name for name in names if name not in data.mix]):
+    if data.mix and data.sources and (missing := [name for name in names if name not in data.mix]):
         yield "data.mix", f"{missing[0]}: missing", "give all sources a share, or none"
     if train.batch_warmup_steps and train.initial_batch_size is None:
         yield "train.batch_warmup_steps", train.batch_warmup_steps, "give train.initial_batch_size, or remove it"

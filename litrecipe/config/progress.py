@@ -47,6 +47,18 @@ def whisper(message: str) -> None:
         print(WHISPER + message, file=sys.stderr, flush=True)
 
 
+def tell_mistakes(mistakes: Iterable[str]) -> None:
+    """What is wrong with the input, a line each. One process of a machine says so: the others see the same files and
+    find the same, and are heard by who watches them."""
+    is_first_of_machine = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+    for mistake in mistakes:
+        line = f"litrecipe: error: {' '.join(mistake.splitlines())}"
+        if is_first_of_machine:
+            print(line, file=sys.stderr)
+        else:
+            whisper(line)
+
+
 def warn(message: str) -> None:
     """One line of warning."""
     say(f"litrecipe: warning: {message}")
@@ -67,6 +79,11 @@ def show_table(table: Table) -> None:
 
         folds = sys.stderr.isatty() or "COLUMNS" in os.environ
         Console(stderr=True, width=None if folds else WIDE).print(table)
+
+
+def counted(count: int, noun: str, spec: str = "") -> str:
+    """1 step, 2 steps; `spec` formats the number."""
+    return f"{count:{spec}} {noun}" + ("" if count == 1 else "s")
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -32,14 +32,16 @@ def load(
     flags: Iterable[tuple[str, str]] = (),
     *,
     whole: bool = True,
+    over: Callable[[Node, Mistakes], Node] = lambda tree, _: tree,
 ) -> Recipe:
-    """Read a recipe: files (or hub names), later ones on top, and flags (`train.max_steps`, `3`) over all.
+    """Read a recipe: files (or hub names), later ones on top, and flags (`train.max_steps`, `3`) over all; `over` lays
+    the tree that they make over defaults.
 
     Raises InputError with every mistake that can be found; without what is missing where this is not the `whole` line.
     """
     mistakes = Mistakes()
     verb = next((name for name, other in RECIPES.items() if other is kind), "")
-    tree = merge(configs, flags, mistakes, verb)
+    tree = over(merge(configs, flags, mistakes, verb), mistakes)
     refuse_other_verb(kind, tree)
     recipe: Any
     if kind is PipelineRecipe:
@@ -53,13 +55,15 @@ def load(
 
 def refuse_other_verb(kind: type, tree: Node) -> None:
     """Raise InputError when a file has keys that are wrong here and all right for another verb."""
-    unknown = [name for name, node in tree.value.items() if name not in get_type_hints(kind)]
-    if not unknown or not all(tree.value[name].where for name in unknown):
+    written = {name: node.where for name, node in tree.value.items() if node.where}
+    unknown = [name for name in tree.value if name not in get_type_hints(kind)]
+    if not unknown or not written.keys() >= set(unknown):
         return
-    verbs = [verb for verb, other in RECIPES.items() if tree.value.keys() <= get_type_hints(other).keys()]
-    if verbs:
-        where = tree.value[unknown[0]].where
-        raise InputError(f"{where}{unknown[0]}: is of a recipe for `litrecipe {verbs[0]}`: run that, or give another")
+    if verbs := [verb for verb, other in RECIPES.items() if written.keys() <= get_type_hints(other).keys()]:
+        where = written[unknown[0]]
+        of_hub = [verb for verb in verbs if where.startswith(f"{verb.replace(' ', '/')}/")]
+        verb = max(of_hub, key=len) if of_hub else verbs[0]
+        raise InputError(f"{where}{unknown[0]}: is of a recipe for `litrecipe {verb}`: run that, or give another")
 
 
 def kind_of(path: Path) -> type:

@@ -13,6 +13,9 @@ from typing import Any
 LONGEST_SIGNAL = 65535
 """Seconds; Slurm knows no longer notice."""
 
+LAUNCHER = "LITRECIPE_LAUNCHER"
+"""Environment variable: what a pipeline puts before the command of a stage, which so gets the tasks of its job."""
+
 
 @dataclass
 class Slurm:

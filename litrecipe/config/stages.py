@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TypeVar, get_type_hints
 
+from litrecipe.config.checks import Mistake, check
 from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.merge import Mistakes, Node, overlay, show
-from litrecipe.config.pipeline import FINAL, NAME, PipelineRecipe, Stage
-from litrecipe.config.pretrain import OF_A_STAGE, PretrainRecipe
+from litrecipe.config.pipeline import FINAL, NAME, NAMING, PipelineRecipe, Stage
+from litrecipe.config.pretrain import EACH_STAGE, PretrainRecipe, check_stages
 from litrecipe.config.recipes import RECIPES
 from litrecipe.config.walk import Walk, held_against, leaves, nearest
 
@@ -50,7 +51,7 @@ def _read(name: str, node: Node, given_to_all: Node, names: list[str], mistakes:
     """A stage over what the pipeline gives to all of them."""
     key = f"stages.{name}"
     if not NAME.fullmatch(name) or name == FINAL:
-        mistakes.append(f"{node.where}{key}: no name for a stage: use letters, digits, - and _, and not `{FINAL}`")
+        mistakes.append(f"{node.where}{key}: no name for a stage: {NAMING}, and do not take `{FINAL}`")
         return None
     if not node.is_group:
         mistakes.append(f"{node.where}{key}: {show(node)}: is a group: give its verb and its recipe")
@@ -94,33 +95,60 @@ def recipe_of(
         mistakes.append(f"{nodes.where}{prefix}stages: {show(nodes)}: give stages by name: {{core: {{…}}, …}}")
         nodes = Node({})
     outside = Node({name: node for name, node in tree.value.items() if name != "stages"}, tree.where)
-    before = len(mistakes)
     whole = whole and not mistakes.unread
-    alone = whole and not nodes.value
-    recipe, places = held_against(kind, outside, mistakes, whole=alone, prefix=prefix, where=where)
-    is_right = len(mistakes) == before
+    walk = Walk(kind, prefix)
+    recipe = walk.group(kind, outside, prefix)
+    mistakes += walk.mistakes
+    # What stages may have for themselves is missing in those that lack it.
+    later = EACH_STAGE if nodes.value else ()
+    of_all = [one for one in _found(recipe, mistakes) if one[1] != "missing" or (whole and one[0] not in later)]
+    mistakes += walk.told(of_all, where)
+    places = walk.where
     for name, node in nodes.value.items():
         key = f"{prefix}stages.{name}"
         if not NAME.fullmatch(name):
-            mistakes.append(f"{node.where}{key}: no name for a stage: use letters, digits, - and _")
+            mistakes.append(f"{node.where}{key}: no name for a stage: {NAMING}")
         elif not node.is_group:
             mistakes.append(f"{node.where}{key}: {show(node)}: is a group: give the keys in which the stage differs")
-        elif is_right:
-            mistakes += _foreign(node, key)
-            merged = overlay(outside, node)
-            recipe.stages[name], _ = held_against(  # type: ignore[attr-defined]
-                kind, merged, mistakes, whole=whole, prefix=f"{key}.", where=node.where
-            )
-        else:  # what it would be laid over is wrong: look at its own values only
-            walk = Walk(kind, f"{key}.")
-            walk.group(kind, node, f"{key}.")
-            mistakes += walk.mistakes
+        else:
+            alone, walk = Walk(kind, f"{key}."), Walk(kind, f"{key}.")
+            alone.group(kind, node, f"{key}.")
+            mistakes += [*_foreign(node, key), *alone.mistakes]
+            stage = recipe.stages[name] = walk.group(kind, _over(outside, node), f"{key}.")  # type: ignore[attr-defined]
+            found = [one for one in _found(stage, mistakes) if one not in of_all and (whole or one[1] != "missing")]
+            mistakes += walk.told(found, node.where)
+            places |= walk.where
+    for name, value, cure in check_stages(recipe):  # type: ignore[arg-type]
+        mistakes.append(f"{places.get(f'{prefix}{name}', '')}{prefix}{name}: {value}: {cure}")
     return recipe, places
+
+
+def _found(recipe: object, mistakes: Mistakes) -> list[Mistake]:
+    """Mistakes in the values of a recipe, unless something of it could not be read."""
+    return [] if mistakes.unread else list(check(recipe))
+
+
+def _over(outside: Node, stage: Node) -> Node:
+    """A stage laid over what stands outside of it; where it has no teacher, without what only one would know."""
+    distil = stage.value.get("distil")
+    if distil is None or not _does_without(distil):
+        return overlay(outside, stage)
+    own = distil.value if distil.is_group else {"teacher": distil}
+    rest = Node({name: node for name, node in outside.value.items() if name != "distil"}, outside.where)
+    return overlay(rest, Node(stage.value | {"distil": Node(own, distil.where)}, stage.where))
+
+
+def _does_without(distil: Node) -> bool:
+    """Whether a stage says `distil: {teacher: null}`, or `distil: null`."""
+    teacher = distil.value.get("teacher") if distil.is_group else distil
+    if teacher is None or teacher.text == "null":
+        return teacher is not None
+    return distil.is_group and not teacher.is_flag and teacher.value is None
 
 
 def _foreign(stage: Node, key: str) -> Iterator[str]:
     """Keys of a stage that must be the same in all of them."""
-    known = {f"{key}.{group}.{name}" for group, names in OF_A_STAGE.items() for name in names}
+    known = {f"{key}.{name}" for name in EACH_STAGE}
     whole = Walk(PretrainRecipe, f"{key}.").keys
     for name, leaf in leaves(key, stage):
         if name in whole and name not in known:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from litrecipe.config.checks import check
+from litrecipe.config.checks import ONE_SOURCE, Mistake, check
 from litrecipe.config.merge import Mistakes, Node, plain, read_yaml, show
 
 Recipe = TypeVar("Recipe")
@@ -26,10 +26,7 @@ def held_against(
     recipe = walk.group(kind, tree, prefix)
     mistakes += walk.mistakes
     if not mistakes.unread:  # of a recipe that could not be read whole, nobody knows what is missing
-        for name, value, cure in check(recipe):
-            key = f"{prefix}{name}"
-            if key not in walk.wrong and (whole or value != "missing"):
-                mistakes.append(f"{walk.where.get(key, where)}{key}: {value}: {cure}")
+        mistakes += walk.told([one for one in check(recipe) if whole or one[1] != "missing"], where)
     return recipe, walk.where
 
 
@@ -51,11 +48,16 @@ class Walk:
         """`prefix` begins the full name of every key (`stages.sft.`)."""
         self.prefix = prefix
         self.keys = {f"{prefix}{key}": hint for key, hint in keys(kind).items()}
+        self.mappings = [key for key, hint in self.keys.items() if get_origin(hint) is dict]
         hints = get_type_hints(kind).items()
         self.groups = [f"{prefix}{name}" for name, hint in hints if dataclasses.is_dataclass(hint)]
         self.mistakes: list[str] = []
         self.wrong: set[str] = set()
+        self.meant: set[str] = set()
+        """What wrong names are likely to stand for."""
         self.where: dict[str, str] = {}
+        self.emptied: dict[str, str] = {}
+        """Group → a mapping of it of which `null` has taken away all."""
 
     def group(self, kind: type[Recipe], node: Node, prefix: str) -> Recipe:
         """Build a dataclass from what is right; what is wrong keeps its default."""
@@ -71,10 +73,26 @@ class Walk:
             else:
                 try:
                     values[name] = _convert(hints[name], child)
+                    if values[name] == {} and child.value:
+                        self.emptied[prefix] = f"{child.where}{key}: {show(child)}"
                 except _Misfit as misfit:
                     self.wrong.add(key)
-                    self.mistakes.append(f"{child.where}{key}: {show(child)}: give {misfit}")
+                    is_several = hints[name] is str and isinstance(child.value, list | dict)
+                    cure = ONE_SOURCE if is_several and name == "train" else f"give {misfit}"
+                    self.mistakes.append(f"{child.where}{key}: {show(child)}: {cure}")
         return kind(**values)
+
+    def told(self, found: Iterable[Mistake], where: str = "") -> Iterator[str]:
+        """What a check found as lines, but for values that are wrong as they are written; what nobody wrote stands
+        `where` that is."""
+        for name, value, cure in found:
+            key = f"{self.prefix}{name}"
+            # A wrong name very often means the right one: do not say that the latter is missing as well.
+            if key in self.wrong or (key in self.meant and key not in self.where):
+                continue
+            of = self.emptied.get(f"{key.rpartition('.')[0]}.") if value == "missing" else None
+            why = f" ({of}: leaves none)" if of else ""
+            yield f"{self.where.get(key, where)}{key}: {value}: {cure}{why}"
 
     def _subgroup(self, kind: Any, node: Node, key: str) -> Any:
         if node.is_group:
@@ -87,6 +105,11 @@ class Walk:
         return kind()
 
     def _unknown(self, key: str, node: Node) -> None:
+        near = nearest(key, [*self.groups, *self.mappings]) if node.is_group else []
+        if near and set(near) <= set(self.mappings):
+            self.meant.update(near)
+            self.mistakes.append(f"{node.where}{key}: {show(node)}: no such key: {_meant(near)}")
+            return
         for name, leaf in leaves(key, node):
             self.mistakes.append(f"{leaf.where}{name}: {show(leaf)}: no such key: {self._hint(name, leaf)}")
 
@@ -94,10 +117,9 @@ class Walk:
         if name in self.keys:
             return "write the group and the key on two lines, the key indented"
         near = nearest(name, self.groups if node.is_group else list(self.keys))
-        # A wrong name very often means the right one: do not say that the latter is missing as well.
-        self.wrong.update(near)
+        self.meant.update(near)
         if near:
-            return f"did you mean {' or '.join(f'`{key}`' for key in near)}?"
+            return _meant(near)
         known = [key.removeprefix(self.prefix) for key in self.keys]
         group = name.removeprefix(self.prefix).partition(".")[0]
         of_group = [key for key in known if key.startswith(f"{group}.")]
@@ -113,6 +135,10 @@ def leaves(key: str, node: Node) -> Iterator[tuple[str, Node]]:
             yield from leaves(f"{key}.{name}", child)
     else:
         yield key, node
+
+
+def _meant(keys: Iterable[str]) -> str:
+    return f"did you mean {' or '.join(f'`{key}`' for key in keys)}?"
 
 
 class _Misfit(Exception):

@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from litrecipe.config.groups import Data
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.comparisons import (
     ComparisonCounts,
     EncodedPreference,
@@ -126,7 +126,9 @@ def _longer_wins(found: ComparisonCheck) -> str:
 
 
 def _leakage_table(train: list[bytes], held_out: list[bytes], places: list[str]) -> Table:
-    table = Table("", "", title=f"held out: {len(places):,} samples", show_header=False, title_justify="left")
+    table = Table(
+        "", "", title=f"held out: {counted(len(places), 'sample', ',')}", show_header=False, title_justify="left"
+    )
     table.add_row("prompt also in train", told(leaks(held_out, places, train), len(places)))
     return table
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from litrecipe.checkpoint.manifest import write_text
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import write_json
 
@@ -72,7 +73,7 @@ def write_tokenizer(folder: Path, backend: tokenizers.Tokenizer, *, chat: bool =
 
     With `chat` ChatML is the chat template, and the token that ends a turn ends an answer as EOS does.
     """
-    backend.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,

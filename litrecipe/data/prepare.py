@@ -28,7 +28,7 @@ from litrecipe.checkpoint.manifest import (
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked, read_json
 from litrecipe.config.prepare import PrepareRecipe, parse_size
-from litrecipe.config.progress import Line, duration, say
+from litrecipe.config.progress import Line, counted, duration, say
 from litrecipe.config.stop import Stopped
 from litrecipe.data.cache import key_of
 from litrecipe.data.contamination import check_against, evaluation_inputs, read_evaluation_texts
@@ -72,7 +72,7 @@ class Counts:
         return self.documents + sum(self.skipped.values())
 
     def __str__(self) -> str:
-        said = f"{self.documents:,} documents, {self.tokens:,} tokens"
+        said = f"{counted(self.documents, 'document', ',')}, {counted(self.tokens, 'token', ',')}"
         named = (f"{count:,} {reason.replace('_', ' ')}" for reason, count in self.skipped.items())
         return said + (f" of {self.rows:,} read; left out: {', '.join(named)}" if self.skipped else "")
 
@@ -250,7 +250,10 @@ class _Preparation:
                     number += 1
             with (self.draft / SKIPPED).open("ab") as file:
                 file.truncate(state.skipped_bytes)
-            say(f"goes on after {state.counts.documents:,} documents, {state.counts.tokens:,} tokens")
+            say(
+                f"goes on after {counted(state.counts.documents, 'document', ',')}, "
+                f"{counted(state.counts.tokens, 'token', ',')}"
+            )
             return state
         for left in self.draft.iterdir():
             if left.name not in (LOCK, BEGUN):
@@ -274,7 +277,7 @@ class _Preparation:
                 self._close_shard()
         except (KeyboardInterrupt, Stopped):
             self.line.clear()
-            say(f"stopped after {len(state.chunks)} shards; the same command goes on behind them")
+            say(f"stopped after {counted(len(state.chunks), 'shard')}; the same command goes on behind them")
             raise
         if not state.counts.documents:
             shutil.rmtree(self.draft)
@@ -308,7 +311,7 @@ class _Preparation:
             if not isinstance(read.event, Document) and read.event.why:
                 mistakes.add(f"{read.event.where}: {read.event.why}")
         if self.state.chunks:
-            say(f"{len(self.state.chunks)} shards were whole before: `--on_error skip` goes on behind them")
+            say(f"{counted(len(self.state.chunks), 'shard')} were whole before: `--on_error skip` goes on behind them")
         else:
             shutil.rmtree(self.draft)
         mistakes.raise_if_any()
@@ -336,7 +339,7 @@ class _Preparation:
         length, size = len(tokens) - self.around, len(document.text.encode())
         self.seen_bytes += size
         shortest, longest = self.recipe.min_tokens, self.recipe.max_tokens
-        reason, why = "", f"{length} tokens"
+        reason, why = "", f"{counted(length, 'token')}"
         if length < shortest:
             reason = "too_short"
         elif longest is not None and length > longest:
@@ -390,7 +393,7 @@ class _Preparation:
         speed = self.seen_bytes / seconds / 1e6
         left = f" · {duration(seconds * (1 - share) / now)} left" if now else ""
         counts = self.state.counts
-        done = f"{counts.documents:,} documents, {counts.tokens:,} tokens"
+        done = f"{counted(counts.documents, 'document', ',')}, {counted(counts.tokens, 'token', ',')}"
         self.line.show(f"preparing · {100 * share:.0f} % · {done} · {speed:.1f} MB/s{left}")
 
     def _finish(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from litrecipe import __version__
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.config.progress import track, warn
+from litrecipe.config.progress import counted, track, warn
 from litrecipe.data.cache import alone, cache_folder, key_of
 from litrecipe.data.formats import Reader, count_rows
 from litrecipe.data.readers import Mistakes, source_hash
@@ -56,7 +56,9 @@ class Counts:
     @property
     def samples_of_rows(self) -> str:
         """`7 samples of 9 rows`, or `7 samples` where each row gave one."""
-        return f"{self.samples} samples" + (f" of {self.rows} rows" if self.rows != self.samples else "")
+        return f"{counted(self.samples, 'sample')}" + (
+            f" of {counted(self.rows, 'row')}" if self.rows != self.samples else ""
+        )
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> Self:
@@ -99,7 +101,7 @@ class DataReport:
         """A line for each source."""
         said = [f"train {self.train}"]
         if self.held_out:
-            said[0] += f"; {self.held_out} samples of it held out"
+            said[0] += f"; {counted(self.held_out, 'sample')} of it held out"
         if self.val is not None:
             said.append(f"val   {self.val}")
         return "\n".join(said)

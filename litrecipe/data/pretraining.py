@@ -10,6 +10,7 @@ import numpy as np
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
+from litrecipe.config.progress import counted
 from litrecipe.data.shards import Shards, open_shards
 from litrecipe.data.stream import Batches, Mixture, Sequences, Stage, StreamSource
 from litrecipe.data.tokenizer import Tokenizer
@@ -63,13 +64,14 @@ class Stream:
                 where = f"{stage.name}: " if stage.name else ""
                 share = stage.mixture.weights[name] / total
                 yield (
-                    f"{where}{name}: {len(reel.documents.lengths):,} documents, {reel.tokens:,} tokens in "
-                    f"{len(reel):,} sequences of {reel.length}; {share:.1%} of the stream, "
+                    f"{where}{name}: {counted(len(reel.documents.lengths), 'document', ',')}, "
+                    f"{counted(reel.tokens, 'token', ',')} in "
+                    f"{counted(len(reel), 'sequence', ',')} of {reel.length}; {share:.1%} of the stream, "
                     f"{taken[name] / len(reel):.2f} epochs"
                 )
         if self.val is not None:
             whole = self.val.whole
-            yield f"val: {self.val.count:,} of {len(whole):,} sequences of {whole.length}"
+            yield f"val: {self.val.count:,} of {counted(len(whole), 'sequence', ',')} of {whole.length}"
 
 
 def open_stream(recipe: PretrainRecipe, tokenizer: Tokenizer) -> Stream:
@@ -119,7 +121,8 @@ def _stage(name: str, recipe: PretrainRecipe, tokenizer: Tokenizer, shards: dict
     total = sum(weights.values())
     weights = {source_name: weight / total for source_name, weight in weights.items()}
     batches, mixture = batches_of(recipe), Mixture(reels, weights, data.max_epochs)
-    return Stage(name, mixture, batches, steps_of(recipe, batches, sum(reel.tokens for reel in reels.values())))
+    steps = steps_of(recipe, batches, sum(reel.tokens for reel in reels.values()))
+    return Stage(name, mixture, batches, steps, taught=recipe.distil.teacher is not None)
 
 
 def batches_of(recipe: PretrainRecipe) -> Batches:
@@ -151,16 +154,15 @@ def _too_long(stages: list[Stage], recipe: PretrainRecipe) -> Iterator[str]:
             spent[reel.key] = spent.get(reel.key, 0.0) + taken[name]
         # The last step may be a short one.
         if given <= wanted - stage.batches.of_step(stage.steps - 1):
-            where = f"stages.{stage.name}.data" if stage.name else "data"
-            length = next(iter(stage.mixture.sources.values())).length
+            where = f"stages.{stage.name}." if stage.name else ""
+            epochs = recipe.parts[stage.name].data.max_epochs
+            steps = stage.batches.steps_for(math.floor(given))
             yield (
-                f"{where}.max_epochs: {_shown(stage.mixture, recipe)}: leaves {given * length:,.0f} of the "
-                f"{wanted * length:,} tokens that the stage takes: raise it, or train for fewer tokens"
+                f"{where}data.max_epochs: {', '.join(f'{name}: {count:g}' for name, count in epochs.items())}: leaves "
+                f"{steps:,} of {counted(stage.steps, 'step', ',')}: raise it, or give {where}train.max_steps {steps}"
+                if steps
+                else f"{where}data.max_epochs: {', '.join(epochs)}: earlier stages leave nothing of them: raise it"
             )
-
-
-def _shown(mixture: Mixture, recipe: PretrainRecipe) -> str:
-    return ", ".join(f"{name}: {recipe.data.max_epochs.get(name, 0):g}" for name in mixture.limits)
 
 
 def _held_out(recipe: PretrainRecipe, tokenizer: Tokenizer) -> HeldOut:

@@ -15,7 +15,7 @@ import numpy as np
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.formats import RowError, count_rows
 from litrecipe.data.openings import Opening, read_prompts
 from litrecipe.data.preferences import Mismatch
@@ -49,7 +49,7 @@ class PromptCounts(Counts):
     """Asked before; kept."""
 
     def __str__(self) -> str:
-        rows = f" of {self.rows} rows" if self.rows != self.samples else ""
+        rows = f" of {counted(self.rows, 'row')}" if self.rows != self.samples else ""
         befell = {
             "dropped as empty": self.empty,
             "dropped, longer than data.max_length": self.long,
@@ -57,7 +57,7 @@ class PromptCounts(Counts):
             "dropped with answers to different prompts": self.mismatched,
             "asked before": self.repeated,
         }
-        said = [f"{self.source}: {self.samples} prompts{rows}, {self.tokens} tokens"]
+        said = [f"{self.source}: {counted(self.samples, 'prompt')}{rows}, {counted(self.tokens, 'token')}"]
         return "; ".join(said + [f"{what}: {trouble}" for what, trouble in befell.items() if trouble.count])
 
 

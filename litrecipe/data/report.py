@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from litrecipe.config.groups import Data
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.formats import Conversation, count_rows, read_conversations
 from litrecipe.data.prepared import Trouble, hold_out
 from litrecipe.data.readers import Mistakes
@@ -192,7 +192,7 @@ def _source_table(key: str, found: SourceCheck, data: Data) -> Table:
 
 def _leakage_table(train: Keys, held_out: Keys) -> Table:
     count = len(held_out.places)
-    table = Table("", "", title=f"held out: {count:,} samples", show_header=False, title_justify="left")
+    table = Table("", "", title=f"held out: {counted(count, 'sample', ',')}", show_header=False, title_justify="left")
     table.add_row("also in train, word for word", told(leaks(held_out.exact, held_out.places, train.exact), count))
     table.add_row(
         "also in train, but for case and white space", told(leaks(held_out.loose, held_out.places, train.loose), count)

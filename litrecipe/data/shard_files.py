@@ -17,6 +17,7 @@ import numpy as np
 
 from litrecipe.checkpoint.manifest import sha256_of, write_text
 from litrecipe.config.errors import InputError
+from litrecipe.config.progress import counted
 
 INDEX = "index.json"
 WORD = 4
@@ -109,11 +110,11 @@ def read_head(path: Path, documents: int) -> np.ndarray:
     head = np.fromfile(path, dtype="<u4", count=documents + 2)
     size = path.stat().st_size
     if len(head) < documents + 2:
-        raise InputError(f"{path}: cut: {size} bytes do not hold the head of {documents} documents: {cure}")
+        raise InputError(f"{path}: cut: {size} bytes do not hold the head of {counted(documents, 'document')}: {cure}")
     offsets = head[1:].astype(np.int64)
     is_whole = head[0] == documents and offsets[0] == head.nbytes and (np.diff(offsets) >= 0).all()
     if not is_whole:
-        raise InputError(f"{path}: damaged: its head does not tell of {documents} documents: {cure}")
+        raise InputError(f"{path}: damaged: its head does not tell of {counted(documents, 'document')}: {cure}")
     if offsets[-1] != size:
         raise InputError(f"{path}: cut or damaged: {size} bytes, not {offsets[-1]}: {cure}")
     return offsets

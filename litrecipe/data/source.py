@@ -13,7 +13,7 @@ import numpy as np
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Train
-from litrecipe.config.progress import warn
+from litrecipe.config.progress import counted, warn
 from litrecipe.model.row import Sample
 
 
@@ -140,7 +140,9 @@ class RecordedSource:
         mistakes = []
         if state["samples"] != len(self.samples):
             was = state["samples"]
-            mistakes.append(f"data.train: {len(self.samples)} samples: the checkpoint was made with {was}: {cure}")
+            mistakes.append(
+                f"data.train: {counted(len(self.samples), 'sample')}: the checkpoint was made with {was}: {cure}"
+            )
         if state.get("seed") != self.seed:
             mistakes.append(f"train.seed: {self.seed}: the checkpoint was made with {state.get('seed')}: {cure}")
         if state.get("batch") != self.batch:
@@ -155,11 +157,13 @@ def _check_lengths(lengths: np.ndarray, budget: int) -> None:
     too_long = int((lengths > budget).sum())
     if too_long == len(lengths):
         raise InputError(
-            f"train.micro_batch_tokens: {budget}: no sample fits, the shortest has {lengths.min()} tokens: give "
+            f"train.micro_batch_tokens: {budget}: no sample fits, the shortest has {counted(lengths.min(), 'token')}: "
+            "give "
             f"{lengths.max()} for all of them to fit, or shorten them by data.max_length"
         )
     if too_long:
         warn(
-            f"data.train: {too_long} of {len(lengths)} samples do not fit train.micro_batch_tokens {budget} and will "
+            f"data.train: {too_long} of {counted(len(lengths), 'sample')} do not fit train.micro_batch_tokens {budget} "
+            "and will "
             f"be skipped; the longest has {lengths.max()}"
         )

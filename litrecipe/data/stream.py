@@ -20,6 +20,7 @@ from zlib import crc32
 import numpy as np
 
 from litrecipe.config.errors import InputError
+from litrecipe.config.progress import counted
 from litrecipe.data.source import Order, SampleList
 from litrecipe.model.row import Sample, Segment
 
@@ -205,15 +206,18 @@ class Stage:
     mixture: Mixture
     batches: Batches
     steps: int
+    taught: bool = True
+    """Whether a teacher says something of its samples, where the run has one."""
 
 
 class Drawn:
-    """All samples of a run in the order in which it takes them, for what is to be known of each beforehand; drawn when
-    they are first asked for."""
+    """All samples of a run of which a teacher says something, in the order in which it takes them, for what is to be
+    known of each beforehand; drawn when they are first asked for."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
-        self.stages = stages
-        reels = {reel.key: reel for stage in stages for reel in stage.mixture.sources.values()}
+        last = max((place for place, stage in enumerate(stages) if stage.taught), default=-1)
+        self.stages = stages[: last + 1]
+        reels = {reel.key: reel for stage in self.stages for reel in stage.mixture.sources.values()}
         self._reels, self._numbers = list(reels.values()), {key: number for number, key in enumerate(reels)}
 
     @cached_property
@@ -229,7 +233,8 @@ class Drawn:
                 if name is None:
                     break
                 key = sources[name].key
-                drawn.append((self._numbers[key], cursors[key]))
+                if stage.taught:
+                    drawn.append((self._numbers[key], cursors[key]))
                 cursors[key] += 1
         return np.array(drawn, dtype=np.int64).reshape(-1, 2)
 
@@ -279,12 +284,12 @@ class StreamSource:
         return len(self.stages) - 1, step
 
     def keep(self, samples: SampleList) -> None:
-        """Hand out these, which are `samples` with what is known of them besides, in the same order."""
+        """Hand out these where a teacher teaches: `samples` with what is known of them besides, in the same order."""
         self._kept = samples
 
     @property
     def samples(self) -> Drawn:
-        """All that the run takes, in order."""
+        """All that a teacher says something of, in order."""
         return Drawn(self.stages)
 
     def next_step(self) -> list[Sample]:
@@ -299,22 +304,23 @@ class StreamSource:
             if name is None:
                 break
             reel = mixture.sources[name]
-            index = self._handed_out(number, step) + len(samples)
-            sample = reel[self.cursors[reel.key]] if self._kept is None else self._kept[index]
+            index = self._taught_before(number, step) + len(samples)
+            kept = self._kept if stage.taught else None
+            sample = reel[self.cursors[reel.key]] if kept is None else kept[index]
             self.cursors[reel.key] += 1
             self.seen[number][name] += sample.length
             samples.append(sample)
         if wanted and not samples:
             where = f"stages.{stage.name}.data" if stage.name else "data"
             raise InputError(
-                f"{where}.max_epochs: all sources are used up after {step} of {stage.steps} steps: raise it"
+                f"{where}.max_epochs: all sources are used up after {step} of {counted(stage.steps, 'step')}: raise it"
             )
         self.step += bool(samples)
         return samples
 
-    def _handed_out(self, number: int, step: int) -> int:
-        """Samples before a step of a stage, over the run."""
-        earlier = sum(stage.batches.until(stage.steps) for stage in self.stages[:number])
+    def _taught_before(self, number: int, step: int) -> int:
+        """Samples before a step of a stage of which a teacher says something."""
+        earlier = sum(stage.batches.until(stage.steps) for stage in self.stages[:number] if stage.taught)
         return earlier + self.stages[number].batches.until(step)
 
     def total_steps(self, _: Any) -> int:
@@ -354,6 +360,7 @@ class StreamSource:
                 "train.batch_warmup_steps": stage.batches.warmup,
                 "data.mix": {name: round(weight, 6) for name, weight in stage.mixture.weights.items()},
                 "data.max_epochs": stage.mixture.limits,
+                "distil.teacher": "asked" if stage.taught else "null",
                 **stage.mixture.of_all_sources,
                 "documents": {name: reel.documents.fingerprint[:16] for name, reel in stage.mixture.sources.items()},
             }
@@ -371,7 +378,10 @@ class StreamSource:
         if last >= len(self.stages):
             mistakes.append(f"stages: {len(self.stages)}: the checkpoint stands in stage {last + 1}: {cure}")
         for number, (was, now) in enumerate(zip(state["plan"], self.plan, strict=False)):
-            keys = [key for key in now if not (key == "steps" and number == last) and was.get(key) != now[key]]
+            # What an older litrecipe did not note cannot be told apart.
+            keys = [
+                key for key in now if not (key == "steps" and number == last) and was.get(key, now[key]) != now[key]
+            ]
             where = f"stages.{now['name']}." if now["name"] else ""
             mistakes += [
                 f"{where}{key}: {now[key]}: the checkpoint was made with {was.get(key)}: {cure}" for key in keys
@@ -380,7 +390,7 @@ class StreamSource:
         if last < len(self.stages) - 1 and done > self.stages[last].steps:
             stage = self.stages[last]
             mistakes.append(
-                f"stages.{stage.name}: {stage.steps} steps: {done} of them are done: give that many or more"
+                f"stages.{stage.name}: {counted(stage.steps, 'step')}: {done} of them are done: give that many or more"
             )
         if mistakes:
             raise InputError(*mistakes)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from litrecipe.config.groups import Data
+from litrecipe.config.progress import counted
 from litrecipe.data.formats import Conversation, RowError, read_conversations
 from litrecipe.data.prepared import Counts, Kind, Prepared, Trouble, batches, prepare
 from litrecipe.data.readers import Mistakes
@@ -32,7 +33,8 @@ class SupervisedCounts(Counts):
     def __str__(self) -> str:
         share = 100 * self.learnt / max(1, self.tokens)
         said = [
-            f"{self.source}: {self.samples_of_rows}, {self.tokens} tokens, {self.learnt} of them ({share:.0f} %) learnt"
+            f"{self.source}: {self.samples_of_rows}, {counted(self.tokens, 'token')}, {self.learnt} of them "
+            f"({share:.0f} %) learnt"
         ]
         said += [f"truncated to data.max_length: {self.truncated}"] if self.truncated.count else []
         said += [f"dropped as empty: {self.empty}"] if self.empty.count else []

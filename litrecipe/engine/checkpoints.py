@@ -14,7 +14,7 @@ from torch import nn
 
 from litrecipe.checkpoint import state as training_state
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
 from litrecipe.data.source import StepSource
 from litrecipe.engine.background import Background
 from litrecipe.engine.grid import grid_of
@@ -43,6 +43,8 @@ class Counters:
     """Tokens of all samples trained on."""
     skipped: int = 0
     """Samples that fit into no row."""
+    lr: float | None = None
+    """Peak learning rate, of the first role and of the stage that it is in; None where an older litrecipe saved it."""
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Checkpoints:
             "optimizer": self.optimizer_kind,
             "identity": self.identity,
             "world_size": self.fabric.world_size,
-            "data_ranks": grid_of(self.fabric).rows,
+            "data_size": grid_of(self.fabric).data_size,
             "rank": {"rng": capture_rng()},
         }
         tensors = {
@@ -128,7 +130,7 @@ class Checkpoints:
         """Say when the disk cannot hold the checkpoints that are kept and the one that is being written."""
         size = sum(parameter.nbytes for parameter in self.changed.values())
         size += optimizer_bytes(self.optimizer_name, self.parameters.values())
-        size *= grid_of(self.fabric).in_row  # each of which has a part
+        size *= grid_of(self.fabric).tensor_size  # each of which has a part
         free = training_state.free_bytes(self.run_dir.checkpoints)
         if free is None or not size:
             return
@@ -163,15 +165,16 @@ class Checkpoints:
                 piece.copy_(weights.like(name, parameter))
         kinds = (self.optimizer_kind, state["optimizer"])
         load_optimizer_state(self.optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
-        row, of_ranks = grid_of(self.fabric).rank, state["ranks"]
-        of_rows = of_ranks[:: len(of_ranks) // state.get("data_ranks", len(of_ranks))]
-        if row < len(of_rows):  # ranks that share a model draw alike
-            restore_rng(of_rows[row]["rng"])
+        mine, of_ranks = grid_of(self.fabric).data_rank, state["ranks"]
+        of_data = of_ranks[:: len(of_ranks) // state.get("data_size", len(of_ranks))]
+        if mine < len(of_data):  # ranks that share a model draw alike
+            restore_rng(of_data[mine]["rng"])
         else:
-            seed_rng(self.seed, row, state["step"])
+            seed_rng(self.seed, mine, state["step"])
         if len(of_ranks) != self.fabric.world_size:
-            say(f"{folder}: {len(of_ranks)} ranks wrote it, {self.fabric.world_size} go on: equal up to rounding")
-        at = Counters(**{field.name: state[field.name] for field in fields(Counters)})
+            wrote = counted(len(of_ranks), "rank")
+            say(f"{folder}: written by {wrote}, {self.fabric.world_size} go on: equal up to rounding")
+        at = Counters(**{field.name: state[field.name] for field in fields(Counters) if field.name in state})
         if self.run_dir.owns(folder):
             self.saved_at = at.step
         return at

@@ -16,13 +16,19 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
-from litrecipe.engine.grid import Grid, grid_of, rows_of
+from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
+from litrecipe.engine.grid import Grid, grid_of, groups_of
 from litrecipe.engine.sharding import distribute
+from litrecipe.model.decoder import Trunk
+from litrecipe.model.tensor_plan import check_divides
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 T = TypeVar("T")
+
+
+M = TypeVar("M", bound=Trunk)
 
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
@@ -31,15 +37,16 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         from lightning_fabric import Fabric
         from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
 
-    _refuse_plain_sbatch()
+    refuse_plain_start()
+    join(devices_of(config), config.num_nodes)
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    rows = data_shares(config)
+    size = data_size(config)
     if config.is_sharded:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
-            data_parallel_size=rows,
+            data_parallel_size=size,
             tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=False,
             # What lies in main memory is added up there.
@@ -89,7 +96,8 @@ def devices_of(config: FabricConfig) -> int:
     """Processes of one node. Raises InputError when there are fewer GPUs than that."""
     accelerator = accelerator_of(config)
     if accelerator == "cpu":
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if config.devices == "auto" else config.devices
+        started = int(os.environ.get("LOCAL_WORLD_SIZE") or tasks_per_node() or 1)
+        return started if config.devices == "auto" else config.devices
     there = devices_there(accelerator)
     if config.devices == "auto":
         return there
@@ -108,16 +116,9 @@ def world_size(config: FabricConfig) -> int:
     return devices_of(config) * config.num_nodes
 
 
-def data_shares(config: FabricConfig) -> int:
+def data_size(config: FabricConfig) -> int:
     """How many processes, or groups that share a copy of a model, see data of their own."""
-    return rows_of(config, world_size(config))
-
-
-def _refuse_plain_sbatch() -> None:
-    """Python started by sbatch itself would wait for ranks that nobody starts."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
-    if tasks > 1 and "SLURM_STEP_ID" not in os.environ:
-        raise InputError(f"SLURM_NTASKS: {tasks}: litrecipe was started without srun: start it as `srun litrecipe …`")
+    return groups_of(config, world_size(config))
 
 
 def _refuse_lonely_node(config: FabricConfig) -> None:
@@ -178,7 +179,7 @@ def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
     names."""
     grid = grid_of(fabric)
-    if grid.rows == 1 or not values:
+    if grid.data_size == 1 or not values:
         return values
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
@@ -189,7 +190,7 @@ def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
 def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As `sums`, of tensors; all must bring the same names and shapes."""
     grid = grid_of(fabric)
-    if grid.rows == 1 or not values:
+    if grid.data_size == 1 or not values:
         return values
     flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
     torch.distributed.all_reduce(flat, group=grid.across)
@@ -222,9 +223,9 @@ def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     return values
 
 
-def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
+def gather_data(fabric: Fabric, value: Any) -> list[Any]:
     """The same of those that see different data: of ranks that share a copy of a model the first speaks."""
-    return gather(fabric, value)[:: grid_of(fabric).in_row]
+    return gather(fabric, value)[:: grid_of(fabric).tensor_size]
 
 
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
@@ -251,12 +252,12 @@ class Ranks:
     @property
     def rank(self) -> int:
         """Whose share of the work this process does; those that share a copy of a model do the same."""
-        return self._grid.rank
+        return self._grid.data_rank
 
     @property
     def world(self) -> int:
         """Shares."""
-        return self._grid.rows
+        return self._grid.data_size
 
     @property
     def alone(self) -> bool:
@@ -268,22 +269,40 @@ class Ranks:
         """Whether this process writes what all know."""
         return self.fabric.global_rank == 0
 
+    @property
+    def share_models(self) -> bool:
+        """Whether no rank has a whole model: then all must make each pass of one together."""
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        return not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
+
+    def place(self, model: M, config: FabricConfig) -> M:
+        """Cut and fill a model that is asked only. Raises InputError where it cannot be split evenly."""
+        check_divides(model.architecture, config.tensor_parallel, f"a {model.architecture.family} model that is asked")
+        distribute(model, cast(Any, self.fabric.strategy).device_mesh, config)
+        return model
+
+    def most(self, mine: int) -> int:
+        """The largest of the numbers that ranks bring."""
+        if self.alone:
+            return mine
+        found = torch.tensor(mine, device=self.fabric.device)
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        return int(found)
+
     def agree(self, value: Any) -> list[Any]:
         """What comes of each share, on all ranks. Raises `Stopped` on all when one was asked to stop."""
         found = gather(self.fabric, (value, stop.requested()))
         if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
-        return [brought for brought, _ in found[:: self._grid.in_row]]
+        return [brought for brought, _ in found[:: self._grid.tensor_size]]
 
     @contextmanager
     def apart(self) -> Iterator[None]:
         """Inside, this rank does a share of its own, which a stop cuts short; the others learn of that where they agree
         next, so nothing inside may ask them. Layers that ranks share are computed together, and to the end."""
-        from lightning_fabric.strategies import ModelParallelStrategy
-
-        together = not self.alone and isinstance(self.fabric.strategy, ModelParallelStrategy)
         try:
-            with stop.interruptible((lambda: None) if together else stop.requested):
+            with stop.interruptible((lambda: None) if self.share_models else stop.requested):
                 yield
         except stop.Stopped:
             self.agree(None)  # raises on all of several ranks

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ from litrecipe.checkpoint.manifest import is_disk_full
 from litrecipe.config import schema, stop
 from litrecipe.config.checks import parse_duration
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
@@ -31,14 +31,7 @@ from litrecipe.engine.checkpoints import Checkpoints, Counters
 from litrecipe.engine.gradients import add_up_shares, norm_of
 from litrecipe.engine.grid import grid_of
 from litrecipe.engine.legs import Leg, leg_of
-from litrecipe.engine.optim import (
-    Role,
-    Treatment,
-    make_optimizer,
-    plain_treatment,
-    set_rates,
-    trained_parameters,
-)
+from litrecipe.engine.optim import Role, Treatment, make_optimizer, plain_treatment, set_rates, trained_parameters
 from litrecipe.engine.recorder import flight_record, hash_rng
 from litrecipe.engine.rng import capture_rng, restore_rng, seed_rng
 from litrecipe.engine.rundir import RunDir
@@ -104,6 +97,8 @@ class Job:
     flops: Callable[[Sequence[Sample]], float] | None = None
     """Floating-point operations that a step on some samples asks of the model: the progress line tells the share of
     what the devices can do."""
+    looking: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around the pass that looks at a step for its objective: spares what its statistics do not need."""
     told: Callable[[], dict[str, float]] = dict
     """What else the record of a step says, asked for after it: of the samples' making, for example."""
     after_step: Callable[[int, StepResult], None] | None = None
@@ -158,7 +153,7 @@ class Run:
         self.dir = RunDir(job.recipe.out_dir)
         resume = ranks.on_first_rank(self.fabric, lambda: self.dir.find_resume(job.recipe.checkpoint.resume))
         self.raw = job.module
-        self.module = self.fabric.setup_module(job.module)
+        self.module = self.fabric.setup_module(job.module, move_to_device=not job.recipe.fabric.is_sharded)
         self.parameters = trained_parameters(self.raw)
         # Built before any forward: under FSDP2 the optimizer must see the sharded parameters and nothing else.
         self.roles = job.roles or [Role("", job.recipe.optim.lr, self.train_config.grad_clip)]
@@ -182,9 +177,9 @@ class Run:
             behind=ranks.background_writer(self.fabric, self.writer) if job.recipe.checkpoint.asynchronous else None,
             guard=job.guard,
         )
-        seed_rng(self.train_config.seed, self.grid.rank)
+        seed_rng(self.train_config.seed, self.grid.data_rank)
         self.at = Counters() if resume is None else self.checkpoints.load(resume)
-        started_for = self.at.total_steps
+        started_for, rate_was = self.at.total_steps, self.at.lr
         self.at.total_steps = job.source.total_steps(self.train_config)
         whole = Leg(
             "", self.at.total_steps, self.roles[0].lr, job.recipe.schedule, self.train_config.micro_batch_tokens
@@ -192,6 +187,7 @@ class Run:
         self.legs = job.legs or [whole]
         self.leg, _ = leg_of(self.legs, max(0, self.at.step - 1))
         self.leg.begin()
+        self.at.lr = self.leg.lr
         if self.fabric.global_rank == 0:
             self.dir.start(schema.dump(job.recipe), self.at.step)
             self.checkpoints.warn_of_little_room()
@@ -203,9 +199,12 @@ class Run:
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.at.step} of {self.at.total_steps}")
             if started_for != self.at.total_steps:
-                self.teller.warn(f"the run was to have {started_for} steps, now {self.at.total_steps}: look at train.*")
+                was = f"the run was to have {counted(started_for, 'step')}"
+                self.teller.warn(f"{was}, now {self.at.total_steps}: look at train.*")
+            if rate_was not in (None, self.at.lr):
+                self.teller.warn(f"{self.leg.where}optim.lr: was {rate_was:g}, is {self.at.lr:g} from here on")
         else:
-            self.teller.say(f"{self.at.total_steps} steps; the run is in {self.dir.path}")
+            self.teller.say(f"{counted(self.at.total_steps, 'step')}; the run is in {self.dir.path}")
         for leg in self.legs:
             for what in leg.without_room():
                 self.teller.warn(what)
@@ -249,7 +248,7 @@ class Run:
                 self.teller.flops += self.job.flops(samples)
             result.metrics.update(self.job.told())
             flight = flight_record(self.at.step, samples, rng, result.loss, result.grad_norm)
-            self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight)
+            self.teller.tell(self.at.step, self.at.tokens, self.lr, result, flight, self.leg.name)
             if self.recipe.checkpoint.every and self.at.step % self.recipe.checkpoint.every == 0:
                 self.checkpoints.save(self.at)
         self.checkpoints.save(self.at)
@@ -260,7 +259,8 @@ class Run:
         self.checkpoints.wait()
         self.job.save_final(self.dir.final)
         self.fabric.barrier()
-        self.teller.say(f"done: {self.at.step} steps, {self.at.tokens} tokens; the model is in {self.dir.final}")
+        steps = counted(self.at.step, "step")
+        self.teller.say(f"done: {steps}, {self.at.tokens} tokens; the model is in {self.dir.final}")
         return 0
 
     def train_step(self, samples: list[Sample]) -> StepResult:
@@ -307,7 +307,7 @@ class Run:
             self.teller.say(f"stage {leg.name}: steps {begin + 1} to {begin + leg.steps}")
         if leg is self.leg:
             return
-        self.leg = leg
+        self.leg, self.at.lr = leg, leg.lr
         leg.begin()
         if self.job.guard is not None:
             self.job.guard.start_anew()
@@ -355,10 +355,10 @@ class Run:
             output = self.module(row)
             if at_once and isinstance(self.job.objective, StepGlobal):
                 mine = self.job.objective.statistics(output, row)
-                (row,) = completed([row], [mine], self.job.objective, self.grid.rank, self.gather)
+                (row,) = completed([row], [mine], self.job.objective, self.grid.data_rank, self.gather)
             loss = self.job.objective(output, row)
             # Gradients are averaged over the ranks, the loss is a sum over them.
-            self.fabric.backward(step_loss(loss, counts) * self.grid.rows)
+            self.fabric.backward(step_loss(loss, counts) * self.grid.data_size)
         return detached(loss)
 
     def with_statistics(
@@ -380,11 +380,12 @@ class Run:
         fitting = (sample for sample in map(samples.__getitem__, range(len(samples))) if sample.length <= budget)
         wanted = objective.statistics_samples(list(fitting))
         looked_at = watched(self.packed(wanted, max([budget, *(sample.length for sample in wanted)])))
-        return with_statistics(rows, looked_at, self.module, objective, self.grid.rank, self.gather)
+        with self.job.looking():
+            return with_statistics(rows, looked_at, self.module, objective, self.grid.data_rank, self.gather)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank with data of its own brings, on all of them."""
-        return ranks.gather_rows(self.fabric, value)
+        return ranks.gather_data(self.fabric, value)
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
@@ -399,8 +400,8 @@ class Run:
 
     def packed(self, samples: Sequence[Sample], budget: int) -> list[Row]:
         """This rank's rows of some samples, at least one; those too long for any row are left out."""
-        packing = pack([s.length for s in samples], budget, multiple_of=self.grid.rows)
-        mine = packing.rows[self.grid.rank :: self.grid.rows] or [[]]
+        packing = pack([s.length for s in samples], budget, multiple_of=self.grid.data_size)
+        mine = packing.rows[self.grid.data_rank :: self.grid.data_size] or [[]]
         return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
 
     def stop_if_not_finite(self, what: str, value: float, samples: list[Sample], bad: list[Row] | None = None) -> None:
@@ -473,7 +474,7 @@ class Run:
     def validation_rows(self) -> Iterator[Row]:
         """The held-out samples of this rank, packed."""
         assert self.job.val is not None
-        mine = self.validation_packing.rows[self.grid.rank :: self.grid.rows] or [[]]
+        mine = self.validation_packing.rows[self.grid.data_rank :: self.grid.data_size] or [[]]
         self.teller.line.clear()
         for row in track(mine, "evaluating: row"):
             yield make_row([self.job.val[i] for i in row]).to(self.fabric.device)
@@ -483,10 +484,10 @@ class Run:
         """Which held-out samples share a row. Says once how many fit into none."""
         assert self.job.val is not None
         budget = self.train_config.micro_batch_tokens
-        packing = pack(list(self.job.val.lengths), budget, multiple_of=self.grid.rows)
+        packing = pack(list(self.job.val.lengths), budget, multiple_of=self.grid.data_size)
         if packing.oversized:
             self.teller.warn(
-                f"data.val: {len(packing.oversized)} of {len(self.job.val)} samples do not fit "
+                f"data.val: {len(packing.oversized)} of {counted(len(self.job.val), 'sample')} do not fit "
                 f"train.micro_batch_tokens {budget}: eval_loss is without them"
             )
         return packing

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from litrecipe.config.groups import Fabric as FabricConfig
-from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.groups import Quantize, TrainingRecipe
 from litrecipe.engine.cost import Collective, Layout, Member, Piece, Widths, added_up, cut_dimension, exchanged
 from litrecipe.engine.fabric import devices_of, devices_there
-from litrecipe.engine.grid import rows_of
+from litrecipe.engine.grid import groups_of
 from litrecipe.engine.hardware import KNOWN, Hardware, seconds
-from litrecipe.engine.memory import LAYERS, can_be_quantised, part_model
+from litrecipe.engine.memory import LAYERS, NF4_BLOCK, can_be_quantised, part_model
 from litrecipe.engine.peak import measured_flops
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Trunk
@@ -51,12 +51,12 @@ def layout_of(config: FabricConfig) -> Layout:
         devices = OF_A_NODE
     else:
         devices = devices_of(config) if kind == "cpu" else max(1, devices_there(kind))
-    rows = rows_of(config, devices * config.num_nodes)
+    groups = groups_of(config, devices * config.num_nodes)
     return Layout(
         devices=devices,
         nodes=config.num_nodes,
         tensor=config.tensor_parallel,
-        sharded=config.strategy == "fsdp" or (config.tensor_parallel > 1 and rows > 1),
+        sharded=config.strategy == "fsdp" or (config.tensor_parallel > 1 and groups > 1),
         reshard=config.reshard_after_forward,
     )
 
@@ -99,10 +99,10 @@ def members_of(module: nn.Module, recipe: TrainingRecipe, ranks: int, *, asked: 
     """The models of a module on the meta device that learn, see `engine.memory.meta_model`, and how often each is
     `asked` about a row besides."""
     models = [part for part in module.modules() if isinstance(part, Trunk)]
-    return [member_of(model, recipe.fabric, recipe.quantize.method, ranks, asked=asked) for model in models]
+    return [member_of(model, recipe.fabric, recipe.quantize, ranks, asked=asked) for model in models]
 
 
-def member_of(model: Trunk, config: FabricConfig, quantised: str, ranks: int, *, asked: int = 0) -> Member:
+def member_of(model: Trunk, config: FabricConfig, quantised: Quantize, ranks: int, *, asked: int = 0) -> Member:
     """One transformer, cut as `engine.sharding.shard` does."""
     layers: dict[str, list[Piece]] = {}
     rest: list[Piece] = []
@@ -114,16 +114,17 @@ def member_of(model: Trunk, config: FabricConfig, quantised: str, ranks: int, *,
     return Member(tuple(map(tuple, layers.values())), tuple(rest), learns, asked)
 
 
-def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantised: str, ranks: int) -> list[Piece]:
-    """A parameter as it is gathered and reduced. Of one in NF4 two numbers lie in each byte, all bytes in a row; of
-    experts in NF4 each is a parameter of its own."""
+def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantised: Quantize, ranks: int) -> list[Piece]:
+    """A parameter as it is gathered and reduced. In NF4 two numbers lie in a byte, each block has a scale, and each
+    expert is a parameter of its own."""
     weight = gradient = parameter.element_size()
     if config.is_sharded:
         weight = 2 if config.param_dtype == "bfloat16" else weight
         gradient = 2 if config.reduce_dtype == "bfloat16" else 4
-    if quantised == "nf4" and can_be_quantised(name, parameter) and not parameter.requires_grad:
+    if quantised.method == "nf4" and can_be_quantised(name, parameter) and not parameter.requires_grad:
         matrices = parameter.shape[0] if parameter.ndim == 3 else 1
-        return [Piece(parameter.numel() // matrices // 2, 1, 1, 0)] * matrices
+        count, scale = parameter.numel() // matrices, 1 if quantised.double_quant else 4
+        return [Piece(-(-count // 2), 1, 1, 0), Piece(-(-count // NF4_BLOCK), 1, scale, 0)] * matrices
     rows = parameter.shape[cut_dimension(parameter.shape, ranks)]
     return [Piece(rows, parameter.numel() // rows, weight, gradient if parameter.requires_grad else 0)]
 
@@ -199,7 +200,7 @@ class Beside(NamedTuple):
     """On the meta device."""
     asked: int
     """How often about each row."""
-    quantised: str = "none"
+    quantised: Quantize
 
 
 @dataclass(frozen=True)

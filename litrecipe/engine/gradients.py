@@ -36,7 +36,7 @@ def norm_of(parameters: Iterable[nn.Parameter], group: Group | None) -> Tensor:
     if group is None or not of_kinds[True]:
         return common
     squares = group.add_up(_norm(of_kinds[True]).double().square())
-    return (squares + common.double().square()).sqrt()
+    return (squares + common.double().square()).sqrt().to(common.dtype)
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

@@ -18,12 +18,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from litrecipe.config import stop
 from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.groups import Fabric
 from litrecipe.config.progress import WATCHED, WHISPER
+from litrecipe.engine.allocation import is_a_task
 from litrecipe.engine.child import EVERY, FAILED, dies_with
 
 ANSWERS = (0, WRONG_INPUT, stop.PREEMPTED, stop.INTERRUPTED)
@@ -36,6 +37,8 @@ GRACE = 30.0
 """Seconds in which ranks must follow one that has ended by itself, before they are killed."""
 OTHERS_FAILED = signal.SIGUSR2
 """What tells processes that watch the other ranks of a Slurm step that one has failed."""
+OF_TASK = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_ID")
+"""Variables that say which task of a Slurm step a process is."""
 GO_ON = "the same command with --checkpoint.resume auto goes on from the newest checkpoint"
 
 
@@ -67,10 +70,10 @@ def _started_by_others() -> int:
     """As how many ranks torchrun, srun or a person's script started this process and others; 0: nobody did."""
     if "LOCAL_RANK" in os.environ:
         return int(os.environ.get("WORLD_SIZE") or 1)
-    in_slurm = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
-    if not in_slurm:
-        return 0
-    return int(os.environ["SLURM_NTASKS"]) if "SLURM_STEP_ID" in os.environ else 1
+    if is_a_task():
+        return int(os.environ.get("SLURM_NTASKS") or 1)
+    # In a job of several tasks nothing is started without srun: that is told where the ranks would meet.
+    return 1 if int(os.environ.get("SLURM_NTASKS") or 1) > 1 else 0
 
 
 def _devices(config: Fabric) -> int:
@@ -98,7 +101,9 @@ class Rank:
 
     def __init__(self, command: Sequence[str], env: Mapping[str, str], room: Room) -> None:
         """A first rank keeps the terminal, if there is one; others are heard through this process, line by line."""
-        whole = {**os.environ, **env}
+        # A job of one task has room for several ranks: they are none of its tasks.
+        told = {name: value for name, value in os.environ.items() if not (env and name in OF_TASK)}
+        whole = {**told, **env}
         number = whole.get("RANK") or whole.get("SLURM_PROCID") or whole.get("LOCAL_RANK") or "0"
         self.number = int(number)
         self.is_first = room.ranks == 1 or env.get("LOCAL_RANK") == "0"
@@ -214,21 +219,27 @@ def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:
         return FAILED if others_failed.is_set() else 0
     failed = [rank for rank in ranks if rank.failed]
     if not first.failed:
+        if first.code == WRONG_INPUT and not any(rank.is_first and rank.code == WRONG_INPUT for rank in ranks):
+            _say(line.strip() for line in first.last_words() if line.startswith("  litrecipe: error: "))
         return int(first.code or 0)
     # One that was killed did not end for want of another, as its neighbours may have.
     culprit = min(failed, key=lambda rank: (int(rank.code or 0) > 0, rank is not first))
     if not others_failed.is_set():
-        for line in culprit.last_words():
-            os.write(2, f"{line}\n".encode(errors="replace"))
+        _say(culprit.last_words())
         _tell_slurm()
     return FAILED
 
 
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        os.write(2, f"{line}\n".encode(errors="replace"))
+
+
 def _tell_slurm() -> None:
     """Let the processes that watch the other ranks of a Slurm step know: their ranks may wait for ever."""
-    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
     scancel = shutil.which("scancel")
-    if job is None or step is None or scancel is None or int(os.environ.get("SLURM_NTASKS") or 1) == 1:
+    if scancel is None or not is_a_task() or int(os.environ.get("SLURM_NTASKS") or 1) == 1:
         return
-    command = [scancel, f"--signal={OTHERS_FAILED.name.removeprefix('SIG')}", f"{job}.{step}"]
+    step = f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
+    command = [scancel, f"--signal={OTHERS_FAILED.name.removeprefix('SIG')}", step]
     subprocess.run(command, stdin=subprocess.DEVNULL, timeout=GRACE, check=False)

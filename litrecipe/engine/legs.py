@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from litrecipe.config.groups import Schedule
+from litrecipe.config.progress import counted
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,18 @@ class Leg:
     begin: Callable[[], None] = lambda: None
     """Sets the module to how the leg trains it; called before its first step, and when a run goes on in it."""
 
+    @property
+    def where(self) -> str:
+        """What stands before its keys."""
+        return f"stages.{self.name}." if self.name else ""
+
     def without_room(self) -> Iterator[str]:
         """What the schedule has no room for; no mistake, as a recipe is often tried for a few steps."""
-        where, what = (f"stages.{self.name}.", "the stage") if self.name else ("", "the run")
+        what = "the stage" if self.name else "the run"
         for key in ("warmup_steps", "decay_steps"):
             steps = getattr(self.schedule, key) or 0
             if steps > self.steps:
-                yield f"{where}schedule.{key} {steps}: {what} ends after {self.steps} steps"
+                yield f"{self.where}schedule.{key} {steps}: {what} ends after {counted(self.steps, 'step')}"
 
 
 def leg_of(legs: Sequence[Leg], step: int) -> tuple[Leg, int]:

@@ -32,7 +32,8 @@ from litrecipe.model.row import Row
 from litrecipe.model.tensor_parallel import split
 from litrecipe.model.tensor_plan import narrowed
 
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_BLOCK = 64
+NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
 CPU_HOLES = 0.2
 """Share of the activations by which a process grows beyond its tensors on a CPU: freed pieces of the heap that are too
@@ -108,7 +109,7 @@ def estimate(
     `kept`: what `kept_bytes` told of the same row before.
     """
     model, size = part_model(recipe, architecture), recipe.fabric.tensor_parallel
-    parameters, trained = counted(model if size == 1 else meta_model(recipe, architecture))
+    parameters, trained = parameter_counts(model if size == 1 else meta_model(recipe, architecture))
     whole, architecture, world_size = architecture, narrowed(architecture, size), world_size // size
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
@@ -119,10 +120,9 @@ def estimate(
     cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
     if cuts:
         exchange = exchanged_bytes(recipe.fabric, sizes, learnt, architecture)
-        scales = scales_bytes(model) if recipe.quantize.method == "nf4" else 0
         shares = {name: largest_share(p.shape, world_size) for name, p in model.named_parameters()}
-        weights = scales + round(sum(size * shares[name] for name, size in sizes.items()) - scales / world_size)
         whole_gradients, gradients = gradients, round(sum(size * shares[name] for name, size in learnt.items()))
+        weights = round(sum(size * shares[name] for name, size in sizes.items()))
         optimizer = optimizer * gradients // max(1, whole_gradients)
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
@@ -231,7 +231,7 @@ def part_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
     return model
 
 
-def counted(model: nn.Module) -> tuple[int, int]:
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Parameters, and those that are trained."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
@@ -271,12 +271,6 @@ def kept_bytes(recipe: TrainingRecipe, architecture: Architecture, row: Row) -> 
         deepest = min(LAYERS_RUN, a.num_layers)
         inside = of(deepest, WORDS_RUN, False) - of(deepest - 1, WORDS_RUN, False)
     return few + of_words + (a.num_layers - layers) * of_layer, inside
-
-
-def scales_bytes(model: nn.Module) -> int:
-    """Of NF4: they are no parameters, so no strategy shares them out."""
-    quantised = (p.numel() for name, p in model.named_parameters() if can_be_quantised(name, p) and not p.requires_grad)
-    return int(sum(quantised) * (NF4_BYTES - 0.5))
 
 
 def saved_bytes(model: nn.Module, recipe: TrainingRecipe, row: Row) -> int:

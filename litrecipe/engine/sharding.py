@@ -8,7 +8,8 @@ last norm) is gathered with the model it belongs to.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.engine.cost import cut_dimension
-from litrecipe.engine.grid import row_of
+from litrecipe.engine.grid import group_of
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.tensor_parallel import split
@@ -36,7 +37,7 @@ def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.
     """
     models = [part for part in module.modules() if isinstance(part, Trunk)]
     heads = second_heads(models)
-    if (group := row_of(mesh)) is not None:
+    if (group := group_of(mesh)) is not None:
         split(module, group)
     models = [model for model in models if model not in heads]
     device = torch.device("cpu") if config.cpu_offload else _device_of(mesh)
@@ -118,6 +119,23 @@ def second_heads(models: Sequence[Trunk]) -> list[RewardModel]:
             found.append(model)
         seen.add(model.model)
     return found
+
+
+@contextmanager
+def gathered(model: Trunk, config: FabricConfig) -> Iterator[None]:
+    """Inside, every process holds all of a model, and none waits for another. All must enter and leave together."""
+    from torch.distributed.fsdp import FSDPModule
+
+    parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model and config.reshard_after_forward, recurse=False)
+            part.reshard()
 
 
 def give_memory(model: nn.Module, device: torch.device) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout")
 """Fields of metrics.jsonl that differ between two runs that do the same."""
 ON_THE_LINE = {
+    "nll": "nll",
     "rewards/accuracies": "accuracy",
     "accuracy": "accuracy",
     "rewards/margins": "margin",
@@ -113,8 +114,10 @@ class Teller:
         """What the steps since the last telling asked of the model, over all ranks."""
         self.loggers = make_loggers(recipe.log, recipe.out_dir, purge_step=first_step + 1) if self.speaks else []
 
-    def tell(self, step: int, tokens: int, lr: float, result: StepResult, flight: dict[str, Any]) -> None:
-        """One optimizer step."""
+    def tell(
+        self, step: int, tokens: int, lr: float, result: StepResult, flight: dict[str, Any], stage: str = ""
+    ) -> None:
+        """One optimizer step, of a `stage` where there are several."""
         progress.whisper(f"step {step}/{self.total}: loss {result.loss:.4f}")
         if not self.speaks:
             return
@@ -149,7 +152,7 @@ class Teller:
         ]
         parts = [
             # What matters most stands first: a narrow terminal cuts the end off.
-            f"step {step}/{self.total}",
+            f"{stage + ': ' if stage else ''}step {step}/{self.total}",
             f"loss {result.loss:.4f}",
             *of_method,
             f"{progress.duration(left)} left",

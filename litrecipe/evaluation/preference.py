@@ -15,7 +15,7 @@ from torch import Tensor
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data
-from litrecipe.config.progress import say
+from litrecipe.config.progress import counted, say
 from litrecipe.data.comparisons import COMPARISONS, ComparisonCounts
 from litrecipe.data.preferences import holds_preferences, read_preferences
 from litrecipe.data.readers import check_sources
@@ -83,7 +83,7 @@ class Preference:
         if settings.pictures is not None:
             name = re.sub(r"[^\w.-]+", "_", self.spec)
             picture = settings.pictures.with_name(f"{settings.pictures.stem}.{name}.png")
-            draw_comparison(pairs, picture, f"{self.spec}: {len(pairs)} pairs")
+            draw_comparison(pairs, picture, f"{self.spec}: {counted(len(pairs), 'pair')}")
             say(f"wrote {picture}")
         return Outcome(
             metrics={name: value for name, (value, _) in found.items()},

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
-from litrecipe.config.progress import track
+from litrecipe.config.progress import counted, track
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.decoding import Ended, sample
+from litrecipe.model.decoding import AnyLeft, Ended, sample
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ def complete(
     batch_tokens: int = 8192,
     progress: str | None = None,
     on_text: Callable[[str], None] | None = None,
+    any_left: AnyLeft | None = None,
 ) -> list[Completion]:
     """Continue every prompt until its end token, a stop string or the token limit, `completions` times.
 
     Results are in the order of `prompts`, those of one prompt together; `streams` numbers their random streams
     (default: their places). They are sampled as one batch that is refilled as answers end, with a cache of at most
     `batch_tokens` places (or those of one answer). With one answer `on_text` is given it piece by piece, each piece
-    certain to be in the final text. Raises InputError when a prompt leaves no room for `settings.max_new_tokens`.
+    certain to be in the final text. `any_left` is for processes that share the model, see `sample`. Raises InputError
+    when a prompt leaves no room for `settings.max_new_tokens`.
     """
     _check_room(model, prompts, settings.max_new_tokens)
     texts = [TextStream(tokenizer, settings.stop) for _ in range(len(prompts) * completions)]
@@ -71,6 +73,7 @@ def complete(
         streams=streams,
         cache_tokens=batch_tokens,
         on_token=on_token,
+        any_left=any_left,
     )
     for index, found in track(sampled, progress, len(texts)) if progress else sampled:
         give(texts[index].end())
@@ -135,11 +138,12 @@ class TextStream:
 
 
 def _check_room(model: Decoder, prompts: Sequence[list[int]], new_tokens: int) -> None:
+    """The default is nobody's wish: then answers end where the context does."""
     longest = max(map(len, prompts), default=0)
     reads = model.architecture.max_positions
-    if longest + new_tokens > reads:
+    if longest + (1 if new_tokens == Generate.max_new_tokens else new_tokens) > reads:
         cure = f"at most {reads - longest} are left" if longest < reads else "shorten the prompt"
         raise InputError(
             f"generate.max_new_tokens: {new_tokens}: "
-            f"the longest prompt has {longest} tokens and the model reads {reads}: {cure}"
+            f"the longest prompt has {counted(longest, 'token')} and the model reads {reads}: {cure}"
         )

@@ -52,18 +52,20 @@ def open_any(
     *,
     as_judge: bool = False,
     longest: Reach = None,
+    shared: bool = False,
 ) -> Session[Decoder] | Session[RewardModel]:
     """Load a Hugging Face folder, hub id, GGUF file, PEFT adapter folder, or the final model of a run directory.
 
     The model of a run is read as it was trained: on the same date and, where `quantize` says nothing, on a base
-    quantised alike. `as_judge` takes a hydra for the reward model that it is, not for the language model.
+    quantised alike. `as_judge` takes a hydra for the reward model that it is, not for the language model. A `shared`
+    model is still to be cut and filled, see `load_model`.
 
     Raises InputError for a source that cannot be opened and for `fabric` settings that only training knows.
     """
     files = open_asked(model)
     if files.is_reward_model or (files.is_hydra and as_judge):
-        return _open(load_reward_model, model, quantize, fabric, longest)
-    return _open(load_model, model, quantize, fabric, longest)
+        return _open(load_reward_model, model, quantize, fabric, longest, shared)
+    return _open(load_model, model, quantize, fabric, longest, shared)
 
 
 def _open(
@@ -72,6 +74,7 @@ def _open(
     quantize: groups.Quantize,
     fabric: groups.Fabric,
     longest: Reach,
+    shared: bool = False,
 ) -> Session[M]:
     device = _device(fabric)
     files = open_asked(model)
@@ -88,6 +91,7 @@ def _open(
         device=device,
         quantize=quantize,
         init=model.init,
+        shared=shared,
     )
     loaded.eval().requires_grad_(False)
     if fabric.compile:

@@ -123,7 +123,15 @@ def _check_experts(model: nn.Module, config: Adapter) -> None:
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The adapter under the names of `adapter_model.safetensors`; tensors of a sharded model stay sharded."""
+    let_go(model)
     return {name: alike(parameter.detach(), parameter) for name, parameter in _parameters(model).items()}
+
+
+def let_go(model: nn.Module) -> None:
+    """Of a model that processes share hold pieces only: what was gathered last stays, to be asked again."""
+    for part in model.modules():
+        if (reshard := getattr(part, "reshard", None)) is not None:
+            reshard()
 
 
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -27,6 +27,8 @@ from litrecipe.model.laid_out import lay_out, pays
 OnToken = Callable[[int, int], bool]
 """Told a completion's index and each of its tokens as it comes; says whether that token ends the completion."""
 Ended = Literal["eos", "stop", "length"]
+AnyLeft = Callable[[bool], bool]
+"""Told whether this process has something left; says whether any of those has that share the model."""
 
 READ_AT_ONCE = 2048
 """Tokens of prompts in one forward pass, unless a prompt is longer."""
@@ -69,6 +71,7 @@ def sample(
     streams: Sequence[int] | None = None,
     cache_tokens: int | None = None,
     on_token: OnToken | None = None,
+    any_left: AnyLeft | None = None,
 ) -> Iterator[tuple[int, Sampled]]:
     """Continue each prompt `completions` times; yields (index, completion) as they end.
 
@@ -79,6 +82,9 @@ def sample(
 
     The cache has at most `cache_tokens` places, or as many as one sequence needs (None: room for all at once); each
     sequence gets those that the longest needs. Long prompts come first.
+
+    Processes that share a model sample in step: each tells `any_left` before a pass whether it has something left, and
+    goes on without while another has.
 
     Raises InputError naming the prompts that are empty or leave no room in the context.
     """
@@ -94,7 +100,12 @@ def sample(
             stream = index if streams is None else streams[index]
             waiting.append(_Sequence(index, prompts[place], room, (seed, stream)))
     batch = _Batch(model, waiting, cache_tokens)
-    while batch.sequences or waiting:
+    while (busy := bool(batch.sequences or waiting)) or any_left is not None:
+        if any_left is not None and not any_left(busy):
+            return
+        if not busy:
+            batch.idle()
+            continue
         stop.poll()
         logits = batch.read()
         draws = torch.tensor([sequence.draw for sequence in batch.sequences], dtype=torch.float64)
@@ -164,6 +175,7 @@ class _Batch:
         self.waiting, self.cache_tokens = waiting, cache_tokens
         self.device = embedding.device
         self.cache = KVCache(model.own_architecture, dtype, embedding.device)
+        self.spare: KVCache | None = None
         laid_out = lay_out(model) if pays(len(waiting), sum(sequence.room for sequence in waiting)) else None
         self.decode = model.decode if laid_out is None else laid_out.decode
         self.sequences: list[_Sequence] = []
@@ -188,6 +200,13 @@ class _Batch:
             times = [1] * under_way + [len(group) for group in new]
             logits = logits.repeat_interleave(torch.tensor(times, device=logits.device), 0)
         return logits
+
+    def idle(self) -> None:
+        """A pass for the sake of other processes."""
+        if self.spare is None:
+            self.spare = KVCache(self.cache.architecture, self.cache.layers[0].dtype, self.device)
+            self.spare.resize(1, 1)
+        self.decode(torch.zeros(1, dtype=torch.int64, device=self.device), CacheStep(self.spare, [], [1]))
 
     def drop(self, ended: Collection[int]) -> None:
         """Some rows are free. The next completion of a prompt takes the row where the prompt stands, if it can; the

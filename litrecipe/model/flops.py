@@ -29,16 +29,16 @@ class Forward(NamedTuple):
 
 
 def training_flops(architecture: Architecture, samples: Sequence[Sample]) -> float:
-    """Of one optimizer step with all weights trained (PaLM, 2204.02311, appendix B, with causal attention counted as
-    the half that it is)."""
-    return 3.0 * sum(forward_flops(architecture, samples))
+    """Of one optimizer step with all weights trained."""
+    return 3.0 * forward_flops(architecture, samples)
 
 
-def forward_flops(architecture: Architecture, samples: Sequence[Sample]) -> Forward:
-    """Of one pass over some samples."""
+def forward_flops(architecture: Architecture, samples: Sequence[Sample]) -> float:
+    """Of the forward pass, all that is asked of a model that does not learn (PaLM, 2204.02311, appendix B, with causal
+    attention counted as the half that it is)."""
     shapes = [_shape(sample) for sample in samples]
     predictions = sum(int((segment.weights != 0).sum()) for sample in samples for segment in sample.segments)
-    return _forward(architecture, shapes, predictions)
+    return sum(_forward(architecture, shapes, predictions))
 
 
 def row_flops(architecture: Architecture, row: Row) -> Forward:

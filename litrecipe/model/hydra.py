@@ -53,13 +53,14 @@ class BaseJudge(RewardModel):
         with torch.device("meta"):
             super().__init__(policy.architecture)
         self.model = policy.model
+        self._policy = (policy,)  # not a part of this one
         self.score.weight = nn.Parameter(score, requires_grad=False)
         self.statistics = statistics
 
     def forward(self, row: Row) -> Tensor:
         """Rewards (A,), as those of a `RewardModel` with the base's weights, bit for bit."""
         with adapter_off(self):
-            return super().forward(row)
+            return self._policy[0].within(lambda: super(BaseJudge, self).forward(row))
 
 
 def of_best(row: Row) -> Row:

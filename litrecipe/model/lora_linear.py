@@ -83,9 +83,13 @@ class LoraLinear(PeftLinear):
         return parameters | {"lora_magnitude_vector": self.magnitude} if self.is_dora else parameters
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        """peft's making of the parameters, without memory or random numbers: `init_weights` gives them values."""
+        """peft's making of the parameters, without memory or random numbers; `init_weights` gives them values. It looks
+        at the weight below, which may be packed, and needs no more of it than its shape."""
+        base, weight = self.base, self.base.weight
         with torch.device("meta"):
+            base.weight = nn.Parameter(torch.empty(base.out_features, base.in_features), requires_grad=False)
             super().update_layer(*args, **kwargs)
+        base.weight = weight
 
     def init_weights(self, generator: torch.Generator, device: torch.device | str | None = None) -> None:
         """A from U(-1/√i, 1/√i) and B zero, in fp32 on a device or that of the base; m the row norms, zeros where the

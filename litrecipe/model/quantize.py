@@ -31,8 +31,12 @@ BLOCK = 64
 class NF4Linear(bnb.nn.Linear4bit):
     """NormalFloat4 in blocks of 64 weights (QLoRA, 2305.14314, section 3)."""
 
-    scales: nn.Parameter | None = None
+    scales: nn.Parameter | None
     """Of a model that processes share: the scales of the blocks, which are cut as the weight is."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.register_parameter("scales", None)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The restored weight (o, i)."""
@@ -66,7 +70,7 @@ class NF4Linear(bnb.nn.Linear4bit):
         kind = whole if double_quant else torch.float32
         self.weight = nn.Parameter(torch.empty(-(-count // 2), 1, dtype=whole, device="meta"), requires_grad=False)
         scales = torch.empty(-(-count // BLOCK), dtype=kind, device="meta")
-        self.register_parameter("scales", nn.Parameter(scales, requires_grad=False))
+        self.scales = nn.Parameter(scales, requires_grad=False)
         return self
 
     def pack(self, weight: Tensor, put: Callable[[Tensor, Tensor], None]) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litrecipe.model.adapters import adapter_off
+from litrecipe.model.adapters import adapter_off, let_go
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row
@@ -52,15 +52,19 @@ class PolicyAndReference(nn.Module):
         """KL (P,) of the policy from the reference in nats at each place of a row that predicts, over the whole
         vocabulary. Summed over what the policy sampled it is, on average, the KL of whole completions."""
         policy, reference = self.policy, self.reference
-        hidden = policy.hidden(row, row.predict_from)
-        if reference is not None:
-            other = reference.hidden(row, row.predict_from)
-        else:
-            with adapter_off(policy):
-                other = policy.hidden(row, row.predict_from)
-        weights = policy.lm_head.weight, (reference or policy).lm_head.weight
-        cap = policy.architecture.final_softcap
-        return divergence(hidden, weights[0], other, weights[1], self.temperature, cap, policy.own_tokens)
+
+        def of_both() -> torch.Tensor:
+            hidden = policy.hidden(row, row.predict_from)
+            if reference is not None:
+                other = reference.hidden(row, row.predict_from)
+            else:
+                with adapter_off(policy):
+                    other = policy.hidden(row, row.predict_from)
+            weights = policy.lm_head.weight, (reference or policy).lm_head.weight
+            cap = policy.architecture.final_softcap
+            return divergence(hidden, weights[0], other, weights[1], self.temperature, cap, policy.own_tokens)
+
+        return policy.within(of_both if reference is None else lambda: reference.within(of_both))
 
     def moving(self) -> dict[str, nn.Parameter]:
         """The reference's copies of what the policy learns, by their names in this module."""
@@ -79,8 +83,8 @@ class PolicyAndReference(nn.Module):
     def _learnt(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
         """name, the policy's, the reference's."""
         assert self.reference is not None
-        twins = dict(self.reference.named_parameters())
-        for name, parameter in self.policy.named_parameters():
+        twins = kept(self.reference)
+        for name, parameter in kept(self.policy).items():
             if parameter.requires_grad:
                 yield name, parameter, twins[name]
 
@@ -92,11 +96,17 @@ class PolicyAndReference(nn.Module):
         return self
 
 
+def kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter as it is kept: of a model that processes share the pieces, see `let_go`."""
+    let_go(model)
+    return dict(model.named_parameters())
+
+
 def frozen_twin(model: Decoder) -> Decoder:
     """The model as it is now, frozen: with copies of what learns, sharing what does not.
 
     Of a model with an adapter this is a second adapter on the same base; of one that trains whole, a second model.
-    FSDP2 shares no parameters: `engine.fabric.shard` copies them.
+    FSDP2 shares no parameters: `engine.sharding` copies them.
     """
     twin = copy.deepcopy(model, what_does_not_learn(model)).requires_grad_(False).eval()
     mark(twin)

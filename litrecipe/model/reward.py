@@ -83,4 +83,4 @@ class RewardModel(Trunk):
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The scores (n,) in fp32 of hidden states (n, d)."""
-        return self.score(hidden)[:, 0]
+        return self.score(hidden)[:, 0].clone()  # FSDP's hooks stay on no view

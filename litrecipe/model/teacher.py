@@ -5,6 +5,9 @@ Shapes: P predictions of a row, k tokens that are kept of each place.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -59,15 +62,39 @@ class StudentAndTeacher(nn.Module):
         self.student = student
         self.teacher = teacher
         self.temperature, self.hard = temperature, hard
+        self.asks = True
+        """Whether the teacher is asked; else the predictions are the student's own, and hold nothing of it."""
         self.train()
 
     def forward(self, row: Row) -> Predictions:
         """Of the row's targets."""
+        if not self.asks:
+            return self.student(row)
         said: SoftTargets = kept_in(row, self.temperature) if self.teacher is None else self.teacher(row)
         if self.hard:
             assert isinstance(said, Likeliest)
             said = Likeliest(said.ids[:, :1], torch.zeros_like(said.logps[:, :1]))
         return self.student(row, soft=said)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the teacher is not asked."""
+        asked, self.asks = self.asks, False
+        try:
+            yield
+        finally:
+            self.asks = asked
+
+    def let_go(self) -> None:
+        """Free the memory of the teacher, which will not be asked again. One that is sharded stays where it is: FSDP2
+        holds its pieces."""
+        from torch.distributed.fsdp import FSDPModule
+
+        if self.teacher is None or isinstance(self.teacher, FSDPModule):
+            return
+        for parameter in self.teacher.parameters():  # DDP holds them, too
+            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+        self.teacher = None
 
     def train(self, mode: bool = True) -> StudentAndTeacher:
         """The teacher never has dropout."""

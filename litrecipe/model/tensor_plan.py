@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from litrecipe.config.errors import InputError
@@ -131,6 +132,11 @@ def alike(tensor: Tensor, parameter: Tensor) -> Tensor:
     if tensor.shape == parameter.shape and hasattr(parameter, "held"):
         tensor.held = parameter.held  # type: ignore[attr-defined]
     return tensor
+
+
+def whole_size(tensor: Tensor) -> int:
+    """Elements of the whole that a parameter is a part of."""
+    return prod(held_of(tensor).whole_shape(tensor.shape))
 
 
 def mark(module: nn.Module) -> None:

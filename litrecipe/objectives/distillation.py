@@ -5,6 +5,8 @@ Shapes: P predictions of a row.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from litrecipe.model.head import Predictions
 from litrecipe.model.row import Row
 from litrecipe.objectives.causal_lm import CausalLM
@@ -22,10 +24,14 @@ class Distillation(CausalLM):
     def __init__(self, alpha: float, temperature: float = 1.0, z_loss: float = 0.0) -> None:
         super().__init__(z_loss)
         self.alpha, self.temperature = alpha, temperature
+        self.taught = True
+        """Whether there is a teacher now; else it is `CausalLM`, and tells `nll` as well."""
 
     def counts(self, row: Row) -> dict[str, float]:
         """Σ w_i of the row for each term."""
         counts = super().counts(row)
+        if not self.taught:
+            return counts
         return counts | {"teacher": counts["nll"]}
 
     def __call__(self, predictions: Predictions, row: Row) -> Loss:
@@ -33,15 +39,17 @@ class Distillation(CausalLM):
 
         Raises ValueError where the predictions hold nothing of a teacher.
         """
-        if predictions.kl is None or predictions.teacher_entropy is None:
-            raise ValueError("distillation needs the KL from a teacher, which the predictions do not hold")
         of_data = super().__call__(predictions, row)
         nll, *others = of_data.terms
+        told = {"nll": (nll.sum.detach(), row.weight.sum())}
+        if not self.taught:
+            return replace(of_data, metrics=of_data.metrics | told)
+        if predictions.kl is None or predictions.teacher_entropy is None:
+            raise ValueError("distillation needs the KL from a teacher, which the predictions do not hold")
         kl, entropy = ((row.weight * values).sum() for values in (predictions.kl, predictions.teacher_entropy))
         of_teacher = Term("teacher", self.temperature**2 * (kl + entropy), 1 - self.alpha)
-        metrics = {
-            "nll": (nll.sum.detach(), row.weight.sum()),
+        told |= {
             "kl": (kl.detach(), row.weight.sum()),
             "teacher_entropy": (entropy, row.weight.sum()),
         }
-        return Loss((Term(nll.name, nll.sum, self.alpha), of_teacher, *others), of_data.metrics | metrics)
+        return Loss((Term(nll.name, nll.sum, self.alpha), of_teacher, *others), of_data.metrics | told)

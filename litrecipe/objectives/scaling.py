@@ -11,18 +11,14 @@ from typing import NamedTuple
 
 
 class ScalingLaw(NamedTuple):
-    """The constants of one fit; losses in nats a token of that fit's text and tokenizer."""
+    """The constants of one fit. They say how parameters and tokens trade against each other, not what loss a model will
+    have: E belongs to that fit's text and tokenizer, and has no part in the trade."""
 
     source: str
-    e: float
     a: float
     b: float
     alpha: float
     beta: float
-
-    def loss(self, parameters: float, tokens: float) -> float:
-        """L of so many parameters after so many tokens."""
-        return self.e + self.a / parameters**self.alpha + self.b / tokens**self.beta
 
     def best_tokens(self, parameters: float) -> float:
         """The D with which N is the best use of the compute that both take."""
@@ -45,7 +41,7 @@ class ScalingLaw(NamedTuple):
         return float((parameters / self._g) ** (1 / self._exponent))
 
 
-REPLICATION = ScalingLaw("replication, 2404.10102", 1.8172, 482.01, 2085.43, 0.3478, 0.3658)
+REPLICATION = ScalingLaw("replication, 2404.10102", 482.01, 2085.43, 0.3478, 0.3658)
 """The fit of Chinchilla's own data done again; with the rounded constants of its abstract results move by a tenth."""
-CHINCHILLA = ScalingLaw("Chinchilla, 2203.15556, as printed", 1.69, 406.4, 410.7, 0.34, 0.28)
+CHINCHILLA = ScalingLaw("Chinchilla, 2203.15556, as printed", 406.4, 410.7, 0.34, 0.28)
 """As printed in its approach 3, which is not consistent with its approaches 1 and 2."""

@@ -108,7 +108,8 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         """The conversation's tokens; the oldest exchanges are forgotten when it outgrows the model."""
-        room = self.session.model.architecture.max_positions - self.generate.max_new_tokens
+        reads, answer = self.session.model.architecture.max_positions, self.generate.max_new_tokens
+        room = reads - (min(answer, reads // 2) if answer == Generate.max_new_tokens else answer)
         ids = self.session.tokenizer.encode_prompt(self.start + self.said)
         while len(ids) > room and len(self.said) > 2:
             say("(the oldest exchange no longer fits and is forgotten)")

@@ -15,7 +15,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Data, DataRecipe
 from litrecipe.config.merge import path_of
 from litrecipe.config.prepare import PrepareRecipe
-from litrecipe.config.progress import say
+from litrecipe.config.progress import counted, say
 from litrecipe.data.comparison_report import check_comparisons
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.formats import check_rows, read_conversations
@@ -104,7 +104,10 @@ def train_tokenizer(
                         size += len(content)
                         yield content
         if count:
-            say(f"read {count:,} texts of {size / 1e6:,.1f} million characters; learning {vocab_size:,} tokens")
+            say(
+                f"read {counted(count, 'text', ',')} of {size / 1e6:,.1f} million characters; learning "
+                f"{counted(vocab_size, 'token', ',')}"
+            )
 
     tokens = [*(CHAT if chat else ()), *special]
     backend = learn_tokenizer(contents(), vocab_size, tokens, split_digits=split_digits, min_frequency=min_frequency)
@@ -115,7 +118,7 @@ def train_tokenizer(
         write_tokenizer(draft, backend, chat=chat)
     found = backend.get_vocab_size()
     fewer = f" of the {vocab_size} asked for: the texts hold no more pairs" if found < vocab_size else ""
-    said = f"{found} tokens{fewer}, from {count} texts"
+    said = f"{counted(found, 'token')}{fewer}, from {counted(count, 'text')}"
     say(f"{replaces} {out}: {said}: name it as model.tokenizer, its size as vocab_size")
     return 0
 

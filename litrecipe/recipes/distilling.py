@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from litrecipe.data.source import SampleList
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.checkpoints import refuse_other_run
 from litrecipe.engine.rundir import RunDir
+from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.row import Row
+from litrecipe.model.flops import forward_flops, training_flops
+from litrecipe.model.row import Row, Sample
 from litrecipe.model.teacher import TEACHER_IDS, TEACHER_LOGPS, StudentAndTeacher, Teacher
 from litrecipe.model.tensor_plan import check_divides
 from litrecipe.objectives.causal_lm import CausalLM
@@ -64,12 +67,12 @@ class Teaching:
         given, is_top_1 = self.distil.alpha, self.distil.method == "top_1"
         return given if given is not None else 0.1 if is_top_1 else 0.0
 
-    def check_reach(self, longest: int) -> None:
-        """Raises InputError for samples that are longer than the teacher's context."""
+    def check_reach(self, longest: int, where: str = "") -> None:
+        """Raises InputError for samples, of a stage (`stages.core.`), that are longer than the teacher's context."""
         if longest > (context := self.files.architecture.max_positions):
             raise InputError(
-                f"data.max_length: {longest}: the context of distil.teacher {self.distil.teacher} is {context} tokens: "
-                "give that or less"
+                f"{where}data.max_length: {longest}: the context of distil.teacher {self.distil.teacher} is {context} "
+                "tokens: give that or less"
             )
 
     def load(self, recipe: TrainingRecipe) -> Teacher:
@@ -95,6 +98,25 @@ class Lesson:
     train: SampleList
     val: SampleList | None
 
+    def looking(self) -> AbstractContextManager[None]:
+        """What routers choose does not depend on the teacher, which is not asked inside."""
+        return self.module.alone() if isinstance(self.module, StudentAndTeacher) else nullcontext()
+
+    def flops(self, student: Architecture, samples: Sequence[Sample]) -> float:
+        """Operations that a step asks of the model, all of whose weights learn, and of a teacher that answers live."""
+        total = training_flops(student, samples)
+        if isinstance(self.module, StudentAndTeacher) and self.module.asks and self.module.teacher is not None:
+            total += forward_flops(self.module.teacher.architecture, samples)
+        return total
+
+    def go_on(self, taught: bool, again: bool) -> None:
+        """Learn from the teacher from here on, or without it; it is kept where it will be asked `again`."""
+        if not isinstance(self.module, StudentAndTeacher) or not isinstance(self.objective, Distillation):
+            return
+        self.module.asks = self.objective.taught = taught
+        if not taught and not again:
+            self.module.let_go()
+
 
 def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
     """The teacher, once it is sure that it can read what the student reads; None where there is none.
@@ -109,6 +131,9 @@ def open_teaching(distil: Distil, tokenizer: Tokenizer) -> Teaching | None:
         raise InputError(f"{said}: is {what}: give a language model")
     if Tokenizer.load(files.tokenizer_dir).text_fingerprint != tokenizer.text_fingerprint:
         raise InputError(f"{said}: has another tokenizer than the model that is trained: give one of the same family")
+    known = min(tokenizer.size, files.architecture.vocab_size)
+    if distil.method == "top_k" and Distil.top_k != distil.top_k > known:  # the default is nobody's wish
+        raise InputError(f"distil.top_k: {distil.top_k}: the teacher knows {known} tokens: give at most that")
     return Teaching(distil, files, tokenizer.size)
 
 
@@ -130,7 +155,6 @@ def lesson(
     student.with_log_z = z_loss > 0
     if teaching is None:
         return Lesson(student, CausalLM(z_loss), train, val)
-    teaching.check_reach(max(train.lengths))
     distil = teaching.distil
     objective = Distillation(teaching.alpha, distil.temperature, z_loss)
     shape: dict[str, Any] = {"temperature": distil.temperature, "hard": distil.method == "top_1"}

@@ -28,12 +28,11 @@ from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.dpo import make_dpo
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.known import start
+from litrecipe.recipes.known import identity, start
 from litrecipe.recipes.training import (
     adapter_of,
     alone,
     begin,
-    identity,
     load_to_train,
     make_ready,
     nats_apart,
@@ -53,14 +52,7 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
     reference = choose_reference(recipe, files)
     advise(recipe.dpo)
     if dry_run:
-        return show(
-            recipe,
-            files,
-            tokenizer,
-            COMPARISONS,
-            frozen_copy=reference in ("copy", "moving"),
-            asked=int(reference == "adapter_off"),
-        )
+        return show(recipe, files, tokenizer, COMPARISONS, reference=reference)
 
     fabric = make_fabric(recipe.fabric)
     data = prepared(COMPARISONS, recipe, files, tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config import progress, schema
-from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.groups import Reference, TrainingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prepared import Kind, prepare
 from litrecipe.data.report import render
@@ -32,13 +32,11 @@ def show(
     kind: Kind[Any],
     teaching: Teaching | None = None,
     *,
-    frozen_copy: bool = False,
-    asked: int = 0,
+    reference: Reference | None = None,
 ) -> int:
     """Print it all; nothing is trained and the run directory is not touched.
 
-    `frozen_copy`: a reference stands beside the policy, and is asked about each row. `asked`: how often the policy is,
-    without gradient.
+    `reference`: what a policy is held to. A frozen copy stands beside it; with its adapter off it is asked itself.
     """
     console = progress.console()
     show_recipe(recipe)
@@ -47,6 +45,7 @@ def show(
     source = RecordedSource(data.train, recipe.train)
     steps = source.total_steps(recipe.train)
     load = heaviest(recipe, source, steps, layout_of(recipe.fabric).data)
+    frozen_copy, asked = reference in ("copy", "moving"), int(reference == "adapter_off")
     table = memory_of(recipe, files, load, frozen_copy)
     if teaching:
         table = beside_teacher(table, teaching, recipe, load)

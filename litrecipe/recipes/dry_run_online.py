@@ -10,6 +10,7 @@ from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress
 from litrecipe.config.groups import TrainingRecipe
 from litrecipe.config.online import OnlineRecipe, method_of, sampling_of
+from litrecipe.config.progress import counted
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
@@ -51,8 +52,8 @@ def show_online(
     steps = steps_of(config, recipe.train, len(prompts.train))
     a_rollout = config.minibatches * config.epochs
     said = (
-        f"[bold]steps[/bold] {steps}: {a_rollout} on each rollout of {size} completions "
-        f"({n} a prompt), {-(-steps // a_rollout) * size} completions in all, of up to "
+        f"[bold]steps[/bold] {steps}: {a_rollout} on each rollout of {counted(size, 'completion')} "
+        f"({n} a prompt), {counted(-(-steps // a_rollout) * size, 'completion')} in all, of up to "
         f"{config.max_new_tokens} tokens; each step sees {size // config.minibatches}"
     )
     shape = Shape(size, config.max_new_tokens, size // n // config.minibatches, n)
@@ -68,9 +69,11 @@ def show_rounds(
     a_round = config.minibatches * config.epochs
     pairs = -(-rounds.prompts_per_round // config.minibatches)
     said = (
-        f"[bold]steps[/bold] at most {steps}, in {-(-steps // a_round)} rounds of up to {a_round}: in a round "
-        f"{rounds.prompts_per_round} prompts get {rounds.completions_per_prompt} completions each, of up to "
-        f"{rounds.max_new_tokens} tokens; each step sees up to {pairs} pairs of them"
+        f"[bold]steps[/bold] at most {steps}, in {counted(-(-steps // a_round), 'round')} of up to {a_round}: in a "
+        "round "
+        f"{counted(rounds.prompts_per_round, 'prompt')} get {counted(rounds.completions_per_prompt, 'completion')} "
+        "each, of up to "
+        f"{counted(rounds.max_new_tokens, 'token')}; each step sees up to {counted(pairs, 'pair')} of them"
     )
     shape = Shape(
         rounds.prompts_per_round * rounds.completions_per_prompt, rounds.max_new_tokens, pairs, 2, together=True
@@ -91,8 +94,10 @@ def show_rejection_sampling(
     ]
     steps = min(limit for limit in limits if limit is not None)
     said = (
-        f"[bold]sampling[/bold] {count} prompts, {n} completions each, {count * n} in all, of up to "
-        f"{config.max_new_tokens} tokens\n[bold]steps[/bold] at most {steps} of {train.global_batch_size} conversations"
+        f"[bold]sampling[/bold] {counted(count, 'prompt')}, {counted(n, 'completion')} each, {count * n} in all, of up "
+        "to "
+        f"{counted(config.max_new_tokens, 'token')}\n[bold]steps[/bold] at most {steps} of "
+        f"{counted(train.global_batch_size, 'conversation')}"
     )
     shape = Shape(config.prompts_per_batch * n, config.max_new_tokens, train.global_batch_size, 1)
     return _show(recipe, files, tokenizer, prompts, shape, said, frozen_copy=False)

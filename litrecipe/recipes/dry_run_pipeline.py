@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
@@ -36,7 +36,7 @@ class Preview:
 
     recipe: Any
     """With the first stage's model for those that are to come, and without what else is."""
-    to_come: list[str]
+    to_come: list[str] = field(default_factory=list)
     """The keys that speak of what is not there yet."""
 
 
@@ -70,14 +70,20 @@ def check_recipes(pipeline: PipelineRecipe, names: list[str]) -> None:
     """Raise InputError with what the verbs themselves would find wrong with their recipes, of all stages at once."""
     mistakes: list[str] = []
     for name in names:
-        shown = preview(pipeline, name)
-        for look in (_open, _check_rewards, _check_columns):
-            try:
-                look(shown)
-            except InputError as error:
-                mistakes += pipeline.stages[name].placed(name, error.mistakes)
+        mistakes += pipeline.stages[name].placed(name, mistakes_of(preview(pipeline, name)))
     if mistakes:
         raise InputError(*mistakes)
+
+
+def mistakes_of(shown: Preview) -> list[str]:
+    """What a verb itself would find wrong with its recipe before it learns anything."""
+    mistakes: list[str] = []
+    for look in (_open, _check_rewards, _check_columns):
+        try:
+            look(shown)
+        except InputError as error:
+            mistakes += error.mistakes
+    return mistakes
 
 
 def _open(shown: Preview) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config import progress
 from litrecipe.config.pretrain import PretrainRecipe
+from litrecipe.config.progress import counted
 from litrecipe.data.packing import pack
 from litrecipe.data.pretraining import Stream, batches_of, open_stream, steps_of
 from litrecipe.data.report import render
@@ -30,23 +31,35 @@ def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Token
     console, layout = progress.console(), layout_of(recipe.fabric)
     show_recipe(recipe)
     stream = open_stream(recipe, tokenizer)
-    for (name, part), stage in zip(recipe.parts.items(), stream.source.stages, strict=True):
+    stages = zip(recipe.parts.items(), stream.source.stages, strict=True)
+    for place, ((name, part), stage) in enumerate(stages):
         load = _load(part, stage, layout.data)
         table = memory_of(part, files, load, frozen_copy=False)
-        if teaching:
-            table = beside_teacher(table, teaching, part, load)
+        there = teaching if teaching and _has_teacher(recipe, place) else None
+        if there:
+            table = beside_teacher(table, there, part, load)
         if name:
             console.print(f"[bold]stage {name}[/bold]")
-        print_rank(part, files, load, table, beside=asked_beside(part, files, teaching, reference=False))
+        print_rank(part, files, load, table, beside=asked_beside(part, files, there, reference=False))
     console.print(_stages(recipe, stream, files))
     console.print("[bold]data[/bold]")
     for line in stream.report():
         console.print(line, highlight=False)
     first = stream.source.stages[0]
     sample = next(iter(first.mixture.sources.values()))[0]
-    console.print(f"[bold]one sequence[/bold] of {len(sample.segments)} documents (what is learnt is coloured)")
+    console.print(
+        f"[bold]one sequence[/bold] of {counted(len(sample.segments), 'document')} (what is learnt is coloured)"
+    )
     console.print(render(_beginning(sample), tokenizer))
     return 0
+
+
+def _has_teacher(recipe: PretrainRecipe, place: int) -> bool:
+    """Whether a teacher lies in memory while a stage runs: also one that only later stages ask, or that is sharded."""
+    taught = [part.distil.teacher is not None for part in recipe.parts.values()]
+    if recipe.distil.cache:
+        return taught[place]
+    return any(taught[place:]) or recipe.fabric.strategy == "fsdp"
 
 
 def has_limits(recipe: PretrainRecipe) -> bool:

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config import progress
-from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.groups import Quantize, TrainingRecipe
+from litrecipe.config.progress import counted
 from litrecipe.engine.cost import Layout
 from litrecipe.engine.forecast import Beside, Forecast, device_of, forecast, hardware_of, layout_of
 from litrecipe.engine.memory import MemoryTable, estimate, meta_model, teacher_bytes
@@ -67,11 +68,11 @@ def asked_beside(recipe: TrainingRecipe, files: ModelFiles, teaching: Teaching |
     found = []
     if reference:
         model = meta_model(with_adapter(recipe, files), files.architecture).requires_grad_(False)
-        found += [Beside(one, 1, recipe.quantize.method) for one in model.modules() if isinstance(one, Trunk)]
+        found += [Beside(one, 1, recipe.quantize) for one in model.modules() if isinstance(one, Trunk)]
     if teaching and not teaching.distil.cache:
         with torch.device("meta"):
             model = Decoder(teaching.files.architecture).to(teacher_dtype(recipe)).requires_grad_(False)
-        found.append(Beside(model, 1, teaching.distil.quantize))
+        found.append(Beside(model, 1, Quantize(method=teaching.distil.quantize)))
     return found
 
 
@@ -187,4 +188,4 @@ def beside(rows: int) -> str:
     """How gradients and activations share their room."""
     if rows == 1:
         return "gradients and activations share their room: a step is one row"
-    return f"gradients lie beside the activations: a step is up to {rows} rows"
+    return f"gradients lie beside the activations: a step is up to {counted(rows, 'row')}"

@@ -59,7 +59,14 @@ def judge_of(
     budget = recipe.train.micro_batch_tokens
     try:
         sources = make_sources(
-            config, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe), own=own
+            config,
+            tokenizer,
+            recipe.fabric,
+            fabric.device,
+            budget=budget,
+            longest=longest_of(recipe),
+            own=own,
+            ranks=Ranks(fabric),
         )
         check_columns_of([one.source for one in sources], prompts.val)
     except InputError as error:

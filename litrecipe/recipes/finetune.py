@@ -17,15 +17,8 @@ from litrecipe.engine.fit import Job, fit
 from litrecipe.objectives.routing import with_routers
 from litrecipe.recipes.distilling import Teaching, lesson, open_teaching
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import (
-    begin,
-    identity,
-    load_to_train,
-    make_ready,
-    prepared,
-    save_trained,
-    task_runner,
-)
+from litrecipe.recipes.known import identity
+from litrecipe.recipes.training import begin, load_to_train, make_ready, prepared, save_trained, task_runner
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -52,6 +45,8 @@ def tune(
 ) -> int:
     """Train the recipe's model on conversations, and on what a teacher says of them."""
     known = identity(recipe, files, tokenizer, data.train) | (teaching.known_by if teaching else {})
+    if teaching:
+        teaching.check_reach(max(data.train.lengths))
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
     router = recipe.router if isinstance(recipe, FinetuneRecipe) else Router()
@@ -66,6 +61,7 @@ def tune(
             val=what.val,
             save_final=lambda folder: save_trained(folder, model, files, recipe),
             evaluate_tasks=task_runner(model, tokenizer, recipe),
+            looking=what.looking,
             identity=known,
         )
     )

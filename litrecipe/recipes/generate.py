@@ -7,7 +7,7 @@ import time
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import GenerateRecipe
-from litrecipe.config.progress import say
+from litrecipe.config.progress import counted, say
 from litrecipe.data.formats import Message, RowError
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.evaluation.sampling import complete, plain_prompt
@@ -29,7 +29,7 @@ def main(recipe: GenerateRecipe) -> int:
     seconds = time.perf_counter() - start
     print("" if streaming else answer.text, flush=True)
     rate = len(answer.tokens) / seconds
-    say(f"{len(ids)} tokens read, {len(answer.tokens)} sampled in {seconds:.1f} s ({rate:.1f} tokens/s)")
+    say(f"{counted(len(ids), 'token')} read, {len(answer.tokens)} sampled in {seconds:.1f} s ({rate:.1f} tokens/s)")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
@@ -27,7 +27,7 @@ from litrecipe.recipes.known import known_by
 from litrecipe.recipes.training import asked, begin, load_to_train, make_ready, nats_apart, save_trained, say_same
 from litrecipe.rollout.pairs import Pairing, WinRates, gold_answers
 from litrecipe.rollout.rewards import Scorer, make_judge
-from litrecipe.rollout.sampler import OwnSampler
+from litrecipe.rollout.sampler import own_sampler
 from litrecipe.rollout.source import Rollouts
 from litrecipe.rollout.sources import Weighted, check_light, make_sources
 
@@ -65,7 +65,7 @@ def main(recipe: IterativeDpoRecipe, *, dry_run: bool = False) -> int:
     ranks = Ranks(fabric)
     practice = Pairing(
         module,
-        OwnSampler(policy, tokenizer, config.cache_tokens),
+        own_sampler(policy, tokenizer, config.cache_tokens, recipe.fabric, ranks),
         Scorer(sources, recipe.rewards, config, ranks.agree),
         rollouts,
         recipe.train.seed,
@@ -111,10 +111,11 @@ def has_fresh_adapter(recipe: IterativeDpoRecipe, files: ModelFiles) -> bool:
 
 def judging(recipe: IterativeDpoRecipe, tokenizer: Tokenizer, fabric: Fabric) -> list[Weighted]:
     """What scores completions: the judge, by how often one wins, or the reward sources."""
-    config, budget, longest = recipe.iterative_dpo, recipe.train.micro_batch_tokens, longest_of(recipe)
+    config, budget = recipe.iterative_dpo, recipe.train.micro_batch_tokens
+    asked: dict[str, Any] = {"budget": budget, "longest": longest_of(recipe), "ranks": Ranks(fabric)}
     if config.judge is None:
-        return make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest)
-    judge = make_judge(config.judge, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest)
+        return make_sources(recipe.rewards, tokenizer, recipe.fabric, fabric.device, **asked)
+    judge = make_judge(config.judge, tokenizer, recipe.fabric, fabric.device, **asked)
     return [Weighted(WinRates(config.judge, judge, config.candidates), 1.0)]
 
 

@@ -10,6 +10,7 @@ import torch
 from rich.table import Table
 
 from litrecipe.checkpoint.source import ModelFiles
+from litrecipe.config.progress import counted
 from litrecipe.engine.memory import NF4_BYTES, can_be_quantised
 from litrecipe.model.adapters import describe_parameters
 from litrecipe.model.architecture import Architecture, Rope, count_parameters
@@ -55,15 +56,18 @@ def _experts(a: Architecture) -> str:
     if a.experts is None:
         return ""
     plain = len(a.experts.dense_layers)
-    beside = f", in {a.num_layers - plain} of {a.num_layers} layers" if plain else ""
+    beside = f", in {a.num_layers - plain} of {counted(a.num_layers, 'layer')}" if plain else ""
     return f"{a.experts.chosen} of {a.experts.count} for each token, of size {a.experts.size}{beside}"
 
 
 def _windows(a: Architecture) -> str:
     """What layers that do not look at everything look at."""
     windows = Counter(a.kind(layer).window for layer in range(a.num_layers))
-    del windows[None]
-    said = (f"{count} of {a.num_layers} layers see the last {window:,} tokens" for window, count in windows.items())
+    said = (
+        f"{count} of {counted(a.num_layers, 'layer')} see the last {counted(window, 'token', ',')}"
+        for window, count in windows.items()
+        if window is not None
+    )
     return "; ".join(said)
 
 

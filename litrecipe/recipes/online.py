@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from litrecipe.checkpoint.load import load_model
@@ -58,7 +57,7 @@ class Course:
     rests: Callable[[int], list[str]] = lambda _: []
     save_beside: Callable[[Path, PolicyAndReference, Moments], None] = lambda _, __, ___: None
     """Writes what else was trained into the folder of the policy, given the moments of the returns."""
-    own_source: Callable[[Decoder, Tokenizer, torch.device], RewardSource | None] = lambda _, __, ___: None
+    own_source: Callable[[Decoder, Tokenizer, Ranks], RewardSource | None] = lambda _, __, ___: None
     """What the reward source `hydra` stands for, on the device that the policy will be on."""
 
 
@@ -77,17 +76,25 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     budget = recipe.train.micro_batch_tokens
     known = known_by(recipe, files, tokenizer, prompts)
     policy = load_to_train(load_model, files, recipe)
-    own = chosen.own_source(policy, tokenizer, fabric.device)
+    ranks = Ranks(fabric)
+    own = chosen.own_source(policy, tokenizer, ranks)
     sources = make_sources(
-        recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe), own=own
+        recipe.rewards,
+        tokenizer,
+        recipe.fabric,
+        fabric.device,
+        budget=budget,
+        longest=longest_of(recipe),
+        own=own,
+        ranks=ranks,
     )
     judge = judge_of(recipe, tokenizer, prompts, fabric, own)
     module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
     make_ready(policy, recipe)
     policy.with_entropy = "learnt" if config.entropy_coef else "measured"
-    ranks = Ranks(fabric)
     scorer = Scorer(sources, recipe.rewards, config, ranks.agree)
-    sampler = make_sampler(f"{name}.sampler", config.sampler, policy, tokenizer, config.cache_tokens)
+    key = f"{name}.sampler"
+    sampler = make_sampler(key, config.sampler, policy, tokenizer, config.cache_tokens, recipe.fabric, ranks)
     practice = Practice(module, sampler, scorer, config, recipe.train.seed, budget, fabric, chosen.draw)
     source = Rollouts(
         practice, prompts.train, config, recipe.train, Path(recipe.out_dir), ranks, name, recipe.eval.success
@@ -102,7 +109,8 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
         save_trained(folder, policy, files, recipe)
         chosen.save_beside(folder, module, practice.returns)
         if average is not None:
-            save_trained(folder / "ema", average.model, files, recipe)
+            with average.in_place():
+                save_trained(folder / "ema", policy, files, recipe)
 
     def refuses(metrics: dict[str, float]) -> str | None:
         ratio, most = metrics.get("policy/ratio", 1.0), config.max_ratio

@@ -14,7 +14,9 @@ from litrecipe.config import progress, schema, stop
 from litrecipe.config.errors import WRONG_INPUT, InputError
 from litrecipe.config.files import write_json
 from litrecipe.config.pipeline import FINAL, PipelineRecipe
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
+from litrecipe.config.slurm import LAUNCHER
+from litrecipe.engine.allocation import is_a_task
 from litrecipe.engine.rundir import RunDir
 from litrecipe.recipes.dry_run_pipeline import check_recipes, show_pipeline
 from litrecipe.recipes.stage_runs import StageRun, changed_recipes, other_origins
@@ -66,9 +68,10 @@ def main(recipe: PipelineRecipe, *, dry_run: bool = False) -> int:
 
 
 def refuse_several_ranks() -> None:
-    """Each rank would start stages of its own."""
+    """Each rank would start stages of its own. The script of a job is one process, whose stages have its tasks."""
+    has_launcher = bool(os.environ.get(LAUNCHER)) and not is_a_task()
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if int(os.environ.get(name) or 1) > 1:
+        if int(os.environ.get(name) or 1) > 1 and not has_launcher:
             raise InputError(
                 f"{name}: {os.environ[name]}: a pipeline is one process: start it as one, its stages start as many as "
                 "their fabric.devices say"
@@ -125,9 +128,9 @@ def finish(runs: dict[str, StageRun], out: Path) -> None:
     if left:
         say(f"not run: {', '.join(left)}; without `only` {GO_ON}")
     elif policies:
-        say(f"done: {len(runs)} stages; the model is in {out / FINAL}, which leads to {policies[-1].result}")
+        say(f"done: {counted(len(runs), 'stage')}; the model is in {out / FINAL}, which leads to {policies[-1].result}")
     else:
-        say(f"done: {len(runs)} stages")
+        say(f"done: {counted(len(runs), 'stage')}")
 
 
 def lead(link: Path, target: Path) -> None:

@@ -12,6 +12,7 @@ from litrecipe.checkpoint.source import ModelFiles
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import PpoRecipe
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import Ranks
 from litrecipe.engine.optim import Role
 from litrecipe.model.adapters import has_adapter
 from litrecipe.model.critic import ActorAndCritic
@@ -64,11 +65,12 @@ def main(recipe: PpoRecipe, *, dry_run: bool = False) -> int:
                 statistics = undone(statistics or (0.0, 1.0), returns)
             save_trained(folder / "critic", module.critic, files, recipe, statistics)
 
-        def base_judge(policy: Decoder, tokenizer: Tokenizer, device: torch.device) -> RewardSource | None:
+        def base_judge(policy: Decoder, tokenizer: Tokenizer, ranks: Ranks) -> RewardSource | None:
             if ppo.layout != "hydra":
                 return None
-            judge = BaseJudge(policy, files.score().to(device, torch.float32), files.reward_statistics)
-            return ModelSource(HYDRA, judge, tokenizer, tokenizer, budget=recipe.train.micro_batch_tokens)
+            score = files.score().to(ranks.fabric.device, torch.float32)
+            judge = BaseJudge(policy, score, files.reward_statistics)
+            return ModelSource(HYDRA, judge, tokenizer, tokenizer, budget=recipe.train.micro_batch_tokens, ranks=ranks)
 
         return Course(
             build=build,

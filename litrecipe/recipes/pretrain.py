@@ -12,7 +12,7 @@ from torch import nn
 from litrecipe.checkpoint.load import load_model
 from litrecipe.config.errors import InputError
 from litrecipe.config.pretrain import PretrainRecipe
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
 from litrecipe.data.pretraining import HeldOut, open_stream
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fabric import make_fabric
@@ -22,11 +22,11 @@ from litrecipe.engine.optim import Treatment, plain_treatment
 from litrecipe.engine.spikes import SpikeGuard
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.decoder import Decoder
-from litrecipe.model.flops import training_flops
 from litrecipe.objectives.routing import with_routers
-from litrecipe.recipes.distilling import lesson, open_teaching
+from litrecipe.recipes.distilling import Lesson, lesson, open_teaching
 from litrecipe.recipes.dry_run_pretrain import show_plan, show_pretraining
-from litrecipe.recipes.training import begin, identity, load_to_train, make_ready, save_trained, task_runner
+from litrecipe.recipes.known import identity
+from litrecipe.recipes.training import begin, load_to_train, make_ready, save_trained, task_runner
 
 
 def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -> int:
@@ -45,7 +45,11 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
         say(line)
     tell_of(recipe, files.architecture)
     known = identity(recipe, files, tokenizer, None) | {"pretrain.z_loss": str(recipe.pretrain.z_loss)}
-    known |= teaching.known_by if teaching else {}
+    if teaching:
+        known |= teaching.known_by
+        for name, part in recipe.parts.items():
+            if part.distil.teacher is not None:
+                teaching.check_reach(part.data.max_length, f"stages.{name}." if name else "")
     model = load_to_train(load_model, files, recipe)
     make_ready(model, recipe)
     z_loss = recipe.pretrain.z_loss
@@ -66,9 +70,10 @@ def main(recipe: PretrainRecipe, *, dry_run: bool = False, plan: bool = False) -
             measured=lambda metrics: bits_per_byte(metrics, stream.val),
             told=stream.source.told,
             treatment=partial(treatment, recipe, files.architecture.hidden_size),
-            legs=legs_of(recipe, model, [stage.steps for stage in stream.source.stages]),
+            legs=legs_of(recipe, model, what, [stage.steps for stage in stream.source.stages]),
             guard=None if guard.spike_sigmas is None else SpikeGuard(guard.spike_sigmas, guard.spike_window),
-            flops=None if recipe.adapter.method != "none" else lambda s: training_flops(model.architecture, s),
+            flops=None if recipe.adapter.method != "none" else lambda s: what.flops(model.architecture, s),
+            looking=what.looking,
             identity=known,
         )
     )
@@ -79,10 +84,19 @@ def tell_of(recipe: PretrainRecipe, architecture: Architecture) -> None:
     longest = max(part.data.max_length for part in recipe.parts.values())
     if longest > architecture.max_positions:
         say(f"context: grows from {architecture.max_positions} to {longest} tokens")
+    base, width = recipe.optim.mup_base_width, architecture.hidden_size
+    if base not in (None, width) and architecture.logit_divisor == 1:
+        warn(
+            f"optim.mup_base_width: {base}: the rate carries over in part: this model's logits are not divided by "
+            f"{width}/{base}, as `logits_scaling` of model_type granite would, and move the faster the wider it is"
+        )
     for name, part in recipe.parts.items():
         steps, where = part.train.batch_warmup_steps, f"stages.{name}." if name else ""
         if part.train.max_steps is not None and steps > part.train.max_steps:
-            warn(f"{where}train.batch_warmup_steps {steps}: there are {part.train.max_steps} steps: batches stay small")
+            warn(
+                f"{where}train.batch_warmup_steps {steps}: there are {counted(part.train.max_steps, 'step')}: batches "
+                "stay small"
+            )
 
 
 def as_asked(recipe: PretrainRecipe, architecture: Architecture, tokenizer: Tokenizer) -> Architecture:
@@ -117,18 +131,17 @@ def treatment(recipe: PretrainRecipe, width: int, name: str, parameter: nn.Param
     return Treatment(decays, base / width if base is not None and is_inner else 1.0)
 
 
-def legs_of(recipe: PretrainRecipe, model: Decoder, steps: Sequence[int]) -> list[Leg]:
-    """A leg for each stage, which turns positions and learns as it says."""
+def legs_of(recipe: PretrainRecipe, model: Decoder, what: Lesson, steps: Sequence[int]) -> list[Leg]:
+    """A leg for each stage, which turns positions and learns as it says, from the teacher or without."""
+    taught = [part.distil.teacher is not None for part in recipe.parts.values()]
+
+    def begin(place: int, part: PretrainRecipe) -> None:
+        model.reach(part.data.max_length, part.model.rope_theta)
+        what.go_on(taught[place], again=any(taught[place:]))
+
     return [
-        Leg(
-            name,
-            count,
-            part.optim.lr,
-            part.schedule,
-            part.train.micro_batch_tokens,
-            partial(model.reach, part.data.max_length, part.model.rope_theta),
-        )
-        for (name, part), count in zip(recipe.parts.items(), steps, strict=True)
+        Leg(name, count, part.optim.lr, part.schedule, part.train.micro_batch_tokens, partial(begin, place, part))
+        for place, ((name, part), count) in enumerate(zip(recipe.parts.items(), steps, strict=True))
     ]
 
 

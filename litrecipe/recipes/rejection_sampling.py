@@ -19,7 +19,7 @@ from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json, write_json
 from litrecipe.config.online import LoraAdapter, longest_of
-from litrecipe.config.progress import say
+from litrecipe.config.progress import counted, say
 from litrecipe.config.rounds import RejectionSampling, RejectionSamplingRecipe
 from litrecipe.data.prompts import Prompt, PromptSet
 from litrecipe.data.supervised import SUPERVISED
@@ -34,7 +34,7 @@ from litrecipe.recipes.known import known_by
 from litrecipe.recipes.training import asked, begin, load_to_train, prepared
 from litrecipe.rollout.candidates import CandidateFile, choose, gains, sample_candidates
 from litrecipe.rollout.rewards import Scorer
-from litrecipe.rollout.sampler import OwnSampler
+from litrecipe.rollout.sampler import own_sampler
 from litrecipe.rollout.sources import check_light, make_sources
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def begin_or_go_on(file: CandidateFile, recipe: RejectionSamplingRecipe, known: 
     if mistakes := other_settings(file.path, read_json(about)["identity"], known):
         raise InputError(*mistakes)
     done = file.done()
-    say(f"{file.path}: {done} of {file.prompts} prompts are answered")
+    say(f"{file.path}: {done} of {counted(file.prompts, 'prompt')} are answered")
     return done
 
 
@@ -109,20 +109,21 @@ def answer(
     fabric: Fabric,
 ) -> None:
     """Let the model that training will start from answer; it is gone before that is loaded."""
-    budget = recipe.train.micro_batch_tokens
+    config, budget, ranks = recipe.rejection_sampling, recipe.train.micro_batch_tokens, Ranks(fabric)
     sources = make_sources(
-        recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe)
+        recipe.rewards, tokenizer, recipe.fabric, fabric.device, budget=budget, longest=longest_of(recipe), ranks=ranks
     )
-    scorer = Scorer(sources, recipe.rewards, recipe.rejection_sampling, Ranks(fabric).agree)
+    scorer = Scorer(sources, recipe.rewards, config, ranks.agree)
     bare = replace(recipe, adapter=LoraAdapter(method="none"))
-    policy = load_to_train(load_model, files, bare).to(fabric.device).eval()
+    policy = load_to_train(load_model, files, bare).eval()
+    policy = ranks.place(policy, recipe.fabric) if policy.fill else policy.to(fabric.device)
     try:
         # Ranks are not in lockstep while they sample: of several, they agree on stopping between batches.
         with stop.deferred(), stop.interruptible(stop.requested if fabric.world_size == 1 else lambda: None):
             sample_candidates(
                 file,
                 done,
-                OwnSampler(policy, tokenizer, recipe.rejection_sampling.cache_tokens),
+                own_sampler(policy, tokenizer, config.cache_tokens, recipe.fabric, ranks),
                 prompts,
                 scorer,
                 recipe.train.seed,
@@ -139,8 +140,11 @@ def keep_best(file: CandidateFile, prompts: Sequence[Prompt], folder: Path, temp
     found = file.read()
     choice = choose(prompts, found, file.config, template)
     left_out = "; ".join(f"{count} {why}" for why, count in choice.left_out.items())
-    told = f"{len(choice.rows)} of {len(found) * file.config.completions_per_prompt} completions are learnt, of "
-    told += f"{choice.prompts} of {len(found)} prompts" + (f" (left out: {left_out})" if left_out else "")
+    told = (
+        f"{len(choice.rows)} of {counted(len(found) * file.config.completions_per_prompt, 'completion')} are learnt, "
+        "of "
+    )
+    told += f"{choice.prompts} of {counted(len(found), 'prompt')}" + (f" (left out: {left_out})" if left_out else "")
     curve = gains(torch.tensor([[one["reward"] for one in of_prompt] for of_prompt in found]))
     summary: dict[str, Any] = {"prompts": len(found), "learnt": len(choice.rows), "note": BOUND, "curve": curve}
     write_json(folder / "best_of.json", summary)

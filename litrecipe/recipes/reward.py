@@ -22,7 +22,7 @@ from litrecipe.config.progress import say
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.readers import check_source
 from litrecipe.data.source import RecordedSource, SampleList
-from litrecipe.engine.fabric import Ranks, gather_rows, make_fabric
+from litrecipe.engine.fabric import Ranks, gather_data, make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.evaluation.comparing import compare, summary
 from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
@@ -34,7 +34,8 @@ from litrecipe.objectives.answers import LABEL
 from litrecipe.objectives.loss import Objective
 from litrecipe.objectives.reward import JointLoss, RewardLoss
 from litrecipe.recipes.dry_run import show
-from litrecipe.recipes.training import begin, head_of, identity, load_to_train, make_ready, prepared, save_trained
+from litrecipe.recipes.known import head_of, identity
+from litrecipe.recipes.training import begin, load_to_train, make_ready, prepared, save_trained
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -112,7 +113,7 @@ def judge(reward: Callable[[Row], Tensor], val: SampleList, recipe: RewardRecipe
             progress="held-out pairs: row",
             rank=ranks.rank,
             world=ranks.world,
-            gather=partial(gather_rows, fabric),
+            gather=partial(gather_data, fabric),
         )
     found = summary(pairs)
     if fabric.global_rank == 0:

@@ -1,42 +1,15 @@
-"""`litrecipe runs`: list runs and compare two of them step by step."""
+"""`litrecipe runs diff`: compare two runs step by step."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
-from rich.table import Table
-
-from litrecipe.checkpoint import state
-from litrecipe.config import progress
 from litrecipe.config.errors import InputError
 from litrecipe.config.pipeline import NOTE, flat
 from litrecipe.config.schema import load_run
 from litrecipe.engine.recorder import diff as diff_runs
-from litrecipe.engine.rundir import read_records
-
-
-def ls(folder: str = "runs") -> int:
-    """A table of the runs below a folder: step, loss, newest checkpoint, whether it is finished."""
-    root = Path(folder)
-    runs = sorted(path.parent for path in root.rglob("recipe.yaml") if (path.parent / "metrics.jsonl").exists())
-    if not runs:
-        raise InputError(f"{folder}: no runs below this folder: give the folder that holds run directories")
-    table = Table("run", "step", "loss", "tokens/s", "checkpoint", "final", box=None)
-    for run in runs:
-        steps = [record for record in read_records(run / "metrics.jsonl") if "loss" in record]
-        last = steps[-1] if steps else {}
-        checkpoints = state.all_checkpoints(run / "checkpoints")
-        table.add_row(
-            str(run),
-            str(last.get("step", "-")),
-            f"{last['loss']:.4f}" if last else "-",
-            f"{last['tokens_per_second']:.0f}" if last else "-",
-            checkpoints[0].name if checkpoints else "-",
-            "yes" if (run / "final").exists() else "no",
-        )
-    progress.console().print(table)
-    return 0
 
 
 def diff(a: str, b: str, tolerance: float = 0.0) -> int:
@@ -58,7 +31,12 @@ WHERE_AND_WHAT_ELSE = ("out_dir", "log.", "checkpoint.", "slurm.", "data.cache_d
 
 def _of_recipes(a: Path, b: Path) -> list[str]:
     """Keys in which the recipes of two runs differ, with both values."""
-    first, second = ({} if (recipe := load_run(run)) is None else flat(recipe) for run in (a, b))
+    return differing(load_run(a), load_run(b))
+
+
+def differing(a: Any, b: Any) -> list[str]:
+    """Keys in which two recipes differ, with both values, but for where and how they run; None has no keys."""
+    first, second = ({} if recipe is None else flat(recipe) for recipe in (a, b))
     return [
         f"{key}: {first.get(key, 'absent')} and {second.get(key, 'absent')}"
         for key in dict.fromkeys([*first, *second])

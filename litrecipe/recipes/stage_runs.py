@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -21,6 +22,7 @@ from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.files import read_json
 from litrecipe.config.groups import EvaluateRecipe
 from litrecipe.config.pipeline import NOTE, PipelineRecipe, Stage, flat
+from litrecipe.config.slurm import LAUNCHER
 from litrecipe.engine.child import run_child
 from litrecipe.engine.rundir import read_records
 
@@ -92,7 +94,7 @@ class StageRun:
         begun = {"verb": self.stage.verb, "recipe": self._settings, "made_from": made_from}
         self._remember(begun | {"seconds": before, "done": False})
         started = time.monotonic()
-        program = [sys.executable, "-m", "litrecipe.cli"]
+        program = [*shlex.split(os.environ.get(LAUNCHER, "")), sys.executable, "-m", "litrecipe.cli"]
         code = run_child([*program, *self.stage.verb.split(), "--config", str(recipe)])
         self._remember(begun | {"seconds": before + time.monotonic() - started, "done": code == 0})
         if code == WRONG_INPUT and not self._made_something:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +16,8 @@ from litrecipe.checkpoint.source import ModelFiles, open_asked
 from litrecipe.config.groups import Adapter, Dpo, Precision, RewardRecipe, TrainingRecipe
 from litrecipe.config.online import longest_of
 from litrecipe.config.progress import say
-from litrecipe.data.cache import key_of
 from litrecipe.data.prepared import Kind, Prepared, prepare
 from litrecipe.data.prompts import PromptSet, load_prompts
-from litrecipe.data.samples import SampleSet
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.fit import StepResult
 from litrecipe.engine.rundir import RunDir
@@ -141,13 +138,6 @@ def precision_of(recipe: TrainingRecipe) -> torch.dtype:
     return torch.bfloat16 if recipe.fabric.precision == "bf16-true" else torch.float32
 
 
-def head_of(files: ModelFiles) -> dict[str, str]:
-    """What must be the same of a hydra's score when a run goes on."""
-    if files.head is None:
-        return {}
-    return {"score": key_of(sha256(files.head.path.read_bytes()).hexdigest(), files.reward_statistics)}
-
-
 def make_ready(model: Trunk, recipe: TrainingRecipe) -> None:
     """Set a model that was loaded to how the recipe trains it. Comes last: a compiled model cannot be copied."""
     model.train()
@@ -168,32 +158,6 @@ def task_runner(model: Decoder, tokenizer: Tokenizer, recipe: TrainingRecipe) ->
         }
 
     return run_tasks
-
-
-def identity(
-    recipe: TrainingRecipe,
-    files: ModelFiles,
-    tokenizer: Tokenizer,
-    train: SampleSet | PromptSet | None,
-    **groups: Any,
-) -> dict[str, str]:
-    """What must be the same when a run goes on; `groups` are the recipe's own, all of whose keys count. None for the
-    data where the source of steps knows itself again."""
-    return {
-        "base weights": files.weights_hash(),
-        "tokenizer": tokenizer.fingerprint,
-        **({} if train is None else {"data": train.fingerprint}),
-        "fabric.precision": recipe.fabric.precision,
-        **_settings("adapter", files.adapter.settings if files.adapter else recipe.adapter),
-        **_settings("quantize", recipe.quantize),
-        **{name: value for group, values in groups.items() for name, value in _settings(group, values).items()},
-    }
-
-
-def _settings(group: str, values: Any) -> dict[str, str]:
-    """Every key of a group with its value, for people to read; only `method` where that is `none`."""
-    keys = {"method": "none"} if getattr(values, "method", None) == "none" else asdict(values)
-    return {f"{group}.{key}": str(value) for key, value in keys.items()}
 
 
 def nats_apart(result: StepResult, dpo: Dpo, precision: Precision) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from litrecipe.config.errors import InputError
-from litrecipe.config.progress import say, warn
+from litrecipe.config.progress import counted, say, warn
 from litrecipe.config.rounds import IterativeDpo
 from litrecipe.data.formats import RowError
 from litrecipe.data.prompts import Prompt
@@ -53,7 +53,8 @@ class Paired:
 
     def __str__(self) -> str:
         dropped = ", ".join(f"{count} {why}" for why, count in self.dropped.items())
-        return f"{len(self.pairs)} pairs from {self.prompts} prompts" + (f" ({dropped})" if dropped else "")
+        said = f"{counted(len(self.pairs), 'pair')} from {counted(self.prompts, 'prompt')}"
+        return f"{said} ({dropped})" if dropped else said
 
 
 def pair_up(scored: Scored, config: IterativeDpo, budget: int) -> Paired:
@@ -259,7 +260,8 @@ class WinRates:
             for first in range(0, len(completions), n)
             for one, other in permutations(range(n), 2)
         ]
-        chances = self.judge(*(completions.at(side) for side in zip(*duels, strict=True))) if duels else []
+        sides = zip(*duels, strict=True) if duels else ([], [])  # ranks that share a judge ask it together
+        chances = self.judge(*(completions.at(side) for side in sides))
         wins = [0.0] * len(completions)
         for (one, other), chance in zip(duels, chances, strict=True):
             wins[one] += chance
@@ -293,5 +295,8 @@ def gold_answers(prompts: Sequence[Prompt], column: str, tokenizer: Tokenizer, l
         raise InputError(f"iterative_dpo.gold: {column}: no answer there fits max_new_tokens {longest}: {cure}")
     if len(found) < len(prompts):
         lost = len(prompts) - len(found)
-        warn(f"iterative_dpo.gold: {lost} of {len(prompts)} prompts have no answer of up to {longest} tokens: left out")
+        warn(
+            f"iterative_dpo.gold: {lost} of {counted(len(prompts), 'prompt')} have no answer of up to "
+            f"{counted(longest, 'token')}: left out"
+        )
     return found

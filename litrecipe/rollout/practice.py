@@ -17,6 +17,7 @@ from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Generate
 from litrecipe.config.online import Online
+from litrecipe.config.progress import counted
 from litrecipe.data.prompts import Prompt
 from litrecipe.engine.fabric import Ranks
 from litrecipe.model.critic import ActorAndCritic
@@ -138,6 +139,9 @@ def check_rows(prompts: Sequence[Prompt], max_new_tokens: int, budget: int) -> N
     """Raise InputError where a prompt with a completion may not fit a row of `budget` tokens."""
     longest = max(prompts, key=lambda prompt: len(prompt.tokens))
     if len(longest.tokens) + max_new_tokens > budget:
-        said = f"{longest.where} has {len(longest.tokens)} tokens, and up to {max_new_tokens} more with a completion"
+        said = (
+            f"{longest.where} has {counted(len(longest.tokens), 'token')}, and up to {max_new_tokens} more with a "
+            "completion"
+        )
         cure = "raise it, or leave out long prompts by data.max_length"
         raise InputError(f"train.micro_batch_tokens: {budget}: {said}: {cure}")

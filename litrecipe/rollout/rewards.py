@@ -16,7 +16,9 @@ from torch import Tensor
 from litrecipe.config import groups
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import Rewards, Sampling
+from litrecipe.config.progress import counted
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import Ranks
 from litrecipe.objectives.advantages import length_penalty
 from litrecipe.rollout.sources import (
     FUNCTION,
@@ -106,7 +108,10 @@ class Scorer:
         raw = {one.source.name: one.source(completions) for one in self.sources}
         for name, scores in raw.items():
             if len(scores) != len(completions):
-                raise InputError(f"{KEY}: {name}: {len(scores)} scores of {len(completions)} completions: give as many")
+                raise InputError(
+                    f"{KEY}: {name}: {counted(len(scores), 'score')} of {counted(len(completions), 'completion')}: "
+                    "give as many"
+                )
         by_source = {one.source.name: self._weighed(raw[one.source.name], one.weight) for one in self.sources}
         sums = [
             math.fsum(part for part in parts if part is not None) for parts in zip(*by_source.values(), strict=True)
@@ -216,11 +221,12 @@ def make_judge(
     *,
     budget: int = 8192,
     longest: int | None = None,
+    ranks: Ranks | None = None,
 ) -> Judge:
     """`function:MODULE:NAME`, or any reward source, as a judge; see `make_sources`."""
     if spec.startswith(FUNCTION):
         return FunctionJudge(spec, find_function(spec))
-    return ScoreJudge(make_source(spec, tokenizer, fabric, device, budget=budget, longest=longest))
+    return ScoreJudge(make_source(spec, tokenizer, fabric, device, budget=budget, longest=longest, ranks=ranks))
 
 
 def _sigmoid(x: float) -> float:

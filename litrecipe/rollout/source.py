@@ -9,7 +9,6 @@ Shapes: A completions of a rollout, P tokens of all of them.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,10 +19,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from litrecipe.checkpoint.state import states
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Train
 from litrecipe.config.online import Online
-from litrecipe.config.progress import show_table, warn
+from litrecipe.config.progress import counted, show_table, warn
 from litrecipe.data.prompts import Prompt
 from litrecipe.data.remembered import predictions
 from litrecipe.data.samples import SampleSet, is_complete
@@ -177,7 +177,7 @@ class Rollouts:
         """Continue there. Raises InputError when it stands among other prompts or its rollout is missing."""
         if state["of_prompts"] != len(self.prompts):
             was = f"the checkpoint was made with {state['of_prompts']}: resume with the same, or start a new out_dir"
-            raise InputError(f"data.train: {len(self.prompts)} prompts: {was}")
+            raise InputError(f"data.train: {counted(len(self.prompts), 'prompt')}: {was}")
         self.at = Place(**{name: state[name] for name in asdict(self.at)})
         self.at.left_out = tuple(self.at.left_out)  # JSON has lists
         self.method.load_state_dict(state["scoring"])
@@ -243,7 +243,8 @@ class Rollouts:
                 self.at.rollout = number
                 return rollout, lesson, samples, groups
         raise InputError(
-            f"{self.name}: nothing to learn in {RESAMPLED} rollouts of {self.groups} prompts each, one after the other "
+            f"{self.name}: nothing to learn in {RESAMPLED} rollouts of {counted(self.groups, 'prompt')} each, one "
+            "after the other "
             f"({lesson.said}): lower the bars, give other rewards, or a higher temperature"
         )
 
@@ -293,7 +294,10 @@ class Rollouts:
         mute = [name for name, scores in given.items() if all(score is None for score in scores)]
         why = None
         if mute:
-            why = f"{', '.join(mute)}: no score for any of {len(total)} completions: does it apply to these prompts?"
+            why = (
+                f"{', '.join(mute)}: no score for any of {counted(len(total), 'completion')}: does it apply to these "
+                "prompts?"
+            )
         elif each_alike:
             why = "all completions of every prompt score alike: there is nothing to learn which is better"
         elif len(total) > 1 and bool((total == total[0]).all()):
@@ -363,13 +367,13 @@ class Rollouts:
         readable = samples.with_suffix(".jsonl")
         readable.unlink(missing_ok=True)
         write_rollout(readable, self.at.steps, rollout.scored.completions, rollout.scored.scores, lesson.kl)
-        states = [json.loads(path.read_text()) for path in self.run_dir.glob("checkpoints/step-*/state.json")]
-        needed = {rollout.number, *(state["source"]["rollout"] for state in states)}
+        saved = states(self.run_dir / "checkpoints")
+        needed = {rollout.number, *(state["source"]["rollout"] for state in saved)}
         for old in self.folder.glob("*.samples"):
             if is_complete(old) and int(old.stem) not in needed:
                 shutil.rmtree(old)
         if rollout.number & (rollout.number - 1) == 0:  # 1, 2, 4, 8, …
-            title = f"rollout {rollout.number}, after {self.at.steps} steps ({readable})"
+            title = f"rollout {rollout.number}, after {counted(self.at.steps, 'step')} ({readable})"
             show_table(sample_table(rollout.scored.completions, rollout.scored.scores, lesson.kl, title=title))
 
 

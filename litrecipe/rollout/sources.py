@@ -21,11 +21,13 @@ import torch
 from litrecipe.config import groups, stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.online import Rewards
+from litrecipe.config.progress import counted
 from litrecipe.data.comparisons import common_prefix
 from litrecipe.data.formats import Conversation, RowError
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import Prompt, encode_prompt
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fabric import Ranks
 from litrecipe.evaluation.session import open_any
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row
@@ -142,13 +144,16 @@ class ModelSource:
         policy_tokenizer: Tokenizer,
         *,
         budget: int = 8192,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`model` is in evaluation mode and stays as it is; rows hold up to `budget` tokens."""
+        """`model` is in evaluation mode and stays as it is; rows hold up to `budget` tokens. Where `ranks` share
+        the model, each call must be one of all of them."""
         self.name = name
         self.model = model
         self.tokenizer = tokenizer
         self._speaks_alike = _speak_alike(tokenizer, policy_tokenizer)
         self._budget = budget
+        self._ranks = ranks if ranks is not None and ranks.share_models else None
         self._endings: dict[str, list[int]] = {}
 
     @torch.no_grad()
@@ -159,7 +164,10 @@ class ModelSource:
         lengths = [sample.length for sample in samples]
         device = self.model.model.embed_tokens.weight.device
         scores: dict[int, float] = {}
-        for row in pack(lengths, max(self._budget, *lengths)).rows if samples else []:
+        rows = pack(lengths, max(self._budget, *lengths)).rows if samples else []
+        if self._ranks is not None:  # who has fewer rows makes passes of nothing for the others' sake
+            rows += [[]] * (self._ranks.most(len(rows)) - len(rows))
+        for row in rows:
             stop.poll()
             rewards = self.model(make_row([samples[place] for place in row]).to(device))
             places = [place for group in row for place in shared[group]]
@@ -190,7 +198,8 @@ class ModelSource:
         reads = self.model.architecture.max_positions
         if max(map(len, whole)) > reads:
             raise InputError(
-                f"{KEY}: {self.name}: {prompt.where}: {max(map(len, whole))} tokens with its completion, and the model "
+                f"{KEY}: {self.name}: {prompt.where}: {counted(max(map(len, whole)), 'token')} with its completion, "
+                "and the model "
                 f"reads {reads}: lower max_new_tokens or data.max_length"
             )
         start = min(common_prefix([asked, *whole]), min(map(len, whole)) - 1)
@@ -236,11 +245,12 @@ def make_sources(
     budget: int = 8192,
     longest: int | None = None,
     own: RewardSource | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Weighted]:
     """The sources of a recipe; reward models are loaded once, frozen, onto `device`.
 
     `tokenizer` is the policy's, `longest` are the tokens of the run's longest sequence; `own` is what `hydra` stands
-    for. Raises InputError with all that is wrong with the
+    for. `ranks` share models where they share that which is trained. Raises InputError with all that is wrong with the
     specs before any model is loaded.
     """
     light = light_sources(config)
@@ -248,7 +258,9 @@ def make_sources(
         light[HYDRA] = own
     return [
         Weighted(
-            light.get(spec) or load_source(spec, tokenizer, fabric, device, budget=budget, longest=longest), weight
+            light.get(spec)
+            or load_source(spec, tokenizer, fabric, device, budget=budget, longest=longest, ranks=ranks),
+            weight,
         )
         for spec, weight in config.sources.items()
     ]
@@ -279,10 +291,11 @@ def make_source(
     *,
     budget: int = 8192,
     longest: int | None = None,
+    ranks: Ranks | None = None,
 ) -> RewardSource:
     """One source; see `make_sources`."""
     if spec.startswith(MODEL):
-        return load_source(spec, tokenizer, fabric, device, budget=budget, longest=longest)
+        return load_source(spec, tokenizer, fabric, device, budget=budget, longest=longest, ranks=ranks)
     return _light_source(spec)
 
 
@@ -294,6 +307,7 @@ def load_source(
     *,
     budget: int = 8192,
     longest: int | None = None,
+    ranks: Ranks | None = None,
 ) -> ModelSource:
     """The reward model of `model:SOURCE`, in the precision of `fabric`; raises InputError where there is none."""
     alone = replace(
@@ -306,12 +320,17 @@ def load_source(
     )
     try:
         model = groups.Model(source=spec.removeprefix(MODEL))
-        session = open_any(model, groups.Quantize(), alone, as_judge=True, longest=longest)
+        shared = ranks is not None and ranks.share_models
+        session = open_any(model, groups.Quantize(), alone, as_judge=True, longest=longest, shared=shared)
     except InputError as error:
         raise InputError(*(f"{KEY}: {line.removeprefix('model.source: ')}" for line in error.mistakes)) from error
     if not isinstance(session.model, RewardModel):
         raise InputError(
             f"{KEY}: {spec}: a language model, it has no score: train a reward model with `litrecipe align reward`"
+        )
+    if ranks is not None and shared:
+        return ModelSource(
+            spec, ranks.place(session.model, fabric), session.tokenizer, tokenizer, budget=budget, ranks=ranks
         )
     return ModelSource(spec, session.model.to(device), session.tokenizer, tokenizer, budget=budget)
 
@@ -395,7 +414,10 @@ def called(
         _one_by_one(name, function, given, prompts)
         raise InputError(f"{name}: {_told(error)}{_place(error)}") from error
     if len(values) != len(prompts):
-        raise InputError(f"{name}: returned {len(values)} values for {len(prompts)} completions: give one for each")
+        raise InputError(
+            f"{name}: returned {counted(len(values), 'value')} for {counted(len(prompts), 'completion')}: give one for "
+            "each"
+        )
     return values
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from litrecipe.config.progress import counted
 from litrecipe.rollout.rewards import Scores
 from litrecipe.rollout.sources import Completions
 
@@ -86,7 +87,7 @@ def _said(place: int, completions: Completions, scores: Scores, kl: Tensor | Non
     if len(parts) > 1:
         told += [f"{name} {'-' if part is None else format(part, '.3g')}" for name, part in parts.items()]
     told += [f"KL {float(kl[place]):.3g}"] if kl is not None else []
-    return [*told, f"{len(completions.tokens[place])} tokens, {completions.ended[place]}"]
+    return [*told, f"{counted(len(completions.tokens[place]), 'token')}, {completions.ended[place]}"]
 
 
 def _as_text(said: list[dict[str, Any]] | str) -> str:

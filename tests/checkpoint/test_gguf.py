@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import full_disk
 
 from litrecipe.checkpoint.gguf import DIALECTS, GgufWeights
 from litrecipe.checkpoint.hf import save_model
@@ -289,6 +290,18 @@ def test_tokenizer_files(make_gguf) -> None:
     messages = [{"role": "user", "content": "the"}]
     assert theirs.apply_chat_template(messages)["input_ids"] == ours.encode_prompt(messages) == [id_of["the"], 2]
     assert open_model(str(path)).tokenizer_dir == folder
+
+
+def test_a_cache_without_room_is_named(make_gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the tokenizer, and for what is remembered of the weights."""
+    monkeypatch.setenv("LITRECIPE_CACHE", str(tmp_path / "cache"))
+    _, path = make_gguf()
+    cure = "make room, or name another folder by \\$LITRECIPE_CACHE"
+    with full_disk(2000), pytest.raises(InputError, match=f"^{tmp_path}/cache: File too large: {cure}"):
+        open_model(str(path))
+    files = open_model(str(path))
+    with full_disk(10), pytest.raises(InputError, match=f"^{tmp_path}/cache: File too large: {cure}"):
+        files.weights_hash()
 
 
 @pytest.mark.parametrize(

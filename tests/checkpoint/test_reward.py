@@ -21,7 +21,7 @@ from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Adapter, Quantize
 from litrecipe.model.adapters import merge_adapter
 from litrecipe.model.families import FAMILIES
-from litrecipe.model.reward import RewardModel
+from litrecipe.model.reward import RewardModel, Score
 from litrecipe.model.row import Sample, Segment, make_row
 
 EOS, PAD = 2, "<|endoftext|>"
@@ -165,7 +165,7 @@ def test_random_weights(base: Path) -> None:
         load_reward_model(files, init="random", seed=3, quantize=Quantize(method="nf4"), dtype=torch.bfloat16)
         for _ in range(2)
     )
-    assert torch.equal(our_rewards(first), our_rewards(again)) and type(first.score) is torch.nn.Linear
+    assert torch.equal(our_rewards(first), our_rewards(again)) and type(first.score) is Score
     with pytest.raises(InputError, match="without weights"):
         load_reward_model(files)
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from litrecipe.checkpoint.load import load_model
-from litrecipe.checkpoint.source import HUB_FILES, NOT_FETCHED, open_model
+from litrecipe.checkpoint.source import HUB_FILES, NOT_FETCHED, open_asked, open_model
 from litrecipe.config.errors import InputError
+from litrecipe.config.groups import Model
 
 
 def mistakes(source: object, **keys: object) -> str:
@@ -143,6 +144,16 @@ def test_a_tokenizer_that_does_not_fit(tiny_model: Path, tmp_path: Path) -> None
     assert str(file) in mistakes(tiny_model, tokenizer=str(tmp_path))
     file.write_text('{"model": 3}')
     assert mistakes(tmp_path).startswith(f"{file}: ")
+
+
+def test_fresh_weights_need_a_row_for_each_token(tiny_model: Path, tmp_path: Path) -> None:
+    """Nothing was trained with a tokenizer yet: the config is what is too small, or the tokenizer too large."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads((tiny_model / "config.json").read_text()) | {"vocab_size": 300}))
+    with pytest.raises(InputError) as error:
+        open_asked(Model(source=str(config), init="random", tokenizer=str(tiny_model)))
+    cure = "set it to 306 or more, or give another model.tokenizer"
+    assert str(error.value) == f"model.source: vocab_size 300: {tiny_model}/tokenizer.json has ids up to 305: {cure}"
 
 
 def test_another_tokenizer(tiny_model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from litrecipe.checkpoint import state
 from litrecipe.checkpoint.manifest import MANIFEST
 from litrecipe.config.errors import InputError
+from litrecipe.model.tensor_plan import Held, held
 
 
 @pytest.fixture
@@ -70,6 +71,26 @@ def test_pieces_along_several_dimensions_are_read_by_any_other_division(tmp_path
         for left, right in combinations_with_replacement(range(8), 2):
             box = pieces.read("w", (top, left), (bottom - top, right - left))
             assert torch.equal(box, whole[top:bottom, left:right])
+
+
+def test_parts_of_projections_that_are_one_weight_are_written_where_they_belong(tmp_path):
+    """q, k and v of 6, 4 and 2 rows: each of two ranks has half of each; what both have one of them writes."""
+    whole, common = torch.arange(36.0).reshape(12, 3), torch.arange(5.0)
+    for rank in (0, 1):
+        what = held(0, [6, 4, 2], rank, 2)
+        part = torch.cat([whole[start:stop] for start, stop in what.ranges])
+        part.held, same = what, common.clone()
+        same.held = Held(is_copy=rank > 0)
+        written = state.pieces_of({"w": part, "norm": same}, state.Writer(rank, True, lambda value: [value]))
+        assert list(written) == ["w", "w@1", "w@2", "norm"][: 4 - rank]
+        state._write_pieces(tmp_path / f"weights-{rank:05d}.safetensors", written)
+    pieces = state.Pieces(sorted(tmp_path.glob("weights-*")))
+    assert pieces.names() == {"w", "norm"}
+    assert torch.equal(pieces.read("w"), whole) and torch.equal(pieces.read("norm"), common)
+    assert torch.equal(pieces.like("w", part), part)
+    column = whole[:, 1:2].clone()
+    column.held = held(1, [3], 1, 3)
+    assert torch.equal(pieces.like("w", column), column)
 
 
 def test_a_piece_that_nobody_wrote_is_missed(tmp_path):

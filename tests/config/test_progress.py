@@ -87,3 +87,12 @@ def test_a_first_item_that_takes_long_is_told_of_too() -> None:
     )
     said = on_terminal(code)
     assert b"row 1/2 \xe2\x80\xa6" in said and b"row 1/2 (50 %)" in said
+
+
+def test_one_is_no_plural() -> None:
+    assert [progress.counted(count, "step", ",") for count in (0, 1, 2, 1234)] == [
+        "0 steps",
+        "1 step",
+        "2 steps",
+        "1,234 steps",
+    ]

@@ -136,7 +136,7 @@ def test_what_cannot_be_compared_is_dropped_and_counted(tokenizer):
     assert [sample.id for sample in samples] == ["f:1"]
     assert (counts.rows, counts.samples) == (8, 1)
     assert (counts.empty.count, counts.identical.count, counts.no_room.count) == (4, 2, 1)
-    for words in ("1 samples of 8 rows", "dropped as empty: 4 (f:2, f:3, f:4, f:8)", "same answer twice: 2 (f:5, f:6)"):
+    for words in ("1 sample of 8 rows", "dropped as empty: 4 (f:2, f:3, f:4, f:8)", "same answer twice: 2 (f:5, f:6)"):
         assert words in str(counts)
 
 
@@ -181,7 +181,7 @@ def test_a_source_is_read_and_kept(tokenizer, tmp_path):
     assert [segment.parent for segment in again.train[0].segments] == [-1, 0, 0]
     assert np.isnan(again.train[0].extra["scores"]).all()
     assert str(first.report) == str(again.report)
-    told = "1 samples of 3 rows", "dropped as empty: 1 (pairs.jsonl:2)", "different prompts: 1 (pairs.jsonl:3)"
+    told = "1 sample of 3 rows", "dropped as empty: 1 (pairs.jsonl:2)", "different prompts: 1 (pairs.jsonl:3)"
     assert all(words in str(first.report) for words in told)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import full_disk
 
 from litrecipe.config.errors import InputError
 from litrecipe.data.formats import RESERVED, Conversation
@@ -158,6 +159,14 @@ def test_what_makes_no_tokenizer_is_refused(size: int, special: list[str], mista
     with pytest.raises(InputError) as error:
         train_tokenizer([str(texts)], str(tmp_path / "out"), size, special)
     assert error.value.mistakes[0].startswith(mistake) and not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("hello\n")
+    with full_disk(2000), pytest.raises(InputError, match=r"out: .*File too large: make room, or name a folder"):
+        train_tokenizer([str(texts)], str(tmp_path / "out"), 300, [])
+    assert list(tmp_path.iterdir()) == [texts]
 
 
 def test_mistakes_of_texts_are_told_and_nothing_is_written_over(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_held_out_data_of_its_own(write, tokenizer):
     val = write({"prompt": "What is 8?"}, name="val.jsonl")
     found = load(write({"prompt": "What is 7?"}), tokenizer, val=val)
     assert [prompt.where for prompt in found.val] == [f"{val}:1"]
-    assert str(found.report).splitlines()[1].startswith(f"val   {val}: 1 prompts, ")
+    assert str(found.report).splitlines()[1].startswith(f"val   {val}: 1 prompt, ")
 
 
 def test_the_fingerprint_tells_prompts_their_order_and_what_answers_are_judged_by(write, tokenizer):

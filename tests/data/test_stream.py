@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,6 +166,25 @@ def test_a_source_goes_on_in_the_next_stage_where_its_sequences_are_as_long():
     apart = StreamSource(stages(lengths=(5, 9)))
     of_a = [name for step in drain(apart) for name, _ in step if name.startswith("a:0:")]
     assert len(set(of_a)) < len(of_a)
+
+
+@pytest.mark.parametrize("taught", [(True, True), (True, False), (False, True)])
+def test_what_a_teacher_says_comes_with_the_samples_of_the_stages_that_it_teaches(taught):
+    """In the order in which the run takes them; the others are as they are without a teacher."""
+    whole, made = drain(StreamSource(stages(lengths=(5, 5)))), stages(lengths=(5, 5))
+    for stage, is_taught in zip(made, taught, strict=True):
+        stage.taught = is_taught
+    source = StreamSource(made)
+    of_stages = [
+        step for steps, is_taught in zip((whole[:4], whole[4:]), taught, strict=True) for step in steps if is_taught
+    ]
+    asked = [source.samples[place] for place in range(len(source.samples))]
+    assert [(one.id, tokens_of(one)) for one in asked] == [sample for step in of_stages for sample in step]
+    source.keep([replace(one, id=f"said:{one.id}") for one in asked])
+    handed = drain(source)
+    said = [[name.startswith("said:") for name, _ in step] for step in handed]
+    assert said == [[taught[place >= 4]] * len(step) for place, step in enumerate(whole)]
+    assert [[(name.removeprefix("said:"), tokens) for name, tokens in step] for step in handed] == whole
 
 
 def test_it_tells_the_share_of_the_stage_and_the_epochs_of_each_source():

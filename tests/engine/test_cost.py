@@ -101,7 +101,7 @@ def test_what_is_reckoned_is_what_torch_is_asked_for(case: str, ranks: ModuleTyp
     if beside == "copy":
         twin = meta_model(recipe, architecture).requires_grad_(False)
         assert isinstance(twin, Decoder)
-        standing = [Beside(twin, 1)]
+        standing = [Beside(twin, 1, recipe.quantize)]
     expected = forecast(
         recipe, architecture, row, rows=2, tokens=200, hardware=None, asked=int(beside == "base"), beside=standing
     )

@@ -59,6 +59,16 @@ def test_full_fine_tuning_takes_16_bytes_a_weight_and_its_activations(table) -> 
     assert table(tokens=200).activations == pytest.approx(2 * full.activations, rel=0.1)
 
 
+def test_saving_in_the_background_takes_a_copy_of_what_is_saved(table) -> None:
+    """On a GPU that lies in the host's memory; sharded each rank copies its share."""
+    plain, beside = table(), table(checkpoint__asynchronous=True)
+    assert beside.saving == 12 * plain.parameters
+    assert beside.peak == plain.peak + beside.saving
+    assert table(checkpoint__asynchronous=True, device="cuda").saving == plain.saving == 0
+    sharded = table(checkpoint__asynchronous=True, world_size=2, fabric__strategy="fsdp", fabric__devices=2)
+    assert sharded.saving == beside.saving // 2
+
+
 def test_from_the_second_row_on_gradients_lie_beside_the_activations(table) -> None:
     one, several = table(), table(rows=3)
     both = several.activations + several.gradients
@@ -102,6 +112,17 @@ def test_what_lies_in_main_memory_is_not_on_the_gpu(table) -> None:
     assert (away.weights, away.gradients, away.optimizer, away.held) == (0, 0, 0, 0)
     assert away.exchange == there.exchange > 0
     assert table(**flags, fabric__cpu_offload="true").host == 0  # on a CPU there is only one memory
+
+
+def test_ranks_that_share_a_model_hold_a_part_of_it_each(table) -> None:
+    full = table()
+    part = table(world_size=2, fabric__tensor_parallel=2, fabric__devices=2)
+    norms = (2 * 4 + 1) * 48
+    assert part.weights == part.gradients == part.optimizer // 2 == 4 * (norms + (full.parameters - norms) // 2)
+    assert (part.parameters, part.trained, part.exchange) == (full.parameters, full.trained, 0)
+    assert full.activations / 2 < part.activations < full.activations
+    both = table(rows=2, world_size=4, fabric__tensor_parallel=2, fabric__devices=4)
+    assert (both.weights, both.held) == (part.weights // 2, part.gradients // 2) and both.exchange > 0
 
 
 def test_a_frozen_copy_shares_the_base_unless_it_is_sharded(table) -> None:

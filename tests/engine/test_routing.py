@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from litrecipe.engine.memory import estimate
 from litrecipe.engine.rundir import read_records
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.families import read_architecture
+from litrecipe.model.flops import forward_flops, training_flops
 from litrecipe.model.row import Sample, Segment, make_row
+from litrecipe.model.teacher import StudentAndTeacher, Teacher
 from litrecipe.objectives.causal_lm import CausalLM
+from litrecipe.objectives.distillation import Distillation
 from litrecipe.objectives.routing import Balanced, Routed, with_routers
 from litrecipe.recipes import finetune
+from litrecipe.recipes.distilling import Lesson
 
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral",
@@ -147,6 +152,30 @@ def test_equal_batches_cut_differently_give_equal_gradients(tmp_path: Path, bala
         assert_equal(taken, whole[1])
         assert result.loss == pytest.approx(whole[0].loss, rel=1e-6)
         assert result.metrics == pytest.approx(whole[0].metrics, rel=1e-5)
+
+
+def test_a_teacher_is_asked_once_a_row(tmp_path: Path) -> None:
+    """Not for the statistics, which do not need it; and a step's operations are the student's and its forward pass."""
+    results = []
+    for budget in (60, 10_000):
+        job = make_job(tmp_path / str(budget), micro_batch_tokens=budget)
+        teacher = Teacher(read_architecture(DENSE | {"num_hidden_layers": 1}))
+        teacher.init_weights(seed=1)
+        what = Lesson(StudentAndTeacher(job.module, teacher.requires_grad_(False)), Distillation(0.5), [], None)  # type: ignore[arg-type]
+        objective = with_routers(what.objective, job.module, job.recipe.router)  # type: ignore[arg-type]
+        asked: list[int] = []
+        teacher.register_forward_pre_hook(lambda *_, asked=asked: asked.append(0))
+        job = replace(job, module=what.module, objective=objective, looking=what.looking)
+        result, _, passes = step_of(job)
+        assert len(asked) == passes[1] and (passes[0] == passes[1] > 1) == (budget == 60)
+        results.append(result)
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].metrics == pytest.approx(results[1].metrics, rel=1e-5) and results[0].metrics["kl"] > 0
+    samples, student = Samples(3), read_architecture(CONFIG)
+    alone = 3 * forward_flops(student, samples)
+    assert what.flops(student, samples) == alone + forward_flops(teacher.architecture, samples)
+    what.go_on(taught=False, again=True)
+    assert what.flops(student, samples) == alone == training_flops(student, samples)
 
 
 def test_evaluation_and_metrics(tmp_path: Path) -> None:

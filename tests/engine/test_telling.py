@@ -129,6 +129,16 @@ def test_speed_is_told_without_the_time_of_evaluations(recipe, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_line_names_the_stage_and_what_the_tokens_of_a_distillation_cost(recipe, tmp_path):
+    teller = Teller(make_fabric(recipe.fabric), recipe, RunDir(tmp_path), 9, 0)
+    shown: list[str] = []
+    teller.line.show = lambda text, last=False: shown.append(text)  # type: ignore[method-assign]
+    for stage in ("core", ""):
+        teller.tell(1, 100, 0.1, StepResult(1.0, 1.0, {"kl": 0.25, "nll": 0.5}), {"step": 1}, stage)
+    assert shown[0].startswith("core: step 1/9 · loss 1.0000 · nll 0.500 · kl 0.250 · ")
+    assert shown[1].startswith("step 1/9 · ")
+
+
 def test_wandb_without_a_login_is_told_before_anything_slow(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):

@@ -155,6 +155,24 @@ def test_the_cache_keeps_to_its_places(model: Decoder, prompts: list[list[int]],
     assert {cache for *_, cache in steps} == {(7, 47)}
 
 
+def test_who_shares_the_model_goes_on_until_nobody_has_anything_left(
+    model: Decoder, prompts: list[list[int]], steps
+) -> None:
+    """Its passes of nothing change nothing of what was sampled, and come to as many as another process makes."""
+    asked: list[bool] = []
+
+    def any_left(busy: bool) -> bool:
+        asked.append(busy)
+        return len(asked) <= 12
+
+    expected = generate(model, prompts[:3], max_new_tokens=5)
+    steps.clear()
+    assert generate(model, prompts[:3], max_new_tokens=5, any_left=any_left) == expected
+    assert asked == [True] * 5 + [False] * 8 and len(steps) == 12
+    asked.clear()
+    assert generate(model, [], max_new_tokens=5, any_left=any_left) == [] and asked == [False] * 13
+
+
 def test_many_prompts_are_read_some_at_a_time(model: Decoder, monkeypatch, steps) -> None:
     monkeypatch.setattr(decoding, "READ_AT_ONCE", 25)
     prompts = [[3] * 30, *([[7, i] * 5 for i in range(4)])]

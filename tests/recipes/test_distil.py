@@ -121,7 +121,7 @@ def test_answers_on_disk_are_those_of_the_teacher_at_hand(
 
 
 def test_all_tokens_on_disk_are_the_whole_distribution(train: Callable[..., Records]) -> None:
-    whole, kept = train("whole"), train("kept", **TOP | {"distil.top_k": 320, "distil.cache": True})
+    whole, kept = train("whole"), train("kept", **TOP | {"distil.top_k": 306, "distil.cache": True})
     for name in ("loss", "grad_norm", "kl", "teacher_entropy"):
         assert column(kept, name) == pytest.approx(column(whole, name), rel=1e-4, abs=1e-5), name
 
@@ -162,6 +162,12 @@ def test_teachers_that_cannot_teach(make: Callable[..., FinetuneRecipe], tiny_mo
     ):
         with pytest.raises(InputError, match=rf"^distil\.teacher: {re.escape(str(teacher))}: {said}"):
             finetune.main(make(distil__teacher=teacher), dry_run=True)
+
+
+def test_more_tokens_than_there_are_cannot_be_asked_for(make: Callable[..., FinetuneRecipe]) -> None:
+    """The teacher's table is larger than the tokenizer, which has 306."""
+    with pytest.raises(InputError, match=r"^distil\.top_k: 307: the teacher knows 306 tokens: give at most that$"):
+        finetune.main(make(**TOP | {"distil.top_k": 307}), dry_run=True)
 
 
 def test_a_teacher_must_reach_as_far_as_the_data(

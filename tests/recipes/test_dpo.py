@@ -242,7 +242,7 @@ def test_bad_pairs_are_dropped_and_said(train: Train, tmp_path: Path, capsys: py
     ]
     train(data__train=rows(tmp_path / "p.jsonl", *found), data__max_length=100, **LORA)
     said = capsys.readouterr().err
-    for words in ("1 samples of 5 rows", "the same answer twice: 1 (p.jsonl:2)", "as empty: 1 (p.jsonl:3)"):
+    for words in ("1 sample of 5 rows", "the same answer twice: 1 (p.jsonl:2)", "as empty: 1 (p.jsonl:3)"):
         assert words in said
     assert "the prompt fills data.max_length: 1 (p.jsonl:4)" in said
     assert "answers to different prompts: 1 (p.jsonl:5)" in said

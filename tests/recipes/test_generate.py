@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -45,6 +46,24 @@ def test_only_the_answer_goes_to_standard_output(varied_model, transformers_says
     captured = capsys.readouterr()
     assert captured.out == transformers_says([{"role": "user", "content": QUESTION}]) + "\n"
     assert "tokens read, 12 sampled" in captured.err
+
+
+def test_the_default_length_fits_a_short_context(varied_model, tmp_path, capsys, monkeypatch) -> None:
+    """Of 40 tokens; what was asked for is not changed behind one's back."""
+    shutil.copytree(varied_model, tmp_path / "short")
+    config = json.loads((varied_model / "config.json").read_text()) | {"max_position_embeddings": 40}
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    short = Model(source=str(tmp_path / "short"))
+    main(GenerateRecipe(model=short, prompt="the quick", raw=True))
+    told = re.search(r"(\d+) tokens read, (\d+) sampled", capsys.readouterr().err)
+    assert told and int(told[2]) > 0 and int(told[1]) + int(told[2]) <= 40
+    with pytest.raises(
+        InputError, match=r"generate\.max_new_tokens: 39: the longest prompt has \d+ tokens and the model"
+    ):
+        main(GenerateRecipe(model=short, generate=Generate(max_new_tokens=39), prompt="the quick", raw=True))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the\n"))
+    chat.main(GenerateRecipe(model=short))
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_system_message(varied_model, transformers_says, capsys) -> None:

@@ -379,7 +379,6 @@ def test_a_reward_model_is_a_source(train: Train, tmp_path: Path, tiny_model: Pa
         ("grpo", {"rewards.sources": '{"exact?column=nothing": 1}'}, "nothing: no row has this column"),
         ("ppo", {"ppo.layout": "joined", "ppo.critic_warmup": 2}, "ppo.critic_warmup: 2: a joined critic is a head on"),
         ("ppo", {"ppo.truncated": "mask"}, "all completions were cut at ppo.max_new_tokens 6, none is learnt"),
-        ("rloo", {"fabric.strategy": "fsdp"}, "sampling from a sharded model is not there yet"),
         (
             "ppo",
             {"train.micro_batch_tokens": 40},

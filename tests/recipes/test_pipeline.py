@@ -21,7 +21,6 @@ from rich.console import Console
 
 from litrecipe import cli
 from litrecipe.checkpoint.source import open_model
-from litrecipe.cli import VERBS, RecipeVerb
 from litrecipe.config import progress, schema, stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.pipeline import PipelineRecipe
@@ -29,6 +28,7 @@ from litrecipe.config.stages import VERBS as STAGE_VERBS
 from litrecipe.engine.rundir import RunDir
 from litrecipe.recipes import pipeline, stage_runs
 from litrecipe.recipes.dry_run_pipeline import main_of
+from litrecipe.verbs import VERBS, RecipeVerb
 
 PIPELINE = """\
 stages:

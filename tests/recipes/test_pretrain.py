@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from processes import assert_equal_runs, kill_at, on_two_ranks, start
+from safetensors.torch import load_file
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import open_model
@@ -24,12 +27,15 @@ from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.config.pretrain import PretrainRecipe
 from litrecipe.data.pretraining import open_stream
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.fit import fit
 from litrecipe.engine.optim import make_optimizer
 from litrecipe.engine.rundir import read_records
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.teacher import StudentAndTeacher, Teacher
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.objectives.loss import Loss
 from litrecipe.recipes import finetune, pretrain
-from litrecipe.recipes.pretrain import as_asked, treatment
+from litrecipe.recipes.pretrain import as_asked, tell_of, treatment
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "asks", "what", "answer", "is"]
 
@@ -210,11 +216,14 @@ def test_kill_9_and_resume_equals_the_unbroken_run_across_stages(
 
 
 def test_a_run_is_lengthened_by_a_stage_and_a_stage_that_was_begun_must_stay(
-    recipe: Load, flags: dict[str, Any], tmp_path: Path
+    recipe: Load, flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """At another rate too, which is told."""
     pretrain.main(recipe())
-    longer = recipe(checkpoint__resume="auto", stages__last__train__max_steps=2, stages__last__schedule__name="linear")
+    last = {"stages__last__train__max_steps": 2, "stages__last__schedule__name": "linear"}
+    longer = recipe(checkpoint__resume="auto", stages__long__optim__lr=5e-4, **last)
     assert pretrain.main(longer) == 0
+    assert "stages.long.optim.lr: was 0.001, is 0.0005 from here on" in capsys.readouterr().err
     steps = records(tmp_path / "run", "grad_norm")
     assert [step["step"] for step in steps] == list(range(1, 13))
     was = r"the checkpoint was made with"
@@ -244,8 +253,10 @@ print("done")
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(flags: dict[str, Any], tmp_path: Path) -> None:
+def test_two_ranks_equal_one(flags: dict[str, Any], varied_model: Path, tmp_path: Path) -> None:
+    """The first stage has a teacher, the second none."""
     given = {key: str(value) for key, value in flags.items() if key != "model"} | {"model.source": str(flags["model"])}
+    given |= {"distil.teacher": str(varied_model), "stages.long.distil.teacher": "null"}
     runs = {name: given | {"out_dir": str(tmp_path / name)} for name in ("one", "ddp", "fsdp")}
     pretrain.main(schema.load(PretrainRecipe, [], list(runs["one"].items())))
     of_two = [run | {"fabric.strategy": name, "fabric.devices": "2"} for name, run in runs.items() if name != "one"]
@@ -276,6 +287,46 @@ def test_a_teacher_whose_answers_are_kept_teaches_as_one_that_is_asked_in_each_s
         losses.append([step["loss"] for step in steps])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert {"kl", "log_z"} & {name.partition("/")[0] for name in steps[0]}
+
+
+def test_a_stage_does_without_the_teacher_of_the_one_before(
+    recipe: Load, tiny_model: Path, varied_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """It learns from the tokens alone, as reckoned from the weights at its start; the teacher is not asked and gone.
+    Resumed before the boundary and on it the run is the unbroken one to the bit."""
+    asked_at, steps_of = [], []
+    plain = Teacher.forward
+    monkeypatch.setattr(Teacher, "forward", lambda self, row: asked_at.append(len(steps_of)) or plain(self, row))
+    monkeypatch.setattr(pretrain, "fit", lambda job: fit(replace(job, after_step=lambda *_: steps_of.append(job))))
+    taught = {"distil__teacher": varied_model, "distil__method": "top_1", "stages__long__distil__teacher": "null"}
+    taught |= {"checkpoint__keep": 9, "data__val": "null", "eval__every": "null"}
+    assert pretrain.main(recipe(**taught)) == 0
+    assert sorted(set(asked_at)) == list(range(6))
+    assert isinstance(steps_of[-1].module, StudentAndTeacher) and steps_of[-1].module.teacher is None
+    run = tmp_path / "run"
+    steps = records(run, "grad_norm")
+    assert ["kl" in step for step in steps] == [True] * 6 + [False] * 4
+    assert all(step["loss"] == pytest.approx(0.1 * step["nll"] + 0.9 * step["kl"], rel=1e-5) for step in steps[:6])
+    source = open_stream(recipe(**taught), Tokenizer.load(tiny_model)).source
+    samples = [source.next_step() for _ in range(7)][6]
+    weights = load_file(run / "checkpoints" / "step-00000006" / "weights-00000.safetensors")
+    model = Decoder(steps_of[-1].module.student.architecture)
+    model.load_state_dict({name.removeprefix("student."): weight for name, weight in weights.items()}, strict=False)
+    model.tie_weights()
+    texts = [torch.tensor(segment.tokens) for sample in samples for segment in sample.segments if segment.weights.any()]
+    losses = torch.cat([F.cross_entropy(model.logits(text)[:-1], text[1:], reduction="none") for text in texts])
+    assert steps[6]["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    for step in (4, 6):
+        folder = tmp_path / str(step) / "checkpoints" / f"step-{step:08}"
+        shutil.copytree(run / "checkpoints" / folder.name, folder)
+        assert pretrain.main(recipe(**taught, out_dir=tmp_path / str(step), checkpoint__resume="auto")) == 0
+        flights = [read_records(path / "flight.jsonl")[-4:] for path in (run, tmp_path / str(step))]
+        assert flights[0] == flights[1]
+        last = [path / "final" / "model.safetensors" for path in (run, tmp_path / str(step))]
+        assert last[0].read_bytes() == last[1].read_bytes()
+    assert "optim.lr: was" not in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"stages\.long\.distil\.teacher: asked: the checkpoint was made with null"):
+        pretrain.main(recipe(**taught | {"stages__long__distil__teacher": varied_model}, checkpoint__resume="auto"))
 
 
 def test_a_spike_is_passed_over_counted_and_said(recipe: Load, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -337,6 +388,20 @@ def test_by_mup_the_layers_matrices_learn_and_start_by_their_width(recipe: Load)
         assert found[id(parameter)] == (3e-3 / 4 if inner else 3e-3, 0.1 if matrix and "embed" not in name else 0.0)
 
 
+@pytest.mark.parametrize(
+    ("base", "divisor", "warns"), [(12, 1, True), (12, 4, False), (48, 1, False), ("null", 1, False)]
+)
+def test_mup_is_told_to_be_half_of_it_where_logits_are_not_divided(
+    recipe: Load, base: object, divisor: float, warns: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = recipe(stages=False, optim__mup_base_width=base)
+    tell_of(asked, replace(open_model(asked.model.source).architecture, logit_divisor=divisor))
+    said = (
+        "warning: optim.mup_base_width: 12: the rate carries over in part: this model's logits are not divided by 48/12"
+    )
+    assert (said in capsys.readouterr().err) == warns
+
+
 def test_a_dry_run_and_a_plan_show_stages_memory_and_scaling_and_train_nothing(
     recipe: Load, tmp_path: Path, capsys, monkeypatch
 ) -> None:
@@ -363,7 +428,7 @@ def test_a_dry_run_and_a_plan_show_stages_memory_and_scaling_and_train_nothing(
         ({"data__sources": "{books: nowhere.jsonl}", "data__mix": "{}"}, r"nowhere\.jsonl: no such file"),
         (
             {"data__max_epochs": "{books: 1, peps: 1}", "train__max_steps": 5000},
-            r"data\.max_epochs: books: 1, peps: 1: leaves [\d,]+ of the [\d,]+ tokens that the stage takes",
+            r"data\.max_epochs: books: 1, peps: 1: leaves \d+ of 5,000 steps: raise it, or give train\.max_steps \d+",
         ),
         ({"data__mask": "all"}, r"data\.mask: all: of documents all is learnt"),
         ({"data__max_length": 512}, r"data\.max_length: 512: train\.micro_batch_tokens 256 cannot hold a sequence"),
@@ -374,6 +439,21 @@ def test_mistakes_are_one_line_each(recipe: Load, changes: dict[str, Any], told:
     with pytest.raises(InputError, match=told) as error:
         pretrain.main(recipe(stages=False, **changes), dry_run=True)
     assert len(error.value.mistakes) == 1
+
+
+def test_a_stage_is_told_how_many_steps_its_sources_last(recipe: Load, tiny_model: Path) -> None:
+    """And lasts so many, not one more."""
+    limits = {"stages__core__data__max_epochs": "{books: 0.1, peps: 0.05}", "stages__core__train__max_steps": 5000}
+    tokenizer = Tokenizer.load(tiny_model)
+    told = (
+        r"^stages\.core\.data\.max_epochs: books: 0\.1, peps: 0\.05: leaves ([\d,]+) of 5,000 steps: raise it, or give "
+    )
+    with pytest.raises(InputError, match=rf"{told}stages\.core\.train\.max_steps (\d+)$") as error:
+        open_stream(recipe(**limits), tokenizer)
+    steps = int(str(error.value).rpartition(" ")[2])
+    assert open_stream(recipe(**limits | {"stages__core__train__max_steps": steps}), tokenizer)
+    with pytest.raises(InputError, match=f"leaves {steps} of {steps + 1} steps"):
+        open_stream(recipe(**limits | {"stages__core__train__max_steps": steps + 1}), tokenizer)
 
 
 def test_what_cannot_be_meant_is_refused(recipe: Load, tiny_model: Path, tmp_path: Path) -> None:
@@ -413,7 +493,7 @@ def test_the_line_of_a_stage_is_told_with_its_place(tmp_path: Path) -> None:
     assert [line.partition("bad.yaml:")[2] for line in error.value.mistakes] == [
         "5: stages.core.optim.name: sgd: is the same in all stages: write it outside of them",
         "6: stages.core.train.max_stps: 3: no such key: did you mean `stages.core.train.max_steps`?",
-        "7: stages.long tail: no name for a stage: use letters, digits, - and _",
+        "7: stages.long tail: no name for a stage: use a-z, A-Z, 0-9, and behind the first also - and _",
         "8: stages.long: 4: is a group: give the keys in which the stage differs",
     ]
 

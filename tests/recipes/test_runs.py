@@ -1,4 +1,4 @@
-"""`litrecipe runs`: what it lists, and where two runs part."""
+"""`litrecipe runs diff`: where two runs part."""
 
 from __future__ import annotations
 
@@ -68,22 +68,6 @@ def test_a_difference_within_the_tolerance_is_none(trained: Path, tmp_path: Path
     (near / "flight.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert runs.diff(str(trained / "a"), str(near)) == 1
     assert runs.diff(str(trained / "a"), str(near), tolerance=1e-5) == 0
-
-
-def test_ls_tells_step_and_final_of_each(
-    trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    assert runs.ls(str(trained)) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4
-    loss = [r for r in read_records(trained / "a" / "metrics.jsonl") if "loss" in r][-1]["loss"]
-    assert f"{loss:.4f}" in lines[1] and "yes" in lines[1]
-
-
-def test_a_folder_without_runs_is_wrong_input(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no runs below"):
-        runs.ls(str(tmp_path))
 
 
 def test_the_stages_of_a_pipeline_are_named(trained: Path, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_functions_as_judges(ask: Any, complete: Any) -> None:
     for given_back, mistake in (
         ([0.5, 1.5], r"^function:m:f: g:2: 1.5: give the probability"),
         ([0.5, None], r"^function:m:f: g:2: None: not a finite number"),
-        ([0.5], r"^function:m:f: returned 1 values for 2"),
+        ([0.5], r"^function:m:f: returned 1 value for 2"),
     ):
         with pytest.raises(InputError, match=mistake):
             FunctionJudge("function:m:f", lambda given_back=given_back, **_: given_back)(a, b)

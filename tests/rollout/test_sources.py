@@ -233,7 +233,7 @@ def test_functions_are_given_prompts_completions_and_rows(function: Any, ask: An
         ("return [rows[1]['prompt']] if len(rows) == 1 else 1 / 0", r"f:1: IndexError: list index out of range"),
         ("return [1.0] if len(rows) == 1 else 1 / 0", r"ZeroDivisionError: division by zero \(.*py:2\)$"),
         ("raise SystemError", r"f:1: SystemError \(.*py:2\)$"),
-        ("return [1.0]", r"returned 1 values for 2 completions: give one for each$"),
+        ("return [1.0]", r"returned 1 value for 2 completions: give one for each$"),
         ("return None", r"TypeError: 'NoneType' object is not iterable"),
         ("return [0.0, float('nan')]", r"g:2: nan: not a finite number"),
         ("return [float('-inf'), 0.0]", r"f:1: -inf: not a finite number"),

@@ -1,0 +1,67 @@
+"""`litrecipe runs ls`: the runs below a folder, and how they are doing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from litrecipe.cluster.runs import Run, job_of, jobs_of
+from litrecipe.cluster.script import NOTE
+from litrecipe.config import progress
+from litrecipe.config.errors import InputError
+from litrecipe.config.files import read_json
+
+
+def ls(folder: str = "runs") -> int:
+    """A table of the runs below a folder: what they do, their state, step, loss, what was measured, and the time that
+    is left. Where Slurm is there, jobs that wait are told as such."""
+    root = Path(folder)
+    runs = found(root)
+    pipelines = sorted(path.parent for path in root.rglob("pipeline.json"))
+    if not runs and not pipelines:
+        raise InputError(f"{folder}: no runs below this folder: give the folder that holds run directories")
+    try:
+        jobs = jobs_of(runs)
+    except InputError as error:
+        progress.warn(f"{error}; without the queue")
+        jobs = {}
+    table = Table("run", "verb", "state", "step", "loss", "measured", "tokens/s", "left", "job", box=None)
+    rows = {path: row_of(Run(path, job_of(path, jobs))) for path in runs}
+    rows |= {path: row_of_pipeline(path) for path in pipelines}
+    for path in sorted(rows):
+        table.add_row(str(path), *rows[path])
+    console = progress.console()
+    if not console.is_terminal:  # a program reads this: do not fold lines
+        console.width = 300
+    console.print(table, highlight=False, markup=False)
+    return 0
+
+
+def found(root: Path) -> list[Path]:
+    """Run directories below a folder: those that have told of a step, and those that have a job."""
+    told = {path.parent for path in root.rglob("metrics.jsonl") if (path.parent / "recipe.yaml").exists()}
+    return sorted(told | {path.parent for path in root.rglob(NOTE)})
+
+
+def row_of(run: Run) -> list[str]:
+    """A run's cells, but for its name."""
+    last, total, left = run.last, run.total, run.seconds_left
+    return [
+        run.verb,
+        run.state,
+        f"{last.get('step', '-')}" + (f"/{total}" if total else ""),
+        f"{last['loss']:.4f}" if last else "-",
+        run.measured or "-",
+        f"{last['tokens_per_second']:.0f}" if last else "-",
+        "-" if left is None else progress.duration(left),
+        run.note.get("job", "-"),
+    ]
+
+
+def row_of_pipeline(folder: Path) -> list[str]:
+    """A pipeline's cells: how many of its stages are finished."""
+    stages = read_json(folder / "pipeline.json")["stages"]
+    done = sum(stage["done"] for stage in stages.values())
+    state = "finished" if done == len(stages) else f"{done} of {len(stages)} stages"
+    return ["align pipeline", state, "-", "-", "-", "-", "-", "-"]

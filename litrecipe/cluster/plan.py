@@ -1,0 +1,215 @@
+"""What is submitted of a recipe: one job, an array of a sweep's runs, or a chain of a pipeline's stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from litrecipe.cluster.script import RECIPE, Job
+from litrecipe.cluster.sweep import Point
+from litrecipe.config import schema
+from litrecipe.config.errors import InputError
+from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.pipeline import PipelineRecipe
+from litrecipe.config.prepare import PrepareRecipe
+from litrecipe.engine.rundir import RunDir
+from litrecipe.recipes.dry_run_pipeline import Preview, check_recipes, mistakes_of
+from litrecipe.recipes.pipeline import check_runs
+from litrecipe.recipes.runs import differing
+from litrecipe.recipes.stage_runs import StageRun
+
+BESIDE = ".job"
+"""Ends the folder of the job of a verb that has no run directory, beside what it writes."""
+AUTO = ["--checkpoint.resume", "auto"]
+
+Read = Callable[[Sequence[tuple[str, str]]], Any]
+"""Gives the recipe of a command line with more flags; raises InputError with all that is wrong with it."""
+
+
+@dataclass
+class Plan:
+    """Jobs, each of which waits for the one before it, and what is written before they are submitted."""
+
+    verb: str
+    folder: Path
+    """Absolute."""
+    jobs: list[Job]
+    recipes: dict[Path, str] = field(default_factory=dict)
+    """Folder → the YAML of the recipe that is run there."""
+    finished: list[str] = field(default_factory=list)
+    """Runs and stages that need no job any more."""
+
+
+def plan_run(verb: str, recipe: Any) -> Plan:
+    """One job. Raises InputError for what the verb would refuse, and for what no job can be made of."""
+    recipe = allotted(recipe)
+    if mistakes := [] if isinstance(recipe, PrepareRecipe) else mistakes_of(Preview(recipe)):
+        raise InputError(*mistakes)
+    folder = folder_of(recipe)
+    from_other = None
+    if isinstance(recipe, TrainingRecipe):
+        from_other = _other_checkpoint(recipe)
+        recipe.checkpoint.resume = "auto"
+        if is_finished(recipe):
+            cure = "ask for more steps to go on, or name another --out_dir"
+            raise InputError(f"out_dir: {recipe.out_dir}: this run is finished: {cure}")
+    command = [*verb.split(), "--config", str(folder / RECIPE)]
+    if from_other is not None:
+        command += ["--checkpoint.resume", "$resume"]
+    elif isinstance(recipe, TrainingRecipe):
+        command += AUTO
+    job = Job(f"{verb.split()[-1]}-{folder.name}", folder, recipe.slurm, command, resume_from=from_other)
+    return Plan(verb, folder, [job], {folder: schema.dump(recipe)})
+
+
+def plan_sweep(verb: str, read: Read, points: list[Point]) -> Plan:
+    """An array with a run a point. All points' recipes are looked at before anything is said of one."""
+    mistakes: dict[str, None] = {}
+    recipes: list[Any] = []
+    outside = ""
+    for point in points:
+        try:
+            recipe = read(point.flags)
+            if not isinstance(recipe, TrainingRecipe):
+                raise InputError(f"--sweep: {verb}: has no run directory, or several: sweep a verb that trains")
+            outside = recipe.out_dir
+            recipe = allotted(replace(recipe, out_dir=str(Path(outside) / point.name)))
+            recipe.checkpoint.resume = "auto"
+            RunDir(recipe.out_dir).check_as_run("auto")
+            mistakes |= dict.fromkeys(mistakes_of(Preview(recipe)))
+            recipes.append(recipe)
+        except InputError as error:
+            mistakes |= dict.fromkeys(error.mistakes)
+    if mistakes:
+        raise InputError(*mistakes)
+    folder = Path(outside).absolute()
+    if RunDir(folder).holds_a_run:
+        raise InputError(f"out_dir: {outside}: holds a run: name a folder for the runs of the sweep")
+    done = [is_finished(recipe) for recipe in recipes]
+    job = Job(
+        f"{verb.split()[-1]}-{folder.name}",
+        folder,
+        recipes[0].slurm,
+        [*verb.split(), "--config", f"$run/{RECIPE}", *AUTO],
+        runs=[folder_of(recipe) for recipe in recipes],
+        indices=[index for index, is_done in enumerate(done) if not is_done],
+    )
+    if not job.indices:
+        raise InputError(f"out_dir: {outside}: all {len(points)} runs of this sweep are finished")
+    return Plan(
+        verb,
+        folder,
+        [job],
+        {folder_of(recipe): schema.dump(recipe) for recipe in recipes},
+        [point.name for point, is_done in zip(points, done, strict=True) if is_done],
+    )
+
+
+def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
+    """A job a stage, in their order. The pipeline itself runs each, and keeps its books: `--only NAME`."""
+    recipe = deepcopy(recipe)
+    mistakes: list[str] = []
+    for name, stage in recipe.stages.items():
+        try:
+            stage.recipe = allotted(stage.recipe)
+        except InputError as error:
+            mistakes += stage.placed(name, error.mistakes)
+        if stage.recipe.slurm.container is not None:
+            line = f"slurm.container: {stage.recipe.slurm.container}: stages are started from outside: remove it"
+            mistakes += stage.placed(name, [line])
+    if mistakes:
+        raise InputError(*mistakes)
+    runs = {name: StageRun(recipe, name) for name in recipe.stages}
+    check_runs(runs, recipe)
+    waiting = [name for name in recipe.wanted if not runs[name].done]
+    check_recipes(recipe, waiting)
+    if not waiting:
+        raise InputError(f"out_dir: {recipe.out_dir}: all stages that are asked for are finished")
+    recipe.checkpoint.resume = "auto"
+    folder = folder_of(recipe)
+    jobs = [
+        Job(
+            f"{folder.name}-{name}",
+            folder / name,
+            recipe.stages[name].recipe.slurm,
+            [*verb.split(), "--config", str(folder / RECIPE), "--only", name, *AUTO],
+            launches_stages=True,
+        )
+        for name in waiting
+    ]
+    finished = [name for name in recipe.wanted if name not in waiting]
+    return Plan(verb, folder, jobs, {folder: schema.dump(replace(recipe, only=[]))}, finished)
+
+
+def folder_of(recipe: Any) -> Path:
+    """Where job and recipe lie, absolute: the run directory; beside what is written, where there is none.
+
+    Raises InputError for what Slurm cannot write to.
+    """
+    key = "out_dir" if hasattr(recipe, "out_dir") else "out"
+    written = getattr(recipe, key)
+    if not written:
+        raise InputError(f"{key}: missing: say where the results go")
+    if "\\" in written or not written.isprintable():
+        raise InputError(f"{key}: {written!r}: Slurm reads a backslash as more than that: use another name")
+    path = Path(written).absolute()
+    return path if key == "out_dir" else path.with_name(f"{path.stem}{BESIDE}")
+
+
+def allotted(recipe: Any) -> Any:
+    """A copy of a recipe in which `fabric` and `slurm` say the same of machines and processes.
+
+    Raises InputError naming both keys where they do not.
+    """
+    recipe = deepcopy(recipe)
+    slurm = recipe.slurm
+    mistakes: list[str] = []
+    if isinstance(recipe, PrepareRecipe):
+        for key in ("nodes", "gpus_per_node", "tasks_per_node"):
+            if (getattr(slurm, key) or 1) > 1:
+                mistakes.append(f"slurm.{key}: {getattr(slurm, key)}: this verb is one process: use cpus_per_task")
+        slurm.nodes = slurm.tasks_per_node = 1
+        if mistakes:
+            raise InputError(*mistakes)
+        return recipe
+    fabric = recipe.fabric
+    tasks_key = "gpus_per_node" if slurm.gpus_per_node is not None else "tasks_per_node"
+    tasks = getattr(slurm, tasks_key)
+    if tasks is not None and fabric.devices not in ("auto", tasks):
+        mistakes.append(f"fabric.devices: {fabric.devices}: slurm.{tasks_key} is {tasks}: make them the same, or auto")
+    if slurm.nodes is not None and fabric.num_nodes not in (1, slurm.nodes):
+        mistakes.append(f"fabric.num_nodes: {fabric.num_nodes}: slurm.nodes is {slurm.nodes}: make them the same")
+    if slurm.gpus_per_node is not None and fabric.accelerator not in ("auto", "cuda"):
+        cure = f"slurm.gpus_per_node is {slurm.gpus_per_node}: use cuda, or remove one of them"
+        mistakes.append(f"fabric.accelerator: {fabric.accelerator}: {cure}")
+    if mistakes:
+        raise InputError(*mistakes)
+    fabric.devices = tasks or (1 if fabric.devices == "auto" else fabric.devices)
+    fabric.num_nodes = slurm.nodes or fabric.num_nodes
+    slurm.nodes, slurm.tasks_per_node = fabric.num_nodes, fabric.devices
+    if slurm.gpus_per_node is not None:
+        fabric.accelerator = "cuda"
+    return recipe
+
+
+def is_finished(recipe: TrainingRecipe) -> bool:
+    """Whether the run that a recipe describes has come to its end in its directory."""
+    run = RunDir(recipe.out_dir)
+    written = schema.load_run(run.path) if run.final.exists() else None
+    other = [] if written is None else differing(written, recipe)
+    return written is not None and all(line.startswith("fabric.") for line in other)
+
+
+def _other_checkpoint(recipe: TrainingRecipe) -> Path | None:
+    """The checkpoint of another run that this one begins with, if it does."""
+    resume = recipe.checkpoint.resume
+    RunDir(recipe.out_dir).check_as_run(resume or "auto")
+    if resume in (None, "auto"):
+        return None
+    if RunDir(recipe.out_dir).owns(Path(resume)):
+        cure = "a job that is queued again goes on from the newest: use auto"
+        raise InputError(f"checkpoint.resume: {resume}: {cure}")
+    return Path(resume).absolute()

@@ -1,0 +1,272 @@
+"""`litrecipe submit` on a real Slurm.
+
+Where only the job's doing counts the program on the nodes is one that has imported everything already
+(`preloaded.ask`), started as a container would be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import preloaded
+import pytest
+from cluster import Cluster
+from processes import assert_equal_runs, losses, steps_done
+
+from litrecipe import cli
+from litrecipe.checkpoint.source import open_model
+from litrecipe.cluster import queue, script
+from litrecipe.cluster.script import Job, text_of
+from litrecipe.config.slurm import Slurm
+
+STEPS = 24
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def here(slurm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a space in its name, in which the cluster is found, and one's own defaults for it."""
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("SLURM_CONF", slurm.environment["SLURM_CONF"])
+    monkeypatch.setenv("PYTHONPATH", str(REPO))
+    monkeypatch.setenv("LITRECIPE_SLURM", str(tmp_path / "slurm.yaml"))
+    (tmp_path / "slurm.yaml").write_text("time: 10m\nsignal: 30\n")
+    return folder
+
+
+@pytest.fixture
+def words(tiny_model: Path, here: Path) -> list[str]:
+    """A fine-tuning with data in this folder."""
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(64)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "model": tiny_model,
+        "data.train": "rows.jsonl",
+        "data.cache_dir": "cache",
+        "fabric.accelerator": "cpu",
+        "optim.lr": 1e-3,
+        "train.max_steps": STEPS,
+        "log.loggers": "[]",
+    }
+    return ["finetune", *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
+
+
+def forked() -> list[str]:
+    """Words before the program's name that have it forked."""
+    return [sys.executable, str(REPO / "tests" / "preloaded.py"), preloaded.address()]
+
+
+def submit(*words: object) -> int:
+    return cli.main(["submit", *map(str, words)])
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    said = capsys.readouterr().err.splitlines()
+    return [line.removeprefix("litrecipe: error: ") for line in said if line.startswith("litrecipe: error: ")]
+
+
+def job_of(folder: Path) -> str:
+    return str(json.loads((folder / "job.json").read_text())["job"])
+
+
+@pytest.mark.slow
+def test_jobs_are_as_runs_without_a_cluster_and_go_on_after_a_stop(
+    slurm: Cluster, here: Path, words: list[str], litrecipe: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two machines with a task each, and one with two, which is asked to save in the midst and is queued again: the
+    same weights, metrics and samples as two processes on one machine, to the bit. What is told are the commands."""
+    litrecipe(*words, "--out_dir", "direct", "--fabric.devices", 2)
+    asked = ["--slurm.container", shlex.join(forked())]
+    assert submit(*words, "--out_dir", "two machines", "--slurm.nodes", 2, *asked) == 0
+    told = capsys.readouterr()
+    first = job_of(here / "two machines")
+    assert submit(*words, "--out_dir", "stopped", "--slurm.tasks_per_node", 2, *asked) == 0
+    stopped = job_of(here / "stopped")
+    slurm.wait(stopped, lambda _: steps_done(here / "stopped") > 2)
+    slurm.call("scancel", "--signal=USR1", stopped)
+    slurm.hasten(stopped)
+    assert slurm.wait(first) == slurm.wait(stopped) == "COMPLETED"
+    log = (here / "stopped" / "job.log").read_text()
+    [saved] = {int(step) for step in re.findall(rf"stopped by SIGUSR1: step (\d+) of {STEPS} is saved", log)}
+    assert 2 < saved < STEPS
+    assert_equal_runs(here / "direct", here / "two machines", STEPS)
+    assert_equal_runs(here / "direct", here / "stopped", STEPS)
+    assert "sbatch --test-only: Job" in told.err and "#SBATCH --nodes=2\n" in told.out
+    assert f"submitted: job {first} (two machines)" in told.out and f"scancel {first}" in told.out
+    assert submit(*words, "--out_dir", "stopped", "--slurm.tasks_per_node", 2) == 2
+    assert errors(capsys) == [
+        "out_dir: stopped: this run is finished: ask for more steps to go on, or name another --out_dir"
+    ]
+
+
+@pytest.mark.slow
+def test_a_sweep_is_an_array_with_a_run_a_point(
+    slurm: Cluster, here: Path, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with its own values; the table has a row for each; what is finished is not done again."""
+    short = [*words, "--train.max_steps", 2, "--adapter.method", "lora", "--out_dir", "sweep"]
+    short += ["--sweep", "optim.lr=1e-3,2e-3", "--sweep", "adapter.r=2,4", "--slurm.array_limit", 3]
+    assert submit(*short, "--slurm.container", shlex.join(forked())) == 0
+    points = {f"lr={lr}_r={r}": (float(lr), r) for lr in ("1e-3", "2e-3") for r in (2, 4)}
+    assert {path.parent.name for path in here.glob("sweep/*/job.yaml")} == set(points)
+    for name in points:
+        slurm.wait(job_of(here / "sweep" / name))
+    by_loss = set()
+    for name, (lr, r) in points.items():
+        written = (here / "sweep" / name / "recipe.yaml").read_text()
+        assert f"lr: {lr}\n" in written and f"  r: {r}\n" in written
+        assert (here / "sweep" / name / "job.log").read_text()
+        by_loss.add(losses(here / "sweep" / name)[1])
+    assert len(by_loss) == 4, "the runs differ"
+    capsys.readouterr()
+    assert cli.main(["runs", "ls", "sweep"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[0] for row in rows] == [f"sweep/{name}" for name in sorted(points)]
+    assert all(" finetune " in row and " finished " in row and " 2/2 " in row for row in rows)
+    shutil.rmtree(here / "sweep" / "lr=2e-3_r=2" / "final")
+    assert submit(*short, "--dry_run") == 0
+    told = capsys.readouterr()
+    assert "#SBATCH --array=2%3\n" in told.out and "lr=1e-3_r=2: finished before: left out" in told.err
+
+
+@pytest.mark.slow
+def test_a_pipeline_is_a_chain_of_its_stages(
+    slurm: Cluster, here: Path, words: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second job waits for the first, starts from what that made, and the pipeline knows of both; one of them has
+    two tasks."""
+    stage = "data: {train: rows.jsonl, cache_dir: cache}, train: {max_steps: 2}, log: {loggers: []}"
+    stage += ", fabric: {accelerator: cpu}"
+    (here / "p.yaml").write_text(
+        f"slurm: {{time: 5m}}\nstages:\n  one: {{verb: finetune, model: {{source: {tiny_model}}}, {stage}}}\n"
+        f'  two: {{verb: finetune, model: {{source: "stage:one"}}, slurm: {{tasks_per_node: 2}}, {stage}}}\n'
+    )
+    # The stages' own processes are forked, too: a srun that puts the forking before the program.
+    srun = shutil.which("srun")
+    (here / "bin").mkdir()
+    (here / "bin" / "srun").write_text(
+        '#!/bin/bash\nflags=()\nwhile [[ $1 == --* ]]; do flags+=("$1"); shift; done\nshift 3\n'
+        f'exec {srun} "${{flags[@]}}" {shlex.join(forked())} litrecipe "$@"\n'
+    )
+    (here / "bin" / "srun").chmod(0o755)
+    monkeypatch.setattr(script, "program_of", lambda slurm: [*forked(), "litrecipe"])
+    path = f"{here / 'bin'}:{os.environ['PATH']}"
+    assert (
+        submit("align", "pipeline", "--config", "p.yaml", "--out_dir", "pipe", "--slurm.env", f'{{PATH: "{path}"}}')
+        == 0
+    )
+    one, two = job_of(here / "pipe" / "one"), job_of(here / "pipe" / "two")
+    assert slurm.told(two)["Dependency"].startswith(f"afterok:{one}")
+    assert slurm.wait(one) == slurm.wait(two) == "COMPLETED"
+    told = json.loads((here / "pipe" / "pipeline.json").read_text())
+    assert [one["done"] for one in told["stages"].values()] == [True, True] and told["final"] == "two/final"
+    state = json.loads((here / "pipe" / "two" / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert state["identity"]["base weights"] == open_model(str(here / "pipe" / "one")).weights_hash()
+    assert state["world_size"] == 2
+
+
+def test_a_script_runs_this_program_and_what_follows_a_failure_is_called_off(
+    slurm: Cluster, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program beside the interpreter, in its environment, from the folder of the command; commands before and after
+    it; a path that is hard to quote."""
+    folder = here / "a'b\"c#d%j$e é"
+    folder.mkdir()
+    monkeypatch.setenv("RANK", "3")
+    keys: dict[str, Any] = {"nodes": 1, "tasks_per_node": 1, "env": {"A": "it's $x"}}
+    keys |= {"pre": ['echo "before: $PWD, $A, ${RANK:-no rank}"'], "post": ["echo after $code"]}
+    job = Job("odd $name", folder, Slurm(**keys), ["--version"])
+    job.script.write_text(text_of(job, folder))
+    number = queue.submit(job.script, None)
+    assert slurm.wait(number) == "COMPLETED"
+    before, version, after = job.log.read_text().splitlines()
+    assert before == f"before: {folder}, it's $x, no rank"
+    assert version == f"litrecipe {cli.__version__}" and after == "after 0"
+    failing = Job("failing", here, Slurm(nodes=1, tasks_per_node=1), ["finetun"])
+    failing.script.write_text(text_of(failing, here))
+    first = queue.submit(failing.script, None)
+    second = queue.submit(failing.script, f"afterok:{first}")
+    assert slurm.wait(first) == "FAILED" and slurm.told(first)["ExitCode"] == "2:0"
+    assert slurm.wait(second) == "CANCELLED"
+
+
+def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing(
+    here: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(*words, "--out_dir", "out/run", "--slurm.partition", "nowhere") == 2
+    assert "sbatch: invalid partition specified: nowhere: put that right in the slurm group" in errors(capsys)
+    assert submit(*words, "--out_dir", "out/run", "--slurm.nodes", 2, "--slurm.time", "3h") == 2
+    assert any("time limit" in line for line in errors(capsys))
+    assert submit(*words, "--out_dir", "out/run", "--slurm.nodes", 2, "--fabric.num_nodes", 3, "--optim.lr", -1) == 2
+    assert errors(capsys) == ["optim.lr: -1.0: give a number above 0"]
+    assert submit(*words, "--out_dir", "out/run", "--slurm.nodes", 2, "--fabric.num_nodes", 3) == 2
+    assert errors(capsys) == ["fabric.num_nodes: 3: slurm.nodes is 2: make them the same"]
+    assert submit(*words, "--out_dir", "out/run", "--sweep", "optim.lr=1,-1", "--sweep", "train.max_step=1,2") == 2
+    assert "no such key: did you mean `train.max_steps`?" in "\n".join(errors(capsys))
+    assert not (here / "out").exists()
+
+
+def test_a_run_is_not_submitted_twice(
+    slurm: Cluster, here: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While its job is held it waits; once cancelled it may be submitted, and ids of other jobs do not count."""
+    held = [*words, "--out_dir", "run", "--slurm.sbatch_flags", "[--hold]"]
+    assert submit(*held) == 0
+    job = job_of(here / "run")
+    capsys.readouterr()
+    assert submit(*held) == 2
+    folder = here / "run"
+    assert errors(capsys) == [f"out_dir: {folder}: its job {job} is pending: wait for it, or `scancel {job}` first"]
+    assert cli.main(["runs", "ls", "."]) == 0
+    [row] = [line for line in capsys.readouterr().out.splitlines() if "run" in line and job in line]
+    assert "waiting (JobHeldUser)" in row and f"-/{STEPS}" in row
+    note = json.loads((folder / "job.json").read_text())
+    (folder / "job.json").write_text(json.dumps(note | {"script": "/another/job.sh"}))
+    assert submit(*held, "--dry_run") == 0
+    (folder / "job.json").write_text(json.dumps(note))
+    slurm.call("scancel", job)
+    assert submit(*held, "--dry_run") == 0
+
+
+def test_a_dry_run_needs_no_slurm(
+    here: Path, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(here))
+    asked = [*words, "--out_dir", "run", "--slurm.gpus_per_node", 8, "--fabric.accelerator", "auto"]
+    assert submit(*asked, "--dry_run") == 0
+    told = capsys.readouterr()
+    assert "no Slurm here: whether it would take the job was not looked at" in told.err
+    assert "#SBATCH --gpus-per-node=8\n" in told.out and (here / "run" / "job.sh").read_text() in told.out
+    written = (here / "run" / "job.yaml").read_text()
+    assert "  devices: 8\n" in written and "  accelerator: cuda\n" in written and "  resume: auto\n" in written
+    assert submit(*asked) == 2
+    assert errors(capsys) == [
+        "sbatch: not found: no Slurm here: submit on a machine of the cluster; --dry_run works without"
+    ]
+
+
+@pytest.mark.parametrize("shell", [["salloc", "--quiet"], ["bash", "-c"]])
+def test_python_in_an_allocation_without_srun_is_told_so(slurm: Cluster, here: Path, shell: list[str]) -> None:
+    """A shell of salloc's, and the script of sbatch itself; with srun it goes on."""
+    code = "from litrecipe.engine import allocation as a; a.refuse_plain_start(); print('goes on')"
+    python = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
+    flags = ["--nodes=1", "--ntasks-per-node=2"]
+    both = f"{python}; srun {python}"
+    if shell[0] == "salloc":
+        done = slurm.call(*shell, *flags, "bash", "-c", both, check=False, cwd=here)
+        said = done.stdout + done.stderr
+    else:
+        slurm.call("sbatch", "--wait", *flags, "--output=out", f"--wrap={both}", check=False, cwd=here)
+        said = (here / "out").read_text()
+    assert "InputError: SLURM_NTASKS: 2: litrecipe was started without srun" in said
+    assert said.count("goes on") == 2
