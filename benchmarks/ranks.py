@@ -30,7 +30,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from litrecipe.engine.launch import WATCHED
+from litrecipe.config.progress import WATCHED
 
 PRELOADED = ("litrecipe.recipes.pretrain", "lightning_fabric", "lightning_fabric.strategies", "torch.distributed.fsdp")
 TIMES = 5
@@ -186,7 +186,7 @@ def together(folder: Path, act: Any, words: list[str], ranks: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    meet |= {"TORCHELASTIC_RUN_ID": "scaling", "GROUP_RANK": "0", WATCHED: "1"}
+    meet |= {"TORCHELASTIC_RUN_ID": "scaling", "GROUP_RANK": "0", WATCHED: "seen"}
     folder.mkdir(exist_ok=True)
     own = [meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
     left = {forked(folder, act, words, one) for one in own}
