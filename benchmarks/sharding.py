@@ -80,14 +80,14 @@ def begin():
     Path("/proc/self/clear_refs").write_text("5")
 
 class Samples(list):
-    lengths = np.full(8, 128)
+    lengths = np.full(4, 32)
 
 folder, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
 recipe = schema.load(FinetuneRecipe, [], [(key, str(value)) for key, value in flags.items()])
 chance = np.random.default_rng(0)
 samples = Samples(
-    Sample(f"row:{n}", (Segment(chance.integers(3, 16384, 128).astype(np.int32), np.float32([0] + 127 * [1])),))
-    for n in range(8)
+    Sample(f"row:{n}", (Segment(chance.integers(3, 16384, 32).astype(np.int32), np.float32([0] + 31 * [1])),))
+    for n in range(4)
 )
 fabric = make_fabric(recipe.fabric)
 files = open_model(str(folder / "model"))
@@ -121,8 +121,8 @@ def measure(folder: Path, ranks: int, method: str, strategy: str) -> dict[str, A
         "out_dir": str(folder / f"run-{method}-{strategy}-{ranks}"),
         "data.train": "none",
         "train.max_steps": 2,
-        "train.global_batch_size": 8,
-        "train.micro_batch_tokens": 256,
+        "train.global_batch_size": 4,
+        "train.micro_batch_tokens": 32,
         "log.loggers": "[]",
         "fabric.accelerator": "cpu",
         "fabric.devices": ranks,

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 
 from litrecipe import __version__
 from litrecipe.config.errors import WRONG_INPUT, InputError
+from litrecipe.config.progress import tell_mistakes
 from litrecipe.line import Line
 from litrecipe.verbs import PREFERENCES, VERBS, PlainVerb, RecipeVerb, SubmitVerb
 
@@ -32,8 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             fabric.leave()
         sys.stdout.flush()
     except InputError as error:
-        from litrecipe.config.progress import tell_mistakes
-
         tell_mistakes(error.mistakes)
         return WRONG_INPUT
     except RuntimeError as error:
@@ -50,7 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         from litrecipe.checkpoint.manifest import is_disk_full
-        from litrecipe.config.progress import tell_mistakes
 
         if not is_disk_full(error):
             raise

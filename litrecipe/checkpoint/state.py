@@ -315,8 +315,8 @@ class Pieces:
                 continue
             found: Tensor = piece[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at, strict=True))]
             left -= found.numel()
-            if found.shape == size:
-                return found
+            if found.shape == size:  # columns of a file are a view of it, and fused optimizers go by the memory
+                return found.contiguous()
             result = torch.empty(size, dtype=found.dtype) if result is None else result
             result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))] = found
         if left:

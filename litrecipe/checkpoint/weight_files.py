@@ -137,10 +137,11 @@ class WeightFiles:
     def _of(self, name: str) -> list[tuple[str, Tensor]]:
         return [(own, self.tensors[own]) for own in self.files[name]]
 
+    @torch.no_grad()
     def _whole(self, own: str, is_mine: bool) -> Tensor | None:
         """A tensor for the rank whose it is; all ranks put it together."""
         tensor = self.tensors[own]
-        part = tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+        part = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
         found = whole(part, held_of(tensor), self.group)
         return found.to(self.dtype or found.dtype) if is_mine else None
 

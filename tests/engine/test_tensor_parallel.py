@@ -46,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ppo-lora": {**LORA, "rewards.scale": "running", "ppo.policy_ema": 0.9},
     "pretrain-experts": {**LONG, "model.source": "experts", "model.init": "random", "pretrain.z_loss": 1e-3},
 }
-MIXED = ("finetune-fused", "finetune-dora", "dpo-moving")
+MIXED = ("finetune-fused", "finetune-dora")
 OF_FOUR = ("finetune-full", "finetune-lora", "finetune-fused", "ppo-separate", "pretrain-experts")
 OF_VERB: dict[str, dict[str, Any]] = {
     "finetune": {"data.train": "toy:units?n=40&seed=0"},
