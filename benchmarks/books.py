@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import LITRECIPE, REPO, SHARED, print_table, read_lines, run_child, write_result
+from common import LITRECIPE, REPO, SHARED, print_table, read_lines, run_child, step_seconds, write_result
 
 PEERS = REPO / "benchmarks" / "peers"
 BOOKS = SHARED / "data" / "pretrain"
@@ -46,11 +46,10 @@ save_model(Path(sys.argv[2]), load_model(files, init="random", seed=recipe.train
 """
 
 
-def once(made: Path, *command: object, threads: int) -> float | None:
-    """Run a command whose result is `made`, unless that is there; its seconds."""
-    if made.exists():
-        return None
-    return run_child([str(word) for word in command], threads=threads).check().seconds
+def once(made: Path, *command: object, threads: int) -> None:
+    """Run a command whose result is `made`, unless that is there."""
+    if not made.exists():
+        run_child([str(word) for word in command], threads=threads).check()
 
 
 def bits_per_byte(model: Path, threads: int, work: Path) -> float:
@@ -84,7 +83,7 @@ def main() -> None:
     once(shards / "manifest.json", *LITRECIPE, *prepare, **threads)
     flags = ["--model.tokenizer", tokenizer, "--data.train", shards, "--data.attend_across", "true"]
     flags += ["--train.max_tokens", args.tokens, "--log.loggers", "[]", "--fabric.accelerator", "cpu", "--out_dir", run]
-    seconds = once(run / "final", *LITRECIPE, "pretrain", "--config", "pretrain/books-14m", *flags, **threads)
+    once(run / "final", *LITRECIPE, "pretrain", "--config", "pretrain/books-14m", *flags, **threads)
 
     start, rows, rates, told = (work / name for name in ("start", "rows.jsonl", "rates.json", "told.json"))
     once(start, LITRECIPE[0], "-c", START, run / "recipe.yaml", start, **threads)
@@ -106,7 +105,7 @@ def main() -> None:
     result = {
         "tokens": steps[-1]["tokens"],
         "steps": len(steps),
-        "seconds": seconds and round(seconds, 1),
+        "training_seconds": round(step_seconds(steps), 1),
         "threads": args.threads,
         "bits_per_byte": {name: round(value, 4) for name, value in bits.items()},
         "first_steps_apart": max(apart[:FIRST]),

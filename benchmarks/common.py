@@ -80,6 +80,8 @@ class Child:
     returncode: int
     seconds: float
     """Wall-clock time."""
+    cpu_seconds: float
+    """That it computed, in its own code and the kernel's."""
     peak_rss: int
     """Largest resident memory, bytes."""
     output: str
@@ -98,13 +100,15 @@ def environment(threads: int = 2, extra: Mapping[str, str] | None = None) -> dic
     return {**os.environ, **fixed, **(extra or {})}
 
 
-def run_child(command: Sequence[str | Path], *, threads: int = 2, extra: Mapping[str, str] | None = None) -> Child:
-    """Runs `command` from the top of the checkout and measures it."""
+def run_child(
+    command: Sequence[str | Path], *, threads: int = 2, extra: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> Child:
+    """Runs `command` from the top of the checkout, or from a folder, and measures it."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
             [str(word) for word in command],
-            cwd=REPO,
+            cwd=cwd or REPO,
             env=environment(threads, extra),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -116,7 +120,25 @@ def run_child(command: Sequence[str | Path], *, threads: int = 2, extra: Mapping
         output.seek(0)
         text = output.read()
     scale = 1 if sys.platform == "darwin" else 1024
-    return Child(process.returncode, seconds, usage.ru_maxrss * scale, text)
+    return Child(process.returncode, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale, text)
+
+
+def not_refused(code: int, output: str, must_say: Sequence[str]) -> str | None:
+    """What is wrong with the answer to a wrong input, or None: it must end with code 2, lines that say what is wrong,
+    and no traceback."""
+    if code != 2:
+        return f"exit {code}: {output[-300:]}"
+    if "Traceback" in output:
+        return f"traceback: {output[-300:]}"
+    if not error_lines(output):
+        return f"no error line: {output[-300:]}"
+    missing = [words for words in must_say if not any(words in line for line in error_lines(output))]
+    return f"does not say {missing[0]!r}: {output[-300:]}" if missing else None
+
+
+def error_lines(output: str) -> list[str]:
+    """The lines by which litrecipe says what is wrong."""
+    return [line for line in output.splitlines() if line.startswith("litrecipe: error: ")]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

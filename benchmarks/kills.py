@@ -2,15 +2,16 @@
 
     python benchmarks/kills.py [--kills 10] [--seed 0] [--methods align …] [--only grpo …] [--forked]
 
-For full fine-tuning, LoRA and DoRA, a reward model, and DPO with every kind of reference: a shrunken model trains 40
-steps over packed samples, across epoch ends. A second run is killed again and again: while it starts, between two
-steps, and inside a save. Final weights, the last checkpoint's weights, optimizer and state, metrics (timing fields
-aside) and flight record must be equal. Preference learning is killed three times unless --kills says otherwise. Methods
-that sample are killed in the midst of sampling too, and what they sampled, paired and kept of rounds must be equal as
-well. A pipeline of five stages is killed in each of them and between them; no stage may outlive it. Each of `finetune`,
-`align`, `online` and `pipeline` has a result of its own; `--methods` names those that are wanted, `--only` some methods
-of them, where the others keep their numbers. `--forked` starts runs from a process that has imported everything, which
-saves seconds each time; they are processes like any other, but nobody is killed while he imports.
+For pretraining in stages, full fine-tuning, LoRA and DoRA, a reward model, and DPO with every kind of reference: a
+shrunken model trains 40 steps over packed samples, across epoch ends. A second run is killed again and again: while it
+starts, between two steps, and inside a save. Final weights, the last checkpoint's weights, optimizer and state, metrics
+(timing fields aside) and flight record must be equal. Preference learning is killed three times unless --kills says
+otherwise. Methods that sample are killed in the midst of sampling too, and what they sampled, paired and kept of rounds
+must be equal as well. A pipeline of five stages is killed in each of them and between them; no stage may outlive it.
+Each of `pretrain`, `finetune`, `align`, `online` and `pipeline` has a result of its own; `--methods` names those that
+are wanted, `--only` some methods of them, where the others keep their numbers. `--forked` starts runs from a process
+that has imported everything, which saves seconds each time; they are processes like any other, but nobody is killed
+while he imports.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def align(flags: str, **sizes: object) -> list[str]:
 
 ROLLOUT: dict[str, object] = {"rollout_batch_size": 16, "minibatches": 2, "epochs": 2, "max_new_tokens": 12}
 METHODS = {
+    "pretrain": {"pretrain in stages": ["pretrain", "--optim.lr", "1e-3"]},
     "finetune": {
         "full": ["finetune", *FULL],
         "lora": ["finetune", *LORA],
@@ -84,6 +87,20 @@ METHODS = {
 }
 """Verb and flags of each method."""
 DATA: dict[str, dict[str, Any]] = {
+    "pretrain": {
+        "data.mix": "{books: 0.6, notes: 0.4}",
+        "data.max_length": 64,
+        "data.workers": 1,
+        "stages.core.train.max_steps": 24,
+        "stages.core.train.global_batch_size": 8,
+        "stages.core.train.initial_batch_size": 2,
+        "stages.core.train.batch_warmup_steps": 6,
+        "stages.core.schedule.name": "constant",
+        "stages.long.train.max_steps": 16,
+        "stages.long.train.global_batch_size": 3,
+        "stages.long.data.max_length": 192,
+        "stages.long.model.rope_theta": 2e5,
+    },
     "finetune": {"data.train": "toy:fields?n=100&seed=0"},
     "align": {"data.train": "toy:units-pairs?n=100&seed=0", "train.global_batch_size": 4},
     "online": {
@@ -94,9 +111,16 @@ DATA: dict[str, dict[str, Any]] = {
     },
 }
 HELD_OUT: dict[str, Any] = {"data.val": "toy:units?n=4&seed=0&split=test", "eval.every": 7}
-KILLS = {"finetune": 10, "align": 3, "online": 10, "pipeline": 10}
-NAMES = {"finetune": "kills", "align": "kills-align", "online": "kills-online", "pipeline": "kills-pipeline"}
+KILLS = {"pretrain": 10, "finetune": 10, "align": 3, "online": 10, "pipeline": 10}
+NAMES = {
+    "pretrain": "kills-pretrain",
+    "finetune": "kills",
+    "align": "kills-align",
+    "online": "kills-online",
+    "pipeline": "kills-pipeline",
+}
 MOMENTS = {
+    "pretrain": ("save", "step", "start"),
     "finetune": ("save", "step", "start"),
     "align": ("save", "step", "start"),
     "online": ("sampling", "start", "sampling", "save", "step"),
@@ -119,11 +143,11 @@ SHRUNKEN = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-STEPS = {"finetune": 40, "align": 40, "online": 60, "pipeline": None}
+STEPS = {"pretrain": None, "finetune": 40, "align": 40, "online": 60, "pipeline": None}
 EVERY = 3
 A_ROLLOUT = 4
 """Steps in which a rollout is learnt."""
-TIMING = ("tokens_per_second", "memory", "time/rollout")
+TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout")
 MADE = ("final", "best", "best.json", "rounds", "pairs", "rollouts", "candidates.jsonl", "sft.jsonl", "best_of.json")
 """What runs leave besides checkpoints and records."""
 
@@ -171,8 +195,8 @@ def shrunken_model(folder: Path) -> dict[str, Any]:
     }
 
 
-def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
-    """A method that trains the shrunken model."""
+def shrunken_job(folder: Path, kind: str, method: list[str], changes: Mapping[str, Any] | None = None) -> Job:
+    """A method that trains the shrunken model; `changes` are keys that differ, None where one is left out."""
     flags = shrunken_model(folder)
     if kind == "pipeline":  # its other keys are in its recipe
         model = {f"stages.sft.{key}": value for key, value in flags.items() if key.startswith("model.")}
@@ -182,12 +206,23 @@ def shrunken_job(folder: Path, kind: str, method: list[str]) -> Job:
         joint = ["align", "reward", *FULL, "--reward.sft_coef", "1"]
         words(joint, flags | DATA["align"] | {"train.max_steps": 2}).finish(folder / "joint")
         flags = flags | {"model.source": folder / "joint", "model.init": "pretrained"}
+    if kind == "pretrain":
+        flags["data.sources"] = write_documents(folder)
     flags |= DATA[kind] | {"train.max_steps": STEPS[kind], "checkpoint.every": EVERY}
     if kind == "online" and "rejection-sampling" not in method:
         flags |= HELD_OUT
     if "rejection-sampling" in method:
         flags["train.epochs"] = None  # the steps alone end it
-    return words(method, flags)
+    return words(method, flags | dict(changes or {}))
+
+
+def write_documents(folder: Path) -> str:
+    """Two sources of words drawn at random, and the key that names them."""
+    for name, count in (("books", 120), ("notes", 90)):
+        draw = random.Random(name)
+        texts = (" ".join(str(draw.randrange(10_000)) for _ in range(draw.randrange(5, 90))) for _ in range(count))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return f"{{books: {folder / 'books.jsonl'}, notes: {folder / 'notes.jsonl'}}}"
 
 
 def words(method: list[str], flags: dict[str, Any]) -> Job:
@@ -284,8 +319,29 @@ def differences(a: Path, b: Path) -> list[str]:
     return found
 
 
+Plan = list[tuple[str, str]]
+"""Moments to kill at; of a pipeline each with the stage."""
+
+
+def in_turn(kind: str, kills: int) -> Plan:
+    """All moments of a kind, one after the other."""
+    moments, stages = MOMENTS[kind], STAGES if kind == "pipeline" else ("",)
+    return [(moments[kill % len(moments)], stages[kill % len(stages)]) for kill in range(kills)]
+
+
+def at_random(kind: str, kills: int, chance: random.Random) -> Plan:
+    """Moments as they come; those of a pipeline in the order of its stages."""
+    stages = [chance.choice(list(dict.fromkeys(STAGES))) if kind == "pipeline" else "" for _ in range(kills)]
+    plan = []
+    for stage in sorted(stages, key=lambda name: STAGES.index(name) if name else 0):
+        samples = kind != "pipeline" or stage in ("rejection", "ppo")
+        moments = sorted(set(MOMENTS[kind]) - (set() if samples else {"sampling"}))
+        plan.append((chance.choice(moments), stage))
+    return plan
+
+
 def killed_and_resumed(
-    kind: str, method: list[str], kills: int, chance: random.Random, forked: bool = False
+    kind: str, method: list[str], plan: Plan, chance: random.Random, forked: bool = False
 ) -> dict[str, Any]:
     """How often a run was killed at which moment, and what differs from one that was not."""
     with tempfile.TemporaryDirectory() as folder:
@@ -294,9 +350,7 @@ def killed_and_resumed(
         job.finish(broken)
         broken.rename(unbroken)  # both are made at one place: names of sources and samples tell it
         moments = {moment: 0 for moment in SAID if moment in MOMENTS[kind]}
-        for kill in range(kills):
-            moment = MOMENTS[kind][kill % len(MOMENTS[kind])]
-            stage = STAGES[kill % len(STAGES)] if kind == "pipeline" else ""
+        for moment, stage in plan:
             if not kill_once(job, broken, moment, chance, stage):
                 break
             moments[moment] += 1
@@ -328,7 +382,7 @@ def main() -> None:
         for name, method in METHODS[kind].items():
             if args.only and name not in args.only:
                 continue
-            known[name] = killed_and_resumed(kind, method, kills, chance, args.forked)
+            known[name] = killed_and_resumed(kind, method, in_turn(kind, kills), chance, args.forked)
             print(name, json.dumps(known[name]), flush=True)
             results = {other: known[other] for other in METHODS[kind] if other in known}
             write_result(NAMES[kind], {**settings, "methods": results})

@@ -20,7 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import LITRECIPE, as_hf_folder, print_table, run_child, write_result
+from common import LITRECIPE, REPO, as_hf_folder, not_refused, print_table, run_child, write_result
+
+sys.path.append(str(REPO / "tests"))
+from generated import wrong_values
 
 from litrecipe.config.groups import FinetuneRecipe
 
@@ -38,15 +41,7 @@ class Case:
 def run(case: Case) -> str | None:
     """What is wrong with the answer, or None."""
     done = run_child([*LITRECIPE, *case.command])
-    if done.returncode != 2:
-        return f"exit {done.returncode}: {done.output[-300:]}"
-    if "Traceback" in done.output:
-        return f"traceback: {done.output[-300:]}"
-    if "litrecipe: error: " not in done.output:
-        return f"no error line: {done.output[-300:]}"
-    if case.must_say not in done.output:
-        return f"does not say {case.must_say!r}: {done.output[-300:]}"
-    return None
+    return not_refused(done.returncode, done.output, [case.must_say])
 
 
 def recipe_cases(folder: Path) -> Iterator[Case]:
@@ -86,18 +81,6 @@ def recipe_cases(folder: Path) -> Iterator[Case]:
     }
     for name, text in texts.items():
         yield Case(f"recipe: {name}", recipe(name, text))
-
-
-def wrong_values(hint: Any) -> list[Any]:
-    """Values that do not belong to a type."""
-    if typing.get_origin(hint) is typing.Literal or (typing.get_origin(hint) is None and hint is bool):
-        return ["nonsense", 17, [1]]
-    if typing.get_origin(hint) in (list, dict):
-        return ["nonsense", 17] if typing.get_origin(hint) is dict else [{"a": 1}]
-    members = set(typing.get_args(hint)) - {type(None)} or {hint}
-    if int in members or float in members:
-        return ["many", [1], {"a": 1}]
-    return [[1], {"a": 1}]
 
 
 def data_cases(folder: Path, model: Path) -> Iterator[Case]:

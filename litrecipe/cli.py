@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 
 from litrecipe import __version__
 from litrecipe.config.errors import WRONG_INPUT, InputError
+from litrecipe.config.progress import tell_mistakes
 from litrecipe.line import Line
 from litrecipe.verbs import PREFERENCES, VERBS, PlainVerb, RecipeVerb, SubmitVerb
 
@@ -32,14 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fabric.leave()
         sys.stdout.flush()
     except InputError as error:
-        from litrecipe.config.progress import whisper
-
-        for mistake in error.mistakes:
-            line = f"litrecipe: error: {' '.join(mistake.splitlines())}"
-            if is_first_of_node():
-                print(line, file=sys.stderr)
-            else:
-                whisper(line)
+        tell_mistakes(error.mistakes)
         return WRONG_INPUT
     except RuntimeError as error:
         if (fabric := sys.modules.get("litrecipe.engine.fabric")) and fabric.is_left_alone(error):
@@ -58,16 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not is_disk_full(error):
             raise
-        if is_first_of_node():
-            print(f"litrecipe: error: disk full: {error}: make room, and run the same again", file=sys.stderr)
+        tell_mistakes([f"disk full: {error}: make room, and run the same again"])
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # perhaps it is what has no room
         return WRONG_INPUT
     return code
-
-
-def is_first_of_node() -> bool:
-    """Whether this process tells what is wrong: the others of its machine see the same files and find the same."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
 
 
 TORCHVISION_CURE = "litrecipe runs without it: `pip uninstall torchvision`"

@@ -53,7 +53,7 @@ class Server:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         atexit.register(self.close)
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not Path(self.address).exists():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise RuntimeError("the process to fork from did not start")

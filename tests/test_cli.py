@@ -54,6 +54,7 @@ def recipe_given(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         (["finetune", "--help"], 1.5),
         (["finetune", "--help", "train"], 1.5),
         (["evaluate", "--help"], 1.5),
+        (["submit", "finetune", "--help"], 1.5),
         (["model", "import", "--help"], 0.5),
         (["recipes", "show", "finetune/smollm2-135m/lora"], 1.5),
     ],

@@ -21,7 +21,7 @@ from litrecipe.checkpoint.peft_adapter import ADAPTER_CONFIG, AdapterFiles, read
 from litrecipe.checkpoint.reward import BESIDE_ADAPTER, HEAD, read_statistics
 from litrecipe.checkpoint.safetensors_files import SafetensorsFile, find_weights
 from litrecipe.config.errors import InputError
-from litrecipe.config.files import locked, nearest, read_json
+from litrecipe.config.files import locked, nearest, read_json, refuse_linked_files
 from litrecipe.config.groups import Model
 from litrecipe.config.merge import path_of
 from litrecipe.config.progress import counted
@@ -293,6 +293,7 @@ def open_model(
             folder = _open(tokenizer).tokenizer_dir  # a GGUF file has one in it
         if not (folder / "tokenizer.json").is_file():
             raise InputError(f"model.tokenizer: {tokenizer}: no tokenizer.json in it: give a folder that has one")
+        refuse_linked_files(folder)
         files = replace(files, tokenizer_dir=folder)
     _check_tokenizer(files.tokenizer_dir / "tokenizer.json", files.architecture.vocab_size, fresh)
     return files
@@ -338,6 +339,7 @@ def _open(source: str, *, is_base: bool = False) -> ModelFiles:
 
 
 def _open_folder(folder: Path, source: str, is_base: bool) -> ModelFiles:
+    refuse_linked_files(folder)
     verify(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         if is_base:

@@ -315,8 +315,8 @@ class Pieces:
                 continue
             found: Tensor = piece[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, at, strict=True))]
             left -= found.numel()
-            if found.shape == size:
-                return found
+            if found.shape == size:  # columns of a file are a view of it, and fused optimizers go by the memory
+                return found.contiguous()
             result = torch.empty(size, dtype=found.dtype) if result is None else result
             result[tuple(slice(a - o, b - o) for a, b, o in zip(low, high, begin, strict=True))] = found
         if left:
@@ -336,6 +336,15 @@ class Pieces:
 def all_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, complete or not."""
     return sorted((path for path in folder.glob("step-*") if NAME.fullmatch(path.name)), key=step_of, reverse=True)
+
+
+def states(folder: Path) -> list[dict[str, Any]]:
+    """What `state.json` says in all checkpoints, those that are being written among them."""
+    while True:
+        try:
+            return [json.loads(path.read_text()) for path in folder.glob("step-*/state.json")]
+        except FileNotFoundError:  # one has got its name meanwhile, or was deleted as too old
+            continue
 
 
 def newest_complete(folder: Path, warn: Callable[[str], None] | None = None) -> Path | None:

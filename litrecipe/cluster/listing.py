@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rich.table import Table
@@ -29,13 +30,18 @@ def ls(folder: str = "runs") -> int:
     table = Table("run", "verb", "state", "step", "loss", "measured", "tokens/s", "left", "job", box=None)
     rows = {path: row_of(Run(path, job_of(path, jobs))) for path in runs}
     rows |= {path: row_of_pipeline(path) for path in pipelines}
-    for path in sorted(rows):
+    for path in sorted(rows, key=by_numbers):
         table.add_row(str(path), *rows[path])
     console = progress.console()
     if not console.is_terminal:  # a program reads this: do not fold lines
         console.width = 300
     console.print(table, highlight=False, markup=False)
     return 0
+
+
+def by_numbers(path: Path) -> list[int | str]:
+    """A key for sorting in which `r=8` comes before `r=16`."""
+    return [int(piece) if piece.isdecimal() else piece for piece in re.split(r"([0-9]+)", str(path))]
 
 
 def found(root: Path) -> list[Path]:

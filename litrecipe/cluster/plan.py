@@ -17,7 +17,7 @@ from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.prepare import PrepareRecipe
 from litrecipe.engine.rundir import RunDir
 from litrecipe.recipes.dry_run_pipeline import Preview, check_recipes, mistakes_of
-from litrecipe.recipes.pipeline import check_runs
+from litrecipe.recipes.pipeline import check_place, check_runs
 from litrecipe.recipes.runs import differing
 from litrecipe.recipes.stage_runs import StageRun
 
@@ -62,7 +62,7 @@ def plan_run(verb: str, recipe: Any) -> Plan:
     elif isinstance(recipe, TrainingRecipe):
         command += AUTO
     job = Job(f"{verb.split()[-1]}-{folder.name}", folder, recipe.slurm, command, resume_from=from_other)
-    return Plan(verb, folder, [job], {folder: schema.dump(recipe)})
+    return Plan(verb, folder, [job], {folder: written(recipe)})
 
 
 def plan_sweep(verb: str, read: Read, points: list[Point]) -> Plan:
@@ -103,7 +103,7 @@ def plan_sweep(verb: str, read: Read, points: list[Point]) -> Plan:
         verb,
         folder,
         [job],
-        {folder_of(recipe): schema.dump(recipe) for recipe in recipes},
+        {folder_of(recipe): written(recipe) for recipe in recipes},
         [point.name for point, is_done in zip(points, done, strict=True) if is_done],
     )
 
@@ -122,13 +122,14 @@ def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
             mistakes += stage.placed(name, [line])
     if mistakes:
         raise InputError(*mistakes)
+    recipe.checkpoint.resume = "auto"
+    check_place(RunDir(recipe.out_dir), recipe)
     runs = {name: StageRun(recipe, name) for name in recipe.stages}
     check_runs(runs, recipe)
     waiting = [name for name in recipe.wanted if not runs[name].done]
     check_recipes(recipe, waiting)
     if not waiting:
         raise InputError(f"out_dir: {recipe.out_dir}: all stages that are asked for are finished")
-    recipe.checkpoint.resume = "auto"
     folder = folder_of(recipe)
     jobs = [
         Job(
@@ -141,7 +142,17 @@ def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
         for name in waiting
     ]
     finished = [name for name in recipe.wanted if name not in waiting]
-    return Plan(verb, folder, jobs, {folder: schema.dump(replace(recipe, only=[]))}, finished)
+    return Plan(verb, folder, jobs, {folder: written(replace(recipe, only=[]))}, finished)
+
+
+def written(recipe: Any) -> str:
+    """The YAML of a recipe as its job reads it, and as it may be submitted again: nothing in it waits for a job that is
+    long gone, or looks into the file of defaults for a cluster."""
+    recipe = deepcopy(recipe)
+    stages = recipe.stages.values() if isinstance(recipe, PipelineRecipe) else ()
+    for slurm in (recipe.slurm, *(stage.recipe.slurm for stage in stages)):
+        slurm.dependency = slurm.cluster = None
+    return schema.dump(recipe)
 
 
 def folder_of(recipe: Any) -> Path:

@@ -12,13 +12,15 @@ from tempfile import TemporaryDirectory
 from litrecipe.checkpoint.manifest import write_text
 from litrecipe.cluster import queue
 from litrecipe.cluster.plan import Plan, Read, plan_chain, plan_run, plan_sweep
-from litrecipe.cluster.runs import is_held, job_of, jobs_of
+from litrecipe.cluster.runs import job_of, jobs_of
 from litrecipe.cluster.script import LOG, NOTE, RECIPE, SCRIPT, Job, text_of
 from litrecipe.cluster.sweep import points_of
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked
 from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.progress import say, warn
+from litrecipe.engine.lock import holder_of, taken
+from litrecipe.engine.rundir import RunDir
 
 
 def main(verb: str, read: Read, *, sweep: list[str], dry_run: bool = False) -> int:
@@ -31,6 +33,7 @@ def main(verb: str, read: Read, *, sweep: list[str], dry_run: bool = False) -> i
         is_pipeline = isinstance(recipe, PipelineRecipe)
         plan = plan_chain(verb, recipe) if is_pipeline else plan_run(verb, recipe)
     scripts = {job.folder: text_of(job, Path.cwd()) for job in plan.jobs}
+    RunDir(plan.folder).check("auto")
     tested = look_at(scripts, dry_run)
     made = [folder for folder in folders_of(plan) if not folder.exists()]
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +44,7 @@ def main(verb: str, read: Read, *, sweep: list[str], dry_run: bool = False) -> i
             write(plan, scripts)
             show(plan, scripts, tested)
             if dry_run:
-                say(f"not submitted: `sbatch {shlex.quote(str(plan.jobs[0].script))}` does, or this without --dry_run")
+                say("not submitted: the same command without --dry_run does that")
                 return 0
             jobs = queue_all(plan)
     except InputError:
@@ -99,9 +102,9 @@ def refuse_twice(plan: Plan) -> None:
 
 def refuse_running(plan: Plan) -> None:
     """Raise InputError where something trains in one of these directories now, without a job of ours."""
-    for folder in runs_of(plan):
-        if is_held(folder):
-            raise InputError(f"out_dir: {folder}: another process trains here: wait for it, or name another --out_dir")
+    for folder in (plan.folder, *runs_of(plan)):
+        if (holder := holder_of(folder)) is not None:
+            raise taken(folder, holder)
 
 
 def runs_of(plan: Plan) -> Iterator[Path]:

@@ -264,6 +264,9 @@ def _tensor_parallel(recipe: Any) -> Iterator[Mistake]:
     if fabric.devices != "auto" and fabric.devices * fabric.num_nodes % fabric.tensor_parallel:
         cure = f"the run has {fabric.devices * fabric.num_nodes} processes: give a divisor of it"
         yield "fabric.tensor_parallel", fabric.tensor_parallel, cure
+    if fabric.compile:
+        cure = "compiled blocks do not talk to other ranks: use false with fabric.tensor_parallel"
+        yield "fabric.compile", True, cure
     if recipe.quantize.method != "none":
         cure = "blocks of quantised weights do not end where ranks' parts do: use none with fabric.tensor_parallel"
         yield "quantize.method", recipe.quantize.method, cure

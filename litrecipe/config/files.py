@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -31,6 +31,28 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """An object as a person reads it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def refuse_links_out(folder: Path, names: Iterable[str]) -> None:
+    """Raise InputError for files of a folder that lie, through a link or by their names, outside of it.
+
+    A folder from somebody else could so take files of this machine along. The hub's cache links into its `blobs`.
+    """
+    home = folder.resolve()
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    cure = "put the file itself there, or name where it is"
+    mistakes = []
+    for name in names:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(one) for one in homes):
+            mistakes.append(f"{folder / name}: {target}: a link out of its folder: {cure}")
+    if mistakes:
+        raise InputError(*mistakes)
+
+
+def refuse_linked_files(folder: Path) -> None:
+    """The same of all files in a folder."""
+    refuse_links_out(folder, [path.name for path in folder.iterdir() if path.is_symlink() and path.is_file()])
 
 
 def nearest(path: Path) -> Path | None:

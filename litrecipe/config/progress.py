@@ -47,6 +47,18 @@ def whisper(message: str) -> None:
         print(WHISPER + message, file=sys.stderr, flush=True)
 
 
+def tell_mistakes(mistakes: Iterable[str]) -> None:
+    """What is wrong with the input, a line each. One process of a machine says so: the others see the same files and
+    find the same, and are heard by who watches them."""
+    is_first_of_machine = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0
+    for mistake in mistakes:
+        line = f"litrecipe: error: {' '.join(mistake.splitlines())}"
+        if is_first_of_machine:
+            print(line, file=sys.stderr)
+        else:
+            whisper(line)
+
+
 def warn(message: str) -> None:
     """One line of warning."""
     say(f"litrecipe: warning: {message}")

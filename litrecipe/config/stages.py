@@ -28,7 +28,8 @@ def read_pipeline(tree: Node, mistakes: Mistakes, *, whole: bool = True) -> Pipe
     top = Node({name: node for name, node in tree.value.items() if name != "stages"}, tree.where)
     before = len(mistakes)
     pipeline, where = held_against(PipelineRecipe, top, mistakes, whole=whole)
-    given = Node({"train": Node({"seed": Node(pipeline.seed, text=str(pipeline.seed))})})
+    seed = max(0, pipeline.seed)  # a wrong one has its line already
+    given = Node({"train": Node({"seed": Node(seed, text=str(seed))})})
     if len(mistakes) == before and "slurm" in top.value:  # what is wrong with it is told once
         given.value["slurm"] = top.value["slurm"]
     if not nodes.is_group:

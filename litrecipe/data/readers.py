@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from glob import escape
 from hashlib import file_digest, sha256
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import parse_qsl
 
 from litrecipe.checkpoint.hub import HUB_ID, fetch
 from litrecipe.config.errors import InputError
-from litrecipe.config.files import nearest
+from litrecipe.config.files import nearest, refuse_links_out
 from litrecipe.config.progress import say
 from litrecipe.data.toy import ToySource, toy_rows
+from litrecipe.data.unpacking import (
+    COMPRESSIONS,
+    LONGEST_ROW,
+    MOST_UNPACKED,
+    TOO_LONG,
+    Watch,
+    broken,
+    open_unpacked,
+    parquet_rows,
+    read_errors,
+    reason,
+)
 
-Watch = Callable[[BinaryIO], object]
-"""Is told the file that is read, as it lies on the disk, so that `tell()` says how far reading is."""
 Located = tuple[dict[str, Any], str]
 """A row and where it stands: `file:line`, or `file:row` for JSON and Parquet (both count from 1)."""
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
-COMPRESSIONS = (".gz", ".zst")
-PARQUET_ROWS = 1024
-"""Rows of a Parquet file that are in memory at once."""
 NOT_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|requirements)(?![a-z]).*\.txt.*|dataset_(dict|infos?)\.json", re.I
 )
@@ -136,12 +141,14 @@ def _locate(source: str, split: str = "train") -> tuple[Path, list[str]]:
         if folder.is_dir():
             if (folder / "index.json").is_file() and any(folder.glob("chunk-*.bin")):
                 raise InputError(f"{source}: is token shards: `litrecipe pretrain` reads them; give text here")
-            return folder, _choose(source, _files_below(folder), query, split)
+            chosen = _choose(source, _files_below(folder), query, split)
+            refuse_links_out(folder, chosen)
+            return folder, chosen
         if _kind(folder.name) is None and (match := HUB_ID.fullmatch(name)):
             return _from_hub(source, match["repo"], match["revision"], query, split)
         close = nearest(folder)
     except (OSError, RuntimeError) as error:  # a name too long; a home that is nobody's
-        raise InputError(f"{source}: {_reason(error)}: give a file or folder that can be read") from error
+        raise InputError(f"{source}: {reason(error)}: give a file or folder that can be read") from error
     hint = f"did you mean {close}?" if close else "nothing there has a similar name"
     raise InputError(f"{source}: no such file or folder ({hint})")
 
@@ -271,72 +278,16 @@ def read_file(
         yield from _read_lines(path, mistakes, plain_text=kind == ".txt", watch=watch)
 
 
-def _open(path: Path, watch: Watch | None = None) -> BinaryIO:
-    suffix = path.suffix.lower()
-    file: Any
-    if suffix == ".gz":
-        file = gzip.GzipFile(path, "rb")
-        raw = file.fileobj
-    elif suffix == ".zst":
-        file = _ZstFile(path)
-        raw = file.compressed
-    else:
-        file = raw = path.open("rb")
-    if watch is not None:
-        watch(raw)
-    return file if file is raw else io.BufferedReader(file)
-
-
-class _ZstFile(io.RawIOBase):
-    """Reads a zstandard file and, unlike the library's own reader, raises EOFError when its last frame is cut."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self.compressed = path.open("rb")
-        self._new_frame = zstandard.ZstdDecompressor().decompressobj
-        self._frame = self._new_frame()
-        self._inside_frame = False
-        self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            chunk = (self._frame.unused_data if self._frame.eof else b"") or self.compressed.read(1 << 18)
-            if not chunk:
-                if self._inside_frame:
-                    raise EOFError
-                return 0
-            if self._frame.eof:
-                self._frame = self._new_frame()
-            self._ready = self._frame.decompress(chunk)
-            self._inside_frame = not self._frame.eof
-        taken = self._ready[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._ready = self._ready[len(taken) :]
-        return len(taken)
-
-    def close(self) -> None:
-        self.compressed.close()
-        super().close()
-
-
-def _read_errors() -> tuple[type[Exception], ...]:
-    """What reading a broken or cut compressed file raises."""
-    from zstandard import ZstdError
-
-    return (EOFError, gzip.BadGzipFile, zlib.error, ZstdError)
-
-
 def _read_lines(path: Path, mistakes: Mistakes, plain_text: bool, watch: Watch | None) -> Iterator[Located]:
     """JSONL, or text with a row a line; empty lines count but give no row."""
     number = 0
     try:
-        with _open(path, watch) as file:
-            for number, raw in enumerate(file, start=1):
+        with open_unpacked(path, watch) as file:
+            for number, raw in enumerate(iter(partial(file.readline, LONGEST_ROW + 1), b""), start=1):
                 where = f"{path}:{number}"
+                if len(raw) > LONGEST_ROW:
+                    mistakes.add(f"{where}: {TOO_LONG}")
+                    return
                 text = _decode(raw, number == 1, where, mistakes)
                 if text is None or not text.strip():
                     continue
@@ -344,21 +295,8 @@ def _read_lines(path: Path, mistakes: Mistakes, plain_text: bool, watch: Watch |
                     yield {"text": text.rstrip("\r\n")}, where
                 elif (row := _parse(text, where, mistakes)) is not None:
                     yield row, where
-    except _read_errors() as error:
-        mistakes.add(f"{path}:{number + 1}: {_broken(error)}")
-
-
-def _broken(error: Exception) -> str:
-    if isinstance(error, EOFError):
-        return "the compressed file ends too early: fetch or write it again"
-    return f"not a readable compressed file ({_reason(error)}): fetch or write it again"
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    except read_errors() as error:
+        mistakes.add(f"{path}:{number + 1}: {broken(error)}")
 
 
 def _decode(raw: bytes, is_start: bool, where: str, mistakes: Mistakes) -> str | None:
@@ -398,10 +336,10 @@ def _excerpt(value: Any) -> str:
 def read_text(path: Path, mistakes: Mistakes, watch: Watch | None = None) -> str | None:
     """The whole of a file as text, with its line ends as they are; None where it cannot be read."""
     try:
-        with _open(path, watch) as file:
+        with open_unpacked(path, watch, MOST_UNPACKED) as file:
             raw = file.read()
-    except _read_errors() as error:
-        mistakes.add(f"{path}:1: {_broken(error)}")
+    except read_errors() as error:
+        mistakes.add(f"{path}:1: {broken(error)}")
         return None
     try:
         return raw.decode("utf-8-sig")
@@ -440,17 +378,15 @@ def _read_json(path: Path, mistakes: Mistakes, watch: Watch | None) -> Iterator[
 
 def _read_parquet(path: Path, mistakes: Mistakes, watch: Watch | None) -> Iterator[Located]:
     import pyarrow
-    from pyarrow import parquet
 
     number = 0
     try:
-        with _open(path, watch) as file:
+        with open_unpacked(path, watch, MOST_UNPACKED) as file:
             source = io.BytesIO(file.read()) if path.suffix.lower() in COMPRESSIONS else file
-            for batch in parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, f"{path}:{number}"
-    except _read_errors() as error:
-        mistakes.add(f"{path}:1: {_broken(error)}")
+            for row in parquet_rows(source, path.stat().st_size):
+                number += 1
+                yield row, f"{path}:{number}"
+    except read_errors() as error:
+        mistakes.add(f"{path}:1: {broken(error)}")
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        mistakes.add(f"{path}:{number + 1}: not a readable Parquet file ({_reason(error)}): fetch or write it again")
+        mistakes.add(f"{path}:{number + 1}: not a readable Parquet file ({reason(error)}): fetch or write it again")

@@ -15,7 +15,7 @@ import numpy as np
 
 from litrecipe.checkpoint.manifest import MANIFEST, entries_of, sha256_of, user_cache
 from litrecipe.config.errors import InputError
-from litrecipe.config.files import read_json
+from litrecipe.config.files import read_json, refuse_links_out
 from litrecipe.config.groups import Data
 from litrecipe.config.prepare import PrepareRecipe
 from litrecipe.config.progress import warn
@@ -43,6 +43,7 @@ class Shards:
         index = read_json(self.folder / INDEX)
         self._names, dtype, sizes = _read_index(self.folder, index)
         self._dtype = np.dtype(dtype)
+        refuse_links_out(self.folder, [INDEX, *self._names])
         mistakes, offsets = [], []
         for name, documents in zip(self._names, sizes, strict=True):
             try:

@@ -1,6 +1,6 @@
 """The chat template of a model, and which of the text it renders the model shall learn.
 
-Templates are code from strangers: they run in Jinja's immutable sandbox, with a cap on what they may print.
+Templates are code from strangers: they run in a sandbox that holds them to a measure (sandbox.py).
 
 Two kinds of marks are put into the text on its way, Unicode noncharacters that no data may hold (formats.RESERVED):
 - A literal control token in what somebody wrote, `<|im_end|>` in a question about chat templates, gets a mark after its
@@ -11,39 +11,27 @@ Two kinds of marks are put into the text on its way, Unicode noncharacters that 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, time
-from functools import wraps
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
-from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from litrecipe.config.errors import InputError
 from litrecipe.data.formats import RESERVED, Message, RowError
+from litrecipe.data.sandbox import LONGEST, LONGEST_FORMAT, Sandbox
 
 WRITTEN, LEARN, LEARNT = RESERVED[0], RESERVED[1], RESERVED[2]
 """Marks: inside a control token that somebody wrote; before and after what shall be learnt."""
 
-MAX_PRINTED = 10_000_000
-"""Characters a template may print, and the longest string or list that its operators may make."""
-MAX_WIDTH = 1000
-"""The widest field or indentation it may fill up."""
-WIDE_CONVERSION = re.compile(r"%(\(.*\))?[^%a-zA-Z]*?(\d{4}|\*)", re.DOTALL)
-WIDE_FIELD = re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)")
-"""`%9999d` and `{:9999}`, and widths that are given with the values."""
-SEQUENCES = (str, bytes, list, tuple)
-FILLING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"}
-"""Methods that make something as long as they are told."""
-
-PYTHON_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+LONGEST_SOURCE = 1_000_000
+"""Characters of a template."""
+PYTHON_ERRORS = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError, MemoryError)
 """What a template may run into besides Jinja's own errors."""
 
 
@@ -69,67 +57,6 @@ class _Generation(Extension):
 
     def _bracket(self, caller: Any) -> str:
         return f"{LEARN}{caller()}{LEARNT}"
-
-
-class _Generator(CodeGenerator):
-    """Lets the sandbox do what `~` does."""
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write("environment.concatenated((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses `"x" * 10**9`, a loop of `x + x` and their like, which would fill the memory before anything is printed.
-
-    Jinja folds constants while it compiles: never operators that are intercepted, and no filter that raises.
-    """
-
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
-    code_generator_class = _Generator
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.filters |= {"tojson": _tojson, "format": self._format}
-        for name in ("center", "indent", "batch", "slice", "tojson"):
-            self.filters[name] = _narrow(self.filters[name])
-        del self.globals["lipsum"]
-
-    def _format(self, text: str, *values: Any, **named: Any) -> Any:
-        return self.call_binop(None, "%", text, named or values)
-
-    def call(self, context: Any, function: Any, *arguments: Any, **named: Any) -> Any:
-        owner = getattr(function, "__self__", None)
-        if isinstance(owner, (str, bytes, int)) and function.__name__ in FILLING:
-            return super().call(context, _narrow(getattr(type(owner), function.__name__)), owner, *arguments, **named)
-        return super().call(context, function, *arguments, **named)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        format = super().wrap_str_format(value)
-        if format and WIDE_FIELD.search(value.__self__):
-            raise SecurityError("a field too wide for a chat template")
-        return format
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, (str, bytes)) and WIDE_CONVERSION.search(str(left)):
-            raise SecurityError("a field too wide for a chat template")
-        if operator == "**" and abs(left) > 1 and abs(right) > 1000:
-            raise SecurityError("a power too large for a chat template")
-        if operator == "+" and isinstance(left, SEQUENCES) and isinstance(right, SEQUENCES):
-            _check_length(len(left) + len(right))
-        for sequence, times in ((left, right), (right, left)):
-            if isinstance(sequence, SEQUENCES) and isinstance(times, int):
-                _check_length(len(sequence) * times)
-        return super().call_binop(context, operator, left, right)
-
-    def concatenated(self, parts: tuple[Any, ...]) -> str:
-        """What `~` makes of its operands."""
-        texts = [str(part) for part in parts]
-        _check_length(sum(map(len, texts)))
-        return "".join(texts)
 
 
 class Guard:
@@ -164,13 +91,18 @@ class ChatTemplate:
         self.marks_generation = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._special_tokens = special_tokens
         self.guard = Guard(control_tokens)
-        environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self._sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         moment = datetime.combine(today, time()) if today else datetime.now()
-        environment.globals.update(raise_exception=_raise_exception, strftime_now=moment.strftime)
+        self._sandbox.globals.update(raise_exception=_raise_exception, strftime_now=_telling(moment))
+        self._name, cure = name, "mend it or give model.chat_template"
+        if len(source) > LONGEST_SOURCE:
+            raise InputError(f"{name}: {len(source):,} characters: too long for a chat template: {cure}")
         try:
-            self._template = environment.from_string(source)
+            self._template = self._sandbox.from_string(source)
         except TemplateSyntaxError as error:
-            raise InputError(f"{name}:{error.lineno}: {error.message}: mend it or give model.chat_template") from error
+            raise InputError(f"{name}:{error.lineno}: {error.message}: {cure}") from error
+        except (SyntaxError, *PYTHON_ERRORS) as error:  # nested too deeply, numbers too long
+            raise InputError(f"{name}: cannot be compiled ({error or type(error).__name__}): {cure}") from error
 
     def render(
         self, messages: list[Message], tools: list[Message] | None = None, *, add_generation_prompt: bool = False
@@ -207,6 +139,7 @@ class ChatTemplate:
     def _print(self, messages: list[Message], tools: Any, add_generation_prompt: bool = False) -> str:
         printed: list[str] = []
         size = 0
+        self._sandbox.start()
         try:
             for piece in self._template.generate(
                 messages=messages,
@@ -217,8 +150,10 @@ class ChatTemplate:
             ):
                 printed.append(piece)
                 size += len(piece)
-                if size > MAX_PRINTED:
-                    raise RowError(f"the chat template prints more than {MAX_PRINTED} characters: mend the template")
+                if size > LONGEST:
+                    raise RowError(f"the chat template prints more than {LONGEST} characters: mend the template")
+        except SecurityError as error:  # the template's fault, not the row's
+            raise InputError(f"{self._name}: refused: {error}: mend it or give model.chat_template") from error
         except (TemplateError, *PYTHON_ERRORS) as error:
             raise RowError(f"the chat template refuses this conversation: {error}") from error
         return "".join(printed)
@@ -250,32 +185,15 @@ def _bracketed(text: str) -> Rendered:
     return Rendered("".join(kept), spans)
 
 
-def _check_length(length: int) -> None:
-    if length > MAX_PRINTED:
-        raise SecurityError("a text or list too long for a chat template")
+def _telling(moment: datetime) -> Callable[[str], str]:
+    """`strftime` of a moment, for formats of any sensible length."""
 
+    def strftime_now(format: str) -> str:
+        if len(format) > LONGEST_FORMAT:
+            raise SecurityError("a format too long for a chat template")
+        return moment.strftime(format)
 
-def _narrow(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, refusing numbers after its first argument that would fill up too much."""
-
-    @wraps(function)
-    def checked(*arguments: Any, **named: Any) -> Any:
-        if any(isinstance(value, int) and value > MAX_WIDTH for value in (*arguments[1:], *named.values())):
-            raise SecurityError("a field too wide for a chat template")
-        return function(*arguments, **named)
-
-    return checked
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return strftime_now
 
 
 def _raise_exception(message: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -22,6 +23,8 @@ from litrecipe.config.merge import path_of
 from litrecipe.data.formats import Conversation, Message, RowError, is_unicode
 from litrecipe.data.template import WRITTEN, ChatTemplate, Rendered
 
+MOST_GROWTH = 100
+"""How many times as long a tokenizer may make a text."""
 Encoded = tuple[np.ndarray, np.ndarray]
 """(n,) int32 token ids, and (n,) bool: which of them the assistant says."""
 
@@ -45,6 +48,8 @@ class Tokenizer:
         """Take over `backend`. `special_tokens`: `bos_token`, … → text. `more_eos_ids` end an answer besides EOS."""
         added = backend.get_added_tokens_decoder()
         serialised = backend.to_str()
+        backend.no_truncation()
+        backend.no_padding()
         self.text_fingerprint = sha256(serialised.encode()).hexdigest()
         """Changes with whatever changes the ids of plain text; no chat template does."""
         self.backend = _dropping_marks(backend)
@@ -233,8 +238,6 @@ def _dropping_marks(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     drop = normalizers.Replace(WRITTEN, "")
     own = backend.normalizer
     backend.normalizer = normalizers.Sequence([drop, own]) if own else drop
-    backend.no_truncation()
-    backend.no_padding()
     return backend
 
 
@@ -279,9 +282,28 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise InputError(f"{path}: no such file: give the folder of a tokenizer.json as model.tokenizer")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise InputError(f"{path}: {error}: not a tokenizer the tokenizers library reads; fetch it again") from error
+    for name in ("normalizer", "decoder"):
+        part = getattr(backend, name)
+        if part is not None and (growth := _growth(json.loads(part.__getstate__()))) > MOST_GROWTH:
+            said = f"makes a text up to {growth:.3g} times as long, which no tokenizer needs"
+            raise InputError(f"{path}: {name}: {said}: fetch it from whom you trust")
+    return backend
+
+
+def _growth(part: dict[str, Any]) -> float:
+    """How many times as long a normalizer or a decoder may make a text, by what it is made of; those that put one
+    character for another count as 1."""
+    if part["type"] == "Sequence":
+        return math.prod(map(_growth, part.get("normalizers") or part.get("decoders") or []))
+    if part["type"] == "Prepend":
+        return 1 + len(part["prepend"])
+    if part["type"] != "Replace":
+        return 1
+    length, literal = len(part["content"]), part["pattern"].get("String")
+    return max(1, length / len(literal)) if literal else 1 + length
 
 
 def _token_texts(config: dict[str, Any]) -> dict[str, str]:

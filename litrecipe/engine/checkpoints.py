@@ -90,7 +90,7 @@ class Checkpoints:
             "optimizer": self.optimizer_kind,
             "identity": self.identity,
             "world_size": self.fabric.world_size,
-            "data_ranks": grid_of(self.fabric).rows,
+            "data_size": grid_of(self.fabric).data_size,
             "rank": {"rng": capture_rng()},
         }
         tensors = {
@@ -130,7 +130,7 @@ class Checkpoints:
         """Say when the disk cannot hold the checkpoints that are kept and the one that is being written."""
         size = sum(parameter.nbytes for parameter in self.changed.values())
         size += optimizer_bytes(self.optimizer_name, self.parameters.values())
-        size *= grid_of(self.fabric).in_row  # each of which has a part
+        size *= grid_of(self.fabric).tensor_size  # each of which has a part
         free = training_state.free_bytes(self.run_dir.checkpoints)
         if free is None or not size:
             return
@@ -165,12 +165,12 @@ class Checkpoints:
                 piece.copy_(weights.like(name, parameter))
         kinds = (self.optimizer_kind, state["optimizer"])
         load_optimizer_state(self.optimizer, self.parameters, saved.tensors("optimizer"), *kinds)
-        row, of_ranks = grid_of(self.fabric).rank, state["ranks"]
-        of_rows = of_ranks[:: len(of_ranks) // state.get("data_ranks", len(of_ranks))]
-        if row < len(of_rows):  # ranks that share a model draw alike
-            restore_rng(of_rows[row]["rng"])
+        mine, of_ranks = grid_of(self.fabric).data_rank, state["ranks"]
+        of_data = of_ranks[:: len(of_ranks) // state.get("data_size", len(of_ranks))]
+        if mine < len(of_data):  # ranks that share a model draw alike
+            restore_rng(of_data[mine]["rng"])
         else:
-            seed_rng(self.seed, row, state["step"])
+            seed_rng(self.seed, mine, state["step"])
         if len(of_ranks) != self.fabric.world_size:
             wrote = counted(len(of_ranks), "rank")
             say(f"{folder}: written by {wrote}, {self.fabric.world_size} go on: equal up to rounding")

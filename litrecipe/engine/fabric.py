@@ -17,7 +17,7 @@ from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
-from litrecipe.engine.grid import Grid, grid_of, rows_of
+from litrecipe.engine.grid import Grid, grid_of, groups_of
 from litrecipe.engine.sharding import distribute
 from litrecipe.model.decoder import Trunk
 from litrecipe.model.tensor_plan import check_divides
@@ -42,11 +42,11 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     _refuse_lonely_node(config)
     world, accelerator = world_size(config), accelerator_of(config)
     strategy: Any = "auto"
-    rows = data_shares(config)
+    size = data_size(config)
     if config.is_sharded:
         strategy = ModelParallelStrategy(
             parallelize_fn=partial(distribute, config=config),
-            data_parallel_size=rows,
+            data_parallel_size=size,
             tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=False,
             # What lies in main memory is added up there.
@@ -98,7 +98,7 @@ def devices_of(config: FabricConfig) -> int:
     if accelerator == "cpu":
         started = int(os.environ.get("LOCAL_WORLD_SIZE") or tasks_per_node() or 1)
         return started if config.devices == "auto" else config.devices
-    there = torch.cuda.device_count() if accelerator == "cuda" else 1
+    there = devices_there(accelerator)
     if config.devices == "auto":
         return there
     if config.devices > there:
@@ -106,14 +106,19 @@ def devices_of(config: FabricConfig) -> int:
     return config.devices
 
 
+def devices_there(accelerator: str) -> int:
+    """Devices of a kind that this machine has."""
+    return torch.cuda.device_count() if accelerator == "cuda" else 1
+
+
 def world_size(config: FabricConfig) -> int:
     """Processes of the whole run."""
     return devices_of(config) * config.num_nodes
 
 
-def data_shares(config: FabricConfig) -> int:
+def data_size(config: FabricConfig) -> int:
     """How many processes, or groups that share a copy of a model, see data of their own."""
-    return rows_of(config, world_size(config))
+    return groups_of(config, world_size(config))
 
 
 def _refuse_lonely_node(config: FabricConfig) -> None:
@@ -174,7 +179,7 @@ def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the ranks, those that share a copy of a model taken for one; all must bring the same
     names."""
     grid = grid_of(fabric)
-    if grid.rows == 1 or not values:
+    if grid.data_size == 1 or not values:
         return values
     names = sorted(values)
     total = torch.tensor([values[name] for name in names], dtype=torch.float64, device=fabric.device)
@@ -185,7 +190,7 @@ def sums(fabric: Fabric, values: dict[str, float]) -> dict[str, float]:
 def tensor_sums(fabric: Fabric, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """As `sums`, of tensors; all must bring the same names and shapes."""
     grid = grid_of(fabric)
-    if grid.rows == 1 or not values:
+    if grid.data_size == 1 or not values:
         return values
     flat = torch.cat([values[name].flatten().float() for name in sorted(values)])
     torch.distributed.all_reduce(flat, group=grid.across)
@@ -218,9 +223,9 @@ def gather(fabric: Fabric, value: Any, group: Any = None) -> list[Any]:
     return values
 
 
-def gather_rows(fabric: Fabric, value: Any) -> list[Any]:
+def gather_data(fabric: Fabric, value: Any) -> list[Any]:
     """The same of those that see different data: of ranks that share a copy of a model the first speaks."""
-    return gather(fabric, value)[:: grid_of(fabric).in_row]
+    return gather(fabric, value)[:: grid_of(fabric).tensor_size]
 
 
 def checkpoint_writer(fabric: Fabric, sharded: bool) -> Writer:
@@ -247,12 +252,12 @@ class Ranks:
     @property
     def rank(self) -> int:
         """Whose share of the work this process does; those that share a copy of a model do the same."""
-        return self._grid.rank
+        return self._grid.data_rank
 
     @property
     def world(self) -> int:
         """Shares."""
-        return self._grid.rows
+        return self._grid.data_size
 
     @property
     def alone(self) -> bool:
@@ -290,7 +295,7 @@ class Ranks:
         found = gather(self.fabric, (value, stop.requested()))
         if not self.alone and (signals := [number for _, number in found if number is not None]):
             raise stop.Stopped(max(signals))
-        return [brought for brought, _ in found[:: self._grid.in_row]]
+        return [brought for brought, _ in found[:: self._grid.tensor_size]]
 
     @contextmanager
     def apart(self) -> Iterator[None]:

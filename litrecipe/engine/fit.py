@@ -177,7 +177,7 @@ class Run:
             behind=ranks.background_writer(self.fabric, self.writer) if job.recipe.checkpoint.asynchronous else None,
             guard=job.guard,
         )
-        seed_rng(self.train_config.seed, self.grid.rank)
+        seed_rng(self.train_config.seed, self.grid.data_rank)
         self.at = Counters() if resume is None else self.checkpoints.load(resume)
         started_for, rate_was = self.at.total_steps, self.at.lr
         self.at.total_steps = job.source.total_steps(self.train_config)
@@ -355,10 +355,10 @@ class Run:
             output = self.module(row)
             if at_once and isinstance(self.job.objective, StepGlobal):
                 mine = self.job.objective.statistics(output, row)
-                (row,) = completed([row], [mine], self.job.objective, self.grid.rank, self.gather)
+                (row,) = completed([row], [mine], self.job.objective, self.grid.data_rank, self.gather)
             loss = self.job.objective(output, row)
             # Gradients are averaged over the ranks, the loss is a sum over them.
-            self.fabric.backward(step_loss(loss, counts) * self.grid.rows)
+            self.fabric.backward(step_loss(loss, counts) * self.grid.data_size)
         return detached(loss)
 
     def with_statistics(
@@ -381,11 +381,11 @@ class Run:
         wanted = objective.statistics_samples(list(fitting))
         looked_at = watched(self.packed(wanted, max([budget, *(sample.length for sample in wanted)])))
         with self.job.looking():
-            return with_statistics(rows, looked_at, self.module, objective, self.grid.rank, self.gather)
+            return with_statistics(rows, looked_at, self.module, objective, self.grid.data_rank, self.gather)
 
     def gather(self, value: Any) -> list[Any]:
         """What each rank with data of its own brings, on all of them."""
-        return ranks.gather_rows(self.fabric, value)
+        return ranks.gather_data(self.fabric, value)
 
     def rows_of_this_rank(self, samples: list[Sample]) -> list[Row]:
         """Pack the step's samples; every rank gets the same number of rows, empty ones where they ran out."""
@@ -400,8 +400,8 @@ class Run:
 
     def packed(self, samples: Sequence[Sample], budget: int) -> list[Row]:
         """This rank's rows of some samples, at least one; those too long for any row are left out."""
-        packing = pack([s.length for s in samples], budget, multiple_of=self.grid.rows)
-        mine = packing.rows[self.grid.rank :: self.grid.rows] or [[]]
+        packing = pack([s.length for s in samples], budget, multiple_of=self.grid.data_size)
+        mine = packing.rows[self.grid.data_rank :: self.grid.data_size] or [[]]
         return [make_row([samples[i] for i in row]).to(self.fabric.device) for row in mine]
 
     def stop_if_not_finite(self, what: str, value: float, samples: list[Sample], bad: list[Row] | None = None) -> None:
@@ -474,7 +474,7 @@ class Run:
     def validation_rows(self) -> Iterator[Row]:
         """The held-out samples of this rank, packed."""
         assert self.job.val is not None
-        mine = self.validation_packing.rows[self.grid.rank :: self.grid.rows] or [[]]
+        mine = self.validation_packing.rows[self.grid.data_rank :: self.grid.data_size] or [[]]
         self.teller.line.clear()
         for row in track(mine, "evaluating: row"):
             yield make_row([self.job.val[i] for i in row]).to(self.fabric.device)
@@ -484,7 +484,7 @@ class Run:
         """Which held-out samples share a row. Says once how many fit into none."""
         assert self.job.val is not None
         budget = self.train_config.micro_batch_tokens
-        packing = pack(list(self.job.val.lengths), budget, multiple_of=self.grid.rows)
+        packing = pack(list(self.job.val.lengths), budget, multiple_of=self.grid.data_size)
         if packing.oversized:
             self.teller.warn(
                 f"data.val: {len(packing.oversized)} of {counted(len(self.job.val), 'sample')} do not fit "

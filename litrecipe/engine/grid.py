@@ -1,8 +1,7 @@
-"""How the ranks of a run stand: those of a row compute one copy of a model together (tensor parallelism) and see the
-same data; the rows share the data (data parallelism).
+"""How the ranks of a run stand: t of them, `fabric.tensor_parallel`, compute one copy of a model together and see the
+same data (tensor parallelism); such groups share the data (data parallelism).
 
-Rank r stands in row r // t at place r % t, with t = `fabric.tensor_parallel`: a row's ranks are neighbours, so that
-those that talk most are on one node.
+Rank r has place r % t in group r // t: a group's ranks are neighbours, so that those that talk most are on one node.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ if TYPE_CHECKING:
 class Grid:
     """This process's place."""
 
-    rank: int
-    """Number of its row: which share of the data it sees."""
-    rows: int
+    data_rank: int
+    """Which share of the data it sees."""
+    data_size: int
+    """How many there are."""
     tensor: Group | None = None
-    """Its row, where that has several ranks."""
+    """The ranks that compute a copy of the model with it; None where it does so alone."""
     across: dist.ProcessGroup | None = None
-    """The ranks of its place in all rows; None: all ranks."""
+    """The ranks of its place in all groups; None: all ranks."""
 
     @property
-    def in_row(self) -> int:
-        """Ranks of a row."""
+    def tensor_size(self) -> int:
+        """Ranks of a group."""
         return 1 if self.tensor is None else self.tensor.size
 
 
@@ -44,17 +44,17 @@ def grid_of(fabric: Fabric) -> Grid:
     if mesh is None or mesh["tensor_parallel"].size() == 1:
         return Grid(fabric.global_rank, fabric.world_size)
     data = mesh["data_parallel"]
-    return Grid(data.get_local_rank(), data.size(), row_of(mesh), data.get_group())
+    return Grid(data.get_local_rank(), data.size(), group_of(mesh), data.get_group())
 
 
-def row_of(mesh: DeviceMesh) -> Group | None:
-    """The ranks that share a copy of a model; None where each has its own."""
-    row = mesh["tensor_parallel"]
-    return None if row.size() == 1 else Group(row.get_local_rank(), row.size(), row.get_group())
+def group_of(mesh: DeviceMesh) -> Group | None:
+    """The ranks that compute a copy of a model together; None where each has its own."""
+    tensor = mesh["tensor_parallel"]
+    return None if tensor.size() == 1 else Group(tensor.get_local_rank(), tensor.size(), tensor.get_group())
 
 
-def rows_of(config: FabricConfig, world: int) -> int:
-    """How many rows so many ranks stand in. Raises InputError where they do not come out even."""
+def groups_of(config: FabricConfig, world: int) -> int:
+    """How many groups so many ranks form. Raises InputError where they do not come out even."""
     size = config.tensor_parallel
     if world % size:
         cure = "give a divisor of it, or other fabric.devices or fabric.num_nodes"

@@ -33,6 +33,8 @@ KEPT = 20
 """Lines that are kept of what a rank said last."""
 SETTLES = 1.0
 """Seconds after the first death in which others may be found dead, to tell the cause from its consequences."""
+HEARS = 5.0
+"""Seconds in which the last lines of a dead rank are read; a child of its may hold the line for ever."""
 GRACE = 30.0
 """Seconds in which ranks must follow one that has ended by itself, before they are killed."""
 OTHERS_FAILED = signal.SIGUSR2
@@ -119,7 +121,6 @@ class Rank:
         )
         self.last: deque[str] | None = deque(maxlen=KEPT) if is_heard else None
         self.ear = threading.Thread(target=self._listen, args=(room,), daemon=True)
-        self.ear.start()
 
     def _listen(self, room: Room) -> None:
         pipe = self.process.stderr or self.process.stdout
@@ -146,7 +147,7 @@ class Rank:
         code = self.process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         cure = " (was there enough memory?)" if code == -signal.SIGKILL else ""
-        self.ear.join(SETTLES)  # a child of its may still hold the line
+        self.ear.join(HEARS)
         where = f"process {self.process.pid} on {socket.gethostname()}"
         told = f"litrecipe: error: rank {self.number} ({where}) {how}{cure}; the run ends; {GO_ON}"
         if self.last is None:  # what it said stands above
@@ -186,6 +187,8 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
     with stop.deferred(), stop.child_speaks():
         room = Room(len(environments))
         ranks = [Rank(command, env, room) for env in environments]
+        for rank in ranks:  # all are forked before there is a thread, which could hold what a fork needs
+            rank.ear.start()
         try:
             return _watch(ranks, others_failed)
         finally:
@@ -194,7 +197,7 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
                     rank.process.kill()
             for rank in ranks:
                 rank.process.wait()
-                rank.ear.join(SETTLES)
+                rank.ear.join(HEARS)
 
 
 def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:

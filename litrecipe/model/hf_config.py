@@ -59,6 +59,8 @@ COUNTS |= {"num_local_experts", "num_experts", "num_experts_per_tok", "moe_inter
 COUNTS |= {"original_max_position_embeddings", "num_gqa_groups", "ffn_dim_divisor"}
 NUMBERS |= {"embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"}
 """Keys of numbers above 0, and of those that are whole."""
+LARGEST, MOST_LAYERS = 2**31 - 1, 10_000
+"""Of whole numbers, and of layers: what is larger is damage or mischief, and would be counted for hours."""
 WEIGHTS = {"router_aux_loss_coef", "router_jitter_noise"}
 """Keys of numbers that may be 0."""
 SWITCHES = {"tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"}
@@ -75,6 +77,7 @@ def _wrong_types(config: Config) -> list[str]:
     mistakes = []
     for keys, fits, wanted in (
         (COUNTS, lambda value: type(value) is int and value > 0, "a whole number above 0"),
+        (COUNTS, lambda value: type(value) is not int or value <= LARGEST, f"at most {LARGEST}"),
         (NUMBERS, lambda value: type(value) in (int, float) and value > 0, "a number above 0"),
         (WEIGHTS, lambda value: type(value) in (int, float) and value >= 0, "a number from 0 on"),
         (SWITCHES, lambda value: type(value) is bool, "true or false"),
@@ -135,6 +138,10 @@ def _read(
     config = defaults | {key: value for key, value in config.items() if value is not None or key not in defaults}
     missing = [key for key in REQUIRED_KEYS.values() if config.get(key) is None]
     mistakes = [f"config.json: {key}: missing: it has no default" for key in missing]
+    if (layers := config.get("num_hidden_layers") or 0) > MOST_LAYERS:
+        raise InputError(
+            f"config.json: num_hidden_layers: {layers}: must be at most {MOST_LAYERS}: fetch the model again"
+        )
     activation = next(iter(activations.values()))
     for key in ("hidden_act", "hidden_activation"):
         value = config.get(key)

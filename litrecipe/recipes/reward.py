@@ -22,7 +22,7 @@ from litrecipe.config.progress import say
 from litrecipe.data.comparisons import COMPARISONS
 from litrecipe.data.readers import check_source
 from litrecipe.data.source import RecordedSource, SampleList
-from litrecipe.engine.fabric import Ranks, gather_rows, make_fabric
+from litrecipe.engine.fabric import Ranks, gather_data, make_fabric
 from litrecipe.engine.fit import Job, fit
 from litrecipe.evaluation.comparing import compare, summary
 from litrecipe.evaluation.demonstrations import demonstrations_of, mean_and_spread
@@ -113,7 +113,7 @@ def judge(reward: Callable[[Row], Tensor], val: SampleList, recipe: RewardRecipe
             progress="held-out pairs: row",
             rank=ranks.rank,
             world=ranks.world,
-            gather=partial(gather_rows, fabric),
+            gather=partial(gather_data, fabric),
         )
     found = summary(pairs)
     if fabric.global_rank == 0:

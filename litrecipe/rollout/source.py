@@ -9,7 +9,6 @@ Shapes: A completions of a rollout, P tokens of all of them.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from litrecipe.checkpoint.state import states
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Train
 from litrecipe.config.online import Online
@@ -367,8 +367,8 @@ class Rollouts:
         readable = samples.with_suffix(".jsonl")
         readable.unlink(missing_ok=True)
         write_rollout(readable, self.at.steps, rollout.scored.completions, rollout.scored.scores, lesson.kl)
-        states = [json.loads(path.read_text()) for path in self.run_dir.glob("checkpoints/step-*/state.json")]
-        needed = {rollout.number, *(state["source"]["rollout"] for state in states)}
+        saved = states(self.run_dir / "checkpoints")
+        needed = {rollout.number, *(state["source"]["rollout"] for state in saved)}
         for old in self.folder.glob("*.samples"):
             if is_complete(old) and int(old.stem) not in needed:
                 shutil.rmtree(old)

@@ -90,7 +90,8 @@ def test_parts_of_projections_that_are_one_weight_are_written_where_they_belong(
     assert torch.equal(pieces.like("w", part), part)
     column = whole[:, 1:2].clone()
     column.held = held(1, [3], 1, 3)
-    assert torch.equal(pieces.like("w", column), column)
+    found = pieces.like("w", column)
+    assert torch.equal(found, column) and found.is_contiguous()  # fused optimizers go by the memory
 
 
 def test_a_piece_that_nobody_wrote_is_missed(tmp_path):

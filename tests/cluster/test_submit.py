@@ -18,7 +18,7 @@ from typing import Any
 
 import preloaded
 import pytest
-from cluster import Cluster
+from cluster import Cluster, running
 from processes import assert_equal_runs, losses, steps_done
 
 from litrecipe import cli
@@ -131,7 +131,7 @@ def test_a_sweep_is_an_array_with_a_run_a_point(
     capsys.readouterr()
     assert cli.main(["runs", "ls", "sweep"]) == 0
     rows = capsys.readouterr().out.splitlines()[1:]
-    assert [row.split()[0] for row in rows] == [f"sweep/{name}" for name in sorted(points)]
+    assert [row.split()[0] for row in rows] == [f"sweep/{name}" for name in points]
     assert all(" finetune " in row and " finished " in row and " 2/2 " in row for row in rows)
     shutil.rmtree(here / "sweep" / "lr=2e-3_r=2" / "final")
     assert submit(*short, "--dry_run") == 0
@@ -143,13 +143,15 @@ def test_a_sweep_is_an_array_with_a_run_a_point(
 def test_a_pipeline_is_a_chain_of_its_stages(
     slurm: Cluster, here: Path, words: list[str], tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second job waits for the first, starts from what that made, and the pipeline knows of both; one of them has
-    two tasks."""
-    stage = "data: {train: rows.jsonl, cache_dir: cache}, train: {max_steps: 2}, log: {loggers: []}"
+    """The second job waits for the first, which is requeued in the midst and goes on, starts from what that made, and
+    the pipeline knows of both; one of them has two tasks."""
+    stage = "data: {train: rows.jsonl, cache_dir: cache}, log: {loggers: []}"
     stage += ", fabric: {accelerator: cpu}"
     (here / "p.yaml").write_text(
-        f"slurm: {{time: 5m}}\nstages:\n  one: {{verb: finetune, model: {{source: {tiny_model}}}, {stage}}}\n"
-        f'  two: {{verb: finetune, model: {{source: "stage:one"}}, slurm: {{tasks_per_node: 2}}, {stage}}}\n'
+        f"slurm: {{time: 5m}}\nstages:\n  one: {{verb: finetune, model: {{source: {tiny_model}}}, {stage}, "
+        f"train: {{max_steps: {STEPS}}}}}\n"
+        f'  two: {{verb: finetune, model: {{source: "stage:one"}}, slurm: {{tasks_per_node: 2}}, {stage}, '
+        "train: {max_steps: 2}}\n"
     )
     # The stages' own processes are forked, too: a srun that puts the forking before the program.
     srun = shutil.which("srun")
@@ -167,7 +169,12 @@ def test_a_pipeline_is_a_chain_of_its_stages(
     )
     one, two = job_of(here / "pipe" / "one"), job_of(here / "pipe" / "two")
     assert slurm.told(two)["Dependency"].startswith(f"afterok:{one}")
+    slurm.wait(one, lambda _: steps_done(here / "pipe" / "one") > 2)
+    slurm.call("scontrol", "requeue", one)
+    slurm.hasten(one)
     assert slurm.wait(one) == slurm.wait(two) == "COMPLETED"
+    log = (here / "pipe" / "one" / "job.log").read_text()
+    assert re.search(rf"stopped by SIGTERM: step \d+ of {STEPS} is saved", log) and "one: finetune: was stopped" in log
     told = json.loads((here / "pipe" / "pipeline.json").read_text())
     assert [one["done"] for one in told["stages"].values()] == [True, True] and told["final"] == "two/final"
     state = json.loads((here / "pipe" / "two" / "checkpoints" / "step-00000002" / "state.json").read_text())
@@ -198,6 +205,26 @@ def test_a_script_runs_this_program_and_what_follows_a_failure_is_called_off(
     second = queue.submit(failing.script, f"afterok:{first}")
     assert slurm.wait(first) == "FAILED" and slurm.told(first)["ExitCode"] == "2:0"
     assert slurm.wait(second) == "CANCELLED"
+
+
+def test_tasks_of_an_array_are_queued_again_by_their_script(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster that does nothing by itself, each by its own number; what was cancelled is not."""
+    with running(nodes=1, more=()) as cluster:
+        monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+        folders = [here / "x", here / "y", here / "z"]
+        for folder in folders:
+            folder.mkdir()
+        program = "bash -c '[ -n \"$SLURM_RESTART_COUNT\" ] || { trap : TERM; [ -e z ] && sleep 30; exit 85; }'"
+        slurm = Slurm(nodes=1, tasks_per_node=1, container=program, pre=['cd "$run"', 'touch "${run: -1}"'])
+        job = Job("again", here, slurm, ["finetune"], runs=folders, indices=[0, 2])
+        job.script.write_text(text_of(job, here))
+        number = queue.submit(job.script, None)
+        cluster.wait(f"{number}_2", lambda told: (here / "z" / "z").exists())
+        cluster.call("scancel", f"{number}_2")
+        cluster.hasten(f"{number}_0")
+        assert cluster.wait(f"{number}_0") == "COMPLETED" and cluster.wait(f"{number}_2") == "CANCELLED"
+        assert cluster.told(f"{number}_2")["Restarts"] == "0"
+        assert not (here / "y" / "job.log").exists()
 
 
 def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing(

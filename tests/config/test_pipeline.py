@@ -74,6 +74,12 @@ def test_the_seed_is_that_of_stages_that_set_none(written: Path) -> None:
     assert seeds == {"sft": 3, "reward": 7, "rounds": 3, "dpo": 3, "tested": None}
 
 
+def test_a_wrong_seed_is_told_once(written: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(written, flags=(("seed", "-1"),))
+    assert caught.value.mistakes == ["seed: -1: give 0 or more"]
+
+
 def test_references_become_paths_wherever_they_stand(written: Path) -> None:
     pipeline = load(written, flags=(("out_dir", "elsewhere/p"),))
     assert pipeline.resolved("reward").model.source == "elsewhere/p/sft/final"

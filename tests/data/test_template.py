@@ -9,6 +9,7 @@ import pytest
 
 from litrecipe.config.errors import InputError
 from litrecipe.data.formats import RowError
+from litrecipe.data.sandbox import ALLOWANCE
 from litrecipe.data.template import WRITTEN, ChatTemplate
 
 ASK = {"role": "user", "content": "Why?"}
@@ -120,18 +121,94 @@ FILL_THE_MEMORY = [
 ]
 
 
+NESTED = "{% set a = [1] * 1000 %}{% set b = [a] * 1000 %}{% set c = [b] * 1000 %}"
+LONG = "{% set long = 'x' * 1000000 %}"
+MAKE_MUCH_OF_LITTLE = [
+    LONG + "{{ long.replace('x', long) }}",
+    LONG + "{{ long|replace('x', long) }}",
+    LONG + "{{ ([1] * 1000000)|join(long) }}",
+    LONG + "{{ long.join(['a'] * 1000000) }}",
+    LONG + "{{ long.translate({120: long}) }}",
+    LONG + "{{ ('{0}' * 1000).format(long) }}",
+    LONG + "{{ ('%(a)s' * 900) % {'a': long} }}",
+    LONG
+    + "{% macro f() %}{{ long }}{{ long }}{% endmacro %}{% set x = f() %}{% for i in range(9) %}{{ x }}{% endfor %}",
+    NESTED + "{{ c }}",
+    NESTED + "{{ c|tojson }}",
+    NESTED + "{{ c == [c] }}",
+    NESTED + "{{ [c, 1] is eq([c, 2]) }}",
+    NESTED + "{{ namespace(x=c) }}",
+    "{% set a = [1] * 1000000 %}{{ ([a] * 1000000)|sum(start=[])|length }}",
+    "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{{ 1.5|round(1000000000, 'ceil') }}",
+    "{{ ('x\n' * 5000000)|indent(1000) }}",
+    "{{ ('\t' * 5000000).expandtabs(1000) }}",
+    "{{ strftime_now('%Y' * 5000000) }}",
+]
+
+
 def test_templates_that_would_fill_the_memory_are_stopped_before_they_do() -> None:
     code = (
-        "import json, resource, sys\nfrom litrecipe.data.formats import RowError\n"
+        "import json, resource, sys\nfrom litrecipe.config.errors import InputError\n"
         "from litrecipe.data.template import ChatTemplate\n"
         "resource.setrlimit(resource.RLIMIT_AS, (700_000_000, 700_000_000))\n"
         "for source in json.load(sys.stdin):\n    try:\n"
         "        ChatTemplate(source, special_tokens={}, control_tokens=[]).render([])\n"
-        "    except RowError as error:\n        print('stopped')\n"
+        "    except InputError as error:\n        print('stopped')\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, input=json.dumps(FILL_THE_MEMORY), capture_output=True, text=True)
     assert (done.stdout.count("stopped"), done.stderr) == (len(FILL_THE_MEMORY), "")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) if false %}{% endfor %}" * 20,
+        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% for a in [range(999)] * 999 recursive %}{{ loop(a) if a is iterable }}{% endfor %}" * 9,
+        "{% set x = 'ab' * 1000000 %}{% for a in range(99999) %}{% set y = x[1:] %}{% endfor %}",
+        "{% for a in range(99999) %}{% set x = range(99999)|list|sort %}{% endfor %}",
+        "{% for a in range(99999) %}{% set x = ('a ' * 100000).split() %}{% endfor %}",
+    ],
+)
+def test_templates_that_run_away_are_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litrecipe.data.sandbox.ALLOWANCE", 1_000_000)
+    with pytest.raises(InputError, match=r"mine\.jinja: .*it runs for ever, or nearly: mend it"):
+        template(source, name="mine.jinja").render([ASK])
+
+
+def test_the_allowance_is_that_of_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = template("{% for a in range(9999) %}{{ a }}{% endfor %}")
+    half.render([ASK])
+    monkeypatch.setattr("litrecipe.data.sandbox.ALLOWANCE", 1.5 * half._sandbox.spent)
+    assert [len(half.render([ASK])) for _ in range(3)] == [38_886] * 3
+
+
+def test_memory_that_is_held_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litrecipe.data.sandbox.MOST_MEMORY", 20_000_000)
+    body = "{% set ns.x = ns.x + [messages[0].content ~ i] %}"
+    held = template("{% set ns = namespace(x=[]) %}{% for i in range(400) %}" + body + "{% endfor %}")
+    with pytest.raises(InputError, match="fills the memory"):
+        held.render([{"role": "user", "content": "x" * 200_000}])
+    assert held.render([ASK]) == ""
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if 1 %}" * 3000, "{{ " + "9" * 9999 + " }}", " " * 1_000_001],
+)
+def test_templates_that_cannot_be_compiled_name_their_file(source: str) -> None:
+    with pytest.raises(InputError, match=r"^mine\.jinja: .*: mend it or give model\.chat_template$"):
+        template(source, name="mine.jinja")
+
+
+def test_a_long_conversation_stays_far_within_the_allowance() -> None:
+    conversation = [ASK, SAY] * 2000
+    asked = template(PLAIN.replace("{{ m.content }}", "{{ m.content | trim | replace('a', 'b') }}"))
+    assert asked.render(conversation).count("<end>") == 4000
+    assert asked._sandbox.spent < ALLOWANCE / 30
 
 
 def test_what_templates_do_write_is_not_stopped() -> None:
@@ -160,9 +237,17 @@ def test_tags_with_a_plus_mark_generation_too() -> None:
         "{{ 10 ** 100000000 }}",
         "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
         "{% for i in range(1000000) %}{% endfor %}",
+        "{{ messages|map(attribute='__class__')|list }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.popen('id') }}",
+        "{{ self._TemplateReference__context }}",
+        "{% include '/etc/passwd' %}",
+        "{% import 'os' as os %}",
         *FILL_THE_MEMORY,
+        *MAKE_MUCH_OF_LITTLE,
     ],
 )
 def test_hostile_templates_are_stopped(source: str) -> None:
-    with pytest.raises(RowError):
+    with pytest.raises(InputError):
         template(source).render([ASK])

@@ -416,3 +416,38 @@ def test_the_benchmark_rows_have_the_known_number_of_tokens(real: Path, shared: 
     encoded = [encode(load(real), conversation.messages) for conversation in rows]
     assert sum(len(ids) for ids, _ in encoded) == 11906
     assert sum(int(mask.sum()) for _, mask in encoded) == 6045
+
+
+def altered(source: Path, folder: Path, **changes: Any) -> Path:
+    """A tokenizer's folder with other parts in its tokenizer.json."""
+    shutil.copytree(source, folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(state | changes))
+    return folder
+
+
+DOUBLE = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", {"type": "Sequence", "normalizers": [DOUBLE] * 40}),
+        ("normalizer", {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "e" * 1000}),
+        ("normalizer", {"type": "Prepend", "prepend": "e" * 1000}),
+        ("decoder", {"type": "Sequence", "decoders": [DOUBLE] * 40}),
+    ],
+)
+def test_a_tokenizer_that_multiplies_texts_is_refused(
+    chatml_folder: Path, tmp_path: Path, part: str, value: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=rf"tokenizer\.json: {part}: makes a text up to .* times as long"):
+        Tokenizer.load(altered(chatml_folder, tmp_path / "t", **{part: value}))
+
+
+def test_padding_to_any_length_is_not_done(chatml_folder: Path, tmp_path: Path) -> None:
+    """A billion ids, were the tokenizer asked for them."""
+    padding = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    padded = Tokenizer.load(altered(chatml_folder, tmp_path / "t", padding=padding))
+    assert padded.encode("the fox") == Tokenizer.load(chatml_folder).encode("the fox")

@@ -1,5 +1,7 @@
 """What goes wrong on one of two ranks ends both, with the same words; otherwise the other would wait for ever."""
 
+import signal
+
 import pytest
 from processes import on_two_ranks
 
@@ -23,6 +25,8 @@ def told(action):
     os._exit(0)
 """
 SAVE = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from litrecipe.checkpoint import state
 
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -38,7 +42,34 @@ if rank == 1 and sys.argv[3] == "write":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 target = state.step_folder(folder / "checkpoints", 2)
-told(lambda: state.save(target, {"w": torch.zeros(99)}, {}, {"step": 2}, writer))
+shared = distribute_tensor(torch.zeros(99), init_device_mesh("cpu", (2,)), [Shard(0)])
+told(lambda: state.save(target, {"w": shared}, {}, {"step": 2}, writer))
+"""
+APART = """
+import signal, time
+from litrecipe.config import stop
+from litrecipe.config.groups import Fabric
+from litrecipe.engine.fabric import Ranks, make_fabric
+
+stop.install()
+ranks = Ranks(make_fabric(Fabric(accelerator="cpu", devices=2)))
+
+def share(pieces):
+    with stop.deferred(), stop.interruptible(lambda: None):
+        with ranks.apart():
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            for piece in range(pieces):
+                stop.poll()
+                time.sleep(0.01)
+        ranks.agree("a share")
+
+try:
+    share(10_000 if rank == 1 else 20)
+except stop.Stopped as stopped:
+    print("stopped by", stopped.signal_number)
+    sys.stdout.flush()
+os._exit(0)
 """
 NAN = """
 import json, math
@@ -85,6 +116,13 @@ def test_a_save_that_fails_on_one_rank_fails_on_both(tmp_path, where):
     # what they say of the disk may differ: something else may have been written meanwhile
     assert first.split(";")[0] == second.split(";")[0]
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_in_its_own_share_of_the_work_stops_the_other(tmp_path):
+    """Its share would take it minutes more; the other one learns of it where the shares are put together."""
+    said = on_two_ranks(HEAD + APART, tmp_path)
+    assert said == [f"stopped by {signal.SIGUSR1}\n"] * 2
 
 
 @pytest.mark.slow

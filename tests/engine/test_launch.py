@@ -76,7 +76,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_has_its_last_words() -> None:
     )
     last = ["the last that rank 1 said:", "  both say this", "  step 7/9", "  out of memory, nearly"]
     assert said[said.index(told) + 1 :] == last
-    assert said.count("both say this") == 1
+    assert sum(line.endswith("both say this") for line in said[: said.index(told)]) == 1
     assert "rank 1: out of memory, nearly" in said
     assert not any("step 7/9" in line for line in said[: said.index(told)]), "what is whispered is not for everybody"
 
@@ -100,7 +100,7 @@ def test_a_rank_that_fails_by_itself_is_named_with_its_traceback() -> None:
 def test_ranks_that_agree_end_as_they_say(ranks: list[str], code: int) -> None:
     done, said, _ = ended(*ranks)
     assert done == code
-    assert said == ["both say this"]
+    assert [line.removeprefix("rank 1: ") for line in said] == ["both say this"], "by whoever was the first"
 
 
 def test_what_is_wrong_for_one_rank_alone_is_told_by_the_one_that_watches() -> None:

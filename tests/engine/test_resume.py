@@ -22,7 +22,7 @@ STEPS = 24
 METHODS = {
     "full": ["--optim.lr", "1e-3"],
     "lora": ["--adapter.method", "lora", "--adapter.r", "4", "--adapter.dropout", "0.1"],
-    "dora": ["--adapter.method", "dora", "--adapter.r", "4"],
+    "dora": ["--adapter.method", "dora", "--adapter.r", "4", "--checkpoint.asynchronous", "true"],
 }
 
 

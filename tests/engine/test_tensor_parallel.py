@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "pretrain": (pretrain.PretrainRecipe, pretraining),
 }
 LORA = {"adapter.method": "lora", "adapter.r": 4, "optim.lr": 2e-3}
+"""A rate at which roundings do not grow: at 5e-3 Adam makes 1e-5 of 1e-7 within six steps of preference learning."""
 LONG, VAL = {"train.max_steps": 20}, {"data.val": "toy:units?n=6&seed=0&split=test"}
 CASES: dict[str, dict[str, Any]] = {
     "finetune-full": {**LONG, **VAL},
@@ -46,8 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ppo-lora": {**LORA, "rewards.scale": "running", "ppo.policy_ema": 0.9},
     "pretrain-experts": {**LONG, "model.source": "experts", "model.init": "random", "pretrain.z_loss": 1e-3},
 }
-MIXED = ("finetune-fused", "finetune-dora", "dpo-moving")
-OF_FOUR = ("finetune-full", "finetune-lora", "finetune-fused", "dpo-off", "pretrain-experts")
+MIXED = ("finetune-fused", "finetune-dora")
+OF_FOUR = ("finetune-full", "ppo-lora")
 OF_VERB: dict[str, dict[str, Any]] = {
     "finetune": {"data.train": "toy:units?n=40&seed=0"},
     "dpo": {"data.train": "toy:units-pairs?n=20&seed=0"},
@@ -170,7 +171,10 @@ def assert_same_numbers(one: Path, other: Path) -> None:
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-6), (one.name, a.get("step"), name)
         for name in a.keys() - set(TIMING):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (one.name, a.get("step"), name)
-    texts = [[path.read_text() for path in sorted(run.glob("rollouts/*.jsonl"))] for run in (one, other)]
+    texts = [
+        [json.loads(line)["completion"] for path in sorted(run.glob("rollouts/*.jsonl")) for line in path.open()]
+        for run in (one, other)
+    ]
     assert texts[0] == texts[1]
     ours, theirs = final_tensors(one), final_tensors(other)
     assert ours.keys() == theirs.keys()

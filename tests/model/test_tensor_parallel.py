@@ -95,12 +95,14 @@ def loss_of(said: Predictions) -> Tensor:
 
 
 def far_apart(one: Any, two: Any, group: Group) -> list[str]:
-    """Where two modules, of which the second is split, differ in what they say of a row or in a gradient."""
+    """Where two modules, of which the second is split, differ in what they say of a row or in a gradient; and where
+    ranks of the second do, in a single bit."""
     found = []
     says = [module(row()) for module in (one, two)]
     for name, ours, theirs in zip(Predictions._fields, *says, strict=True):
         if ours is not None and not torch.allclose(ours.float(), theirs.float(), rtol=1e-5, atol=2e-5):
             found.append(f"{name}: {(ours.float() - theirs.float()).abs().max():.2g}")
+    found += [] if all_same(says[1].logps.detach(), group) else ["log-probabilities of ranks"]
     for said in says:
         loss_of(said).backward()
     trained = 0
@@ -110,12 +112,18 @@ def far_apart(one: Any, two: Any, group: Group) -> list[str]:
             continue
         trained += 1
         what, gradient = held_of(theirs), theirs.grad.clone()
+        if not what.is_split and not what.is_share and not all_same(gradient, group):
+            found.append(f"{name} of ranks")
         gradient = whole(group.add_up(gradient) if what.is_share else gradient, what, group)
         assert gradient.shape == ours.shape
         if (gradient - ours.grad).abs().max() > 2e-5 * ours.grad.abs().max():
             found.append(f"{name}: {(gradient - ours.grad).abs().max() / ours.grad.abs().max():.2g}")
     assert trained
     return found
+
+
+def all_same(x: Tensor, group: Group) -> bool:
+    return all(torch.equal(x, other) for other in group.each(x))
 
 
 def wanting(model: Decoder) -> Decoder:
@@ -224,7 +232,7 @@ def test_what_cannot_be_split_evenly_is_refused_by_name() -> None:
     ]
     with pytest.raises(InputError, match=r"inner width of an expert, 20, cannot"):
         check_divides(architecture_of("qwen3_moe"), 8)
-    with pytest.raises(InputError, match=r"heads of keys and values, \d, in layer \d, cannot"):
+    with pytest.raises(InputError, match=r"heads of keys and values, 2 in layer 0, cannot"):
         check_divides(architecture_of("openelm"), 8)
     check_divides(architecture_of("llama"), 2)
 
