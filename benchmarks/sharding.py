@@ -3,9 +3,10 @@
     python benchmarks/sharding.py [--ranks 1 2 4] [--layers 12]
 
 The model is a random Llama of about 98 million parameters in fp32 (0.39 GB), in several files. Every rank is a process
-of its own on this machine, over gloo; what is told is its largest resident memory in each stage, above that before the
-model was there (torch and the program itself), which the kernel counts anew for each stage. With `full` all weights are
-trained by AdamW, with `qlora` an adapter on a base in NF4. One process without sharding stands beside them (`alone`).
+of its own on this machine, over gloo, forked from one that has imported the program. What is told is its largest
+resident memory in each stage, which the kernel counts anew, above what it had before there was a model. With `full` all
+weights are trained by AdamW, with `qlora` an adapter on a base in NF4. One process without sharding stands beside them
+(`alone`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import MIB, REPO, environment, print_table, write_result
+from common import MIB, print_table, run_child, write_result
 
 STAGES = ("load", "train", "export")
 CONFIG = {
@@ -43,22 +42,11 @@ METHODS = {
     "full": {},
     "qlora": {"adapter.method": "lora", "quantize.method": "nf4"},
 }
-WRITE = """
-import json, sys
-from pathlib import Path
-from litrecipe.checkpoint.hf import save_model
-from litrecipe.model.decoder import Decoder
-from litrecipe.model.families import read_architecture
-folder = Path(sys.argv[1])
-model = Decoder(read_architecture(json.loads((folder / "config.json").read_text())))
-model.init_weights(seed=0)
-save_model(folder / "model", model, folder, max_shard_bytes=60e6)
-print(sum(p.numel() for p in model.parameters()))
-"""
-RANK = """
-import json, re, sys
+HOST = """
+import json, os, re, socket, sys, traceback
 from pathlib import Path
 import numpy as np
+import torch.distributed.fsdp
 from litrecipe.checkpoint.hf import save_model
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.peft_adapter import save_adapter
@@ -69,9 +57,22 @@ from litrecipe.data.source import RecordedSource
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, Run
 from litrecipe.model import adapters, lora_linear, quantize
+from litrecipe.model.decoder import Decoder
+from litrecipe.model.families import read_architecture
 from litrecipe.model.row import Sample, Segment
 from litrecipe.objectives.causal_lm import CausalLM
 from litrecipe.recipes.training import load_to_train, make_ready
+
+folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+
+class Samples(list):
+    lengths = np.full(4, 32)
+
+def write(result):
+    model = Decoder(read_architecture(json.loads((folder / "config.json").read_text())))
+    model.init_weights(seed=0)
+    save_model(folder / "model", model, folder, max_shard_bytes=60e6)
+    result.write_text(str(sum(p.numel() for p in model.parameters())))
 
 def resident(name):
     return int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -79,44 +80,72 @@ def resident(name):
 def begin():
     Path("/proc/self/clear_refs").write_text("5")
 
-class Samples(list):
-    lengths = np.full(4, 32)
+def rank(result, flags):
+    recipe = schema.load(FinetuneRecipe, [], [(key, str(value)) for key, value in flags.items()])
+    chance = np.random.default_rng(0)
+    samples = Samples(
+        Sample(f"row:{n}", (Segment(chance.integers(3, 16384, 32).astype(np.int32), np.float32([0] + 31 * [1])),))
+        for n in range(4)
+    )
+    fabric = make_fabric(recipe.fabric)
+    files = open_model(str(folder / "model"))
+    empty, peaks = resident("VmRSS"), {}
+    begin()
+    model = load_to_train(load_model, files, recipe)
+    make_ready(model, recipe)
+    source = RecordedSource(samples, recipe.train)
+    run = Run(Job(fabric, recipe, model, CausalLM(), source, save_final=lambda _: None))
+    peaks["load"] = resident("VmHWM") - empty
+    begin()
+    for _ in range(2):
+        run.train_step(list(samples))
+    peaks["train"] = resident("VmHWM") - empty
+    held = resident("VmRSS") - empty
+    begin()
+    if recipe.adapter.method == "none":
+        save_model(folder / "out", model, files.tokenizer_dir, max_shard_bytes=60e6)
+    else:
+        save_adapter(folder / "out", model, recipe.adapter, str(folder / "model"), files.tokenizer_dir)
+    peaks["export"] = resident("VmHWM") - empty - held
+    run.teller.close()
+    result.write_text(json.dumps(peaks))
 
-folder, flags = Path(sys.argv[1]), json.loads(sys.argv[2])
-recipe = schema.load(FinetuneRecipe, [], [(key, str(value)) for key, value in flags.items()])
-chance = np.random.default_rng(0)
-samples = Samples(
-    Sample(f"row:{n}", (Segment(chance.integers(3, 16384, 32).astype(np.int32), np.float32([0] + 31 * [1])),))
-    for n in range(4)
-)
-fabric = make_fabric(recipe.fabric)
-files = open_model(str(folder / "model"))
-empty, peaks = resident("VmRSS"), {}
-begin()
-model = load_to_train(load_model, files, recipe)
-make_ready(model, recipe)
-run = Run(Job(fabric, recipe, model, CausalLM(), RecordedSource(samples, recipe.train), save_final=lambda _: None))
-peaks["load"] = resident("VmHWM") - empty
-begin()
-for _ in range(2):
-    run.train_step(list(samples))
-peaks["train"] = resident("VmHWM") - empty
-held = resident("VmRSS") - empty
-begin()
-out = folder / "out"
-if recipe.adapter.method == "none":
-    save_model(out, model, files.tokenizer_dir, max_shard_bytes=60e6)
-else:
-    save_adapter(out, model, recipe.adapter, str(folder / "model"), files.tokenizer_dir)
-peaks["export"] = resident("VmHWM") - empty - held
-print("MEASURED", json.dumps(peaks))
-run.teller.close()
+def forked(act, *given):
+    # a process that has imported and computed nothing yet can be copied; what it holds is taken off
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        act(*given)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+def waited(children):
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        sys.exit("a process failed")
+
+waited([forked(write, folder / "parameters")])
+for number, (ranks, flags) in enumerate(jobs):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    children = []
+    for place in range(ranks):
+        os.environ |= {"RANK": str(place), "LOCAL_RANK": str(place)}
+        children.append(forked(rank, folder / f"{number}.{place}", flags))
+    waited(children)
+    print("DONE", number, flush=True)
 """
 
 
-def measure(folder: Path, ranks: int, method: str, strategy: str) -> dict[str, Any]:
-    """The largest of the ranks' peaks in each stage, MiB; `export` is above what the model holds."""
-    flags = {
+def flags_of(folder: Path, ranks: int, method: str, strategy: str) -> dict[str, Any]:
+    """A recipe as flags."""
+    return {
         "model.source": str(folder / "model"),
         "out_dir": str(folder / f"run-{method}-{strategy}-{ranks}"),
         "data.train": "none",
@@ -129,27 +158,6 @@ def measure(folder: Path, ranks: int, method: str, strategy: str) -> dict[str, A
         "fabric.strategy": strategy,
         **METHODS[method],
     }
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "x", "GROUP_RANK": "0"}
-    meet |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), json.dumps(flags)],
-            cwd=REPO,
-            env=environment(1, {**meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    texts = [process.communicate()[0] for process in started]
-    if any(process.returncode for process in started):
-        sys.exit(f"benchmark: a rank failed:\n{texts[0][-4000:]}")
-    of_ranks = [json.loads(text.partition("MEASURED ")[2].partition("\n")[0]) for text in texts]
-    return {stage: round(max(peaks[stage] for peaks in of_ranks) / MIB) for stage in STAGES}
 
 
 def main() -> None:
@@ -161,16 +169,21 @@ def main() -> None:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": asked.layers}))
         (folder / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
-        command = [sys.executable, "-c", WRITE, str(folder)]
-        parameters = int(subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout)
+        kinds = [
+            (method, strategy, ranks)
+            for method in METHODS
+            for ranks in asked.ranks
+            for strategy in (["auto", "fsdp"] if ranks == 1 else ["fsdp"])
+        ]
+        jobs = [(ranks, flags_of(folder, ranks, method, strategy)) for method, strategy, ranks in kinds]
+        run_child([sys.executable, "-c", HOST, folder, json.dumps(jobs)], threads=1).check()
+        parameters = int((folder / "parameters").read_text())
         rows = []
-        for method in METHODS:
-            for ranks in asked.ranks:
-                for strategy in ["auto", "fsdp"] if ranks == 1 else ["fsdp"]:
-                    peaks = measure(folder, ranks, method, strategy)
-                    named = "alone" if strategy == "auto" else "fsdp"
-                    rows.append({"method": method, "strategy": named, "ranks": ranks, **peaks})
-                    print(rows[-1], flush=True)
+        for number, (method, strategy, ranks) in enumerate(kinds):
+            of_ranks = [json.loads((folder / f"{number}.{place}").read_text()) for place in range(ranks)]
+            peaks = {stage: round(max(one[stage] for one in of_ranks) / MIB) for stage in STAGES}
+            named = "alone" if strategy == "auto" else "fsdp"
+            rows.append({"method": method, "strategy": named, "ranks": ranks, **peaks})
     print_table(["method", "strategy", "ranks", *STAGES], [list(row.values()) for row in rows])
     weights = parameters * 4 / MIB
     write_result(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,32 +16,15 @@ from litrecipe.config.files import read_json
 from litrecipe.config.merge import Mistakes, Node, read_file
 from litrecipe.config.pipeline import NOTE as STAGE
 from litrecipe.config.recipes import RECIPES
+from litrecipe.engine.lock import holder_of
 from litrecipe.engine.rundir import RunDir, read_records
 from litrecipe.recipes.pipeline import worth_telling
-
-DEAD = 60.0
-"""Seconds without a sign of life after which a lock that another machine wrote is nobody's."""
 
 
 def noted(folder: Path) -> dict[str, Any]:
     """What is noted of the job of a run directory: `job`, `verb`, `script`, `submitted`; empty where there is none."""
     path = folder / NOTE
     return read_json(path) if path.is_file() else {}
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process trains there now: by the kernel's lock, or, of another machine, by how lately it said so."""
-    path = folder / ".lock"
-    if not path.is_file():
-        return False
-    with path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no locks here: what is written has to do
-            pass
-        return bool(file.read().strip()) and time.time() - path.stat().st_mtime < DEAD
 
 
 @dataclass
@@ -115,7 +96,7 @@ class Run:
 
         `stopped` has saved its last step; `failed` has not, and goes on from the newest checkpoint.
         """
-        if is_held(self.folder) or (self.job is not None and self.job.state in ("RUNNING", "COMPLETING")):
+        if holder_of(self.folder) is not None or (self.job is not None and self.job.state in ("RUNNING", "COMPLETING")):
             return "running"
         if self.job is not None and self.job.state == "PENDING":
             return f"waiting ({self.job.reason})" if self.job.reason not in ("", "None") else "waiting"

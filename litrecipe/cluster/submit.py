@@ -12,13 +12,14 @@ from tempfile import TemporaryDirectory
 from litrecipe.checkpoint.manifest import write_text
 from litrecipe.cluster import queue
 from litrecipe.cluster.plan import Plan, Read, plan_chain, plan_run, plan_sweep
-from litrecipe.cluster.runs import is_held, job_of, jobs_of
+from litrecipe.cluster.runs import job_of, jobs_of
 from litrecipe.cluster.script import LOG, NOTE, RECIPE, SCRIPT, Job, text_of
 from litrecipe.cluster.sweep import points_of
 from litrecipe.config.errors import InputError
 from litrecipe.config.files import locked
 from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.progress import say, warn
+from litrecipe.engine.lock import holder_of, taken
 from litrecipe.engine.rundir import RunDir
 
 
@@ -102,8 +103,8 @@ def refuse_twice(plan: Plan) -> None:
 def refuse_running(plan: Plan) -> None:
     """Raise InputError where something trains in one of these directories now, without a job of ours."""
     for folder in (plan.folder, *runs_of(plan)):
-        if is_held(folder):
-            raise InputError(f"out_dir: {folder}: another process trains here: wait for it, or name another --out_dir")
+        if (holder := holder_of(folder)) is not None:
+            raise taken(folder, holder)
 
 
 def runs_of(plan: Plan) -> Iterator[Path]:

@@ -341,6 +341,9 @@ class Fabric:
     """`32-true`, `bf16-true`, or `bf16-mixed` (fp32 weights, bf16 arithmetic)."""
     compile: bool = False
     """torch.compile the decoder blocks."""
+    hardware: Literal["here", "a100-80", "h100", "h200"] = "here"
+    """What `--dry_run` reckons with: this machine, or nodes of eight such GPUs (or `devices`) with NVLink and a network
+    adapter each, which need not be there."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     reshard_after_forward: bool = True

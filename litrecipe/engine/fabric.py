@@ -98,12 +98,17 @@ def devices_of(config: FabricConfig) -> int:
     if accelerator == "cpu":
         started = int(os.environ.get("LOCAL_WORLD_SIZE") or tasks_per_node() or 1)
         return started if config.devices == "auto" else config.devices
-    there = torch.cuda.device_count() if accelerator == "cuda" else 1
+    there = devices_there(accelerator)
     if config.devices == "auto":
         return there
     if config.devices > there:
         raise InputError(f"fabric.devices: {config.devices}: torch finds {there} on this machine: give at most that")
     return config.devices
+
+
+def devices_there(accelerator: str) -> int:
+    """Devices of a kind that this machine has."""
+    return torch.cuda.device_count() if accelerator == "cuda" else 1
 
 
 def world_size(config: FabricConfig) -> int:

@@ -94,23 +94,45 @@ def held(folder: Path) -> Iterator[None]:
             _write(file, "")
 
 
+def holder_of(folder: Path) -> Holder | None:
+    """Who trains in a folder now, as far as can be told at once and without writing there."""
+    path = folder / ".lock"
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as file:
+        if (holder := Holder.read(file)) is None:
+            return None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return holder
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise
+        else:
+            if holder.kernel == Holder.this().kernel:  # it would hold the lock if it lived
+                return None
+        return holder if time.time() - path.stat().st_mtime < DEAD else None
+
+
+def taken(folder: Path, by: Holder | None) -> InputError:
+    """What is said to whoever would train where another does."""
+    who = "" if by is None else f" ({by})"
+    return InputError(f"out_dir: {folder}: another process trains here{who}: wait for it, or name another --out_dir")
+
+
 def _locked(file: IO[str], folder: Path) -> bool:
     """Take the lock of this machine, and say whether there is such a thing. Raises InputError when it is taken."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _taken(folder, Holder.read(file)) from None
+        raise taken(folder, Holder.read(file)) from None
     except OSError as error:
         if error.errno not in ABSENT:
             raise
         warn(f"out_dir: {folder}: its file system has no locks: a second run is told from its file alone")
         return False
     return True
-
-
-def _taken(folder: Path, by: Holder | None) -> InputError:
-    who = "" if by is None else f" ({by})"
-    return InputError(f"out_dir: {folder}: another process trains here{who}: wait for it, or name another --out_dir")
 
 
 def _wait_until_dead(path: Path, folder: Path, holder: Holder) -> None:
@@ -121,7 +143,7 @@ def _wait_until_dead(path: Path, folder: Path, holder: Holder) -> None:
     while _now(folder) - seen < DEAD:
         time.sleep(min(1.0, BEAT))
         if path.stat().st_mtime != seen:
-            raise _taken(folder, holder)
+            raise taken(folder, holder)
 
 
 def _now(folder: Path) -> float:

@@ -1,7 +1,8 @@
 """The memory table of a dry run: what one rank will hold at its peak.
 
 Activations are not guessed from a formula: the recipe's own forward pass runs once on fake tensors (shapes without
-data), and what autograd keeps for the backward pass is added up. So the figure follows the code.
+data), and what autograd keeps for the backward pass is added up. So the figure follows the code. Of layers that are all
+alike three are run, and the others counted as the third; of the vocabulary a part.
 
 Shapes: T tokens of the largest row, P its predictions, V vocabulary.
 """
@@ -14,8 +15,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from litrecipe.config.groups import RewardRecipe, TrainingRecipe
+from litrecipe.config.groups import Fabric, RewardRecipe, TrainingRecipe
 from litrecipe.config.online import PpoRecipe
+from litrecipe.engine.cost import largest_share
 from litrecipe.engine.optim import optimizer_bytes
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
@@ -30,12 +32,15 @@ from litrecipe.model.row import Row
 from litrecipe.model.tensor_parallel import split
 from litrecipe.model.tensor_plan import narrowed
 
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_BLOCK = 64
+NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * 256)
 """A weight in NF4 with double quantisation: 4 bits, an 8-bit scale per 64, a 32-bit scale per 256 of those."""
 CPU_HOLES = 0.2
 """Share of the activations by which a process grows beyond its tensors on a CPU: freed pieces of the heap that are too
 small for what comes next (glibc, SmolLM2-135M: 128 to 205 MiB beside 690 to 780 MiB of activations)."""
 LAYERS = "model.layers."
+LAYERS_RUN, WORDS_RUN = 3, 512
+"""Layers and words of the vocabulary of the model that stands for a larger one of layers that are alike."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class MemoryTable:
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
     """Copies of the weights for as long."""
+    host: int = 0
+    """Weights, gradients and the optimizer, of a GPU that keeps them in main memory."""
     saving: int = 0
     """A copy of what a checkpoint holds, while it is written in the background; of a GPU's it lies in the host's
     memory."""
@@ -93,18 +100,17 @@ def estimate(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     frozen_copy: bool = False,
+    kept: tuple[int, int] | None = None,
 ) -> MemoryTable:
     """The table for a recipe whose largest row is `row`, and whose ranks take up to `rows` rows a step. Where ranks
     share a copy of the model, that of the first.
 
     `frozen_copy`: a reference stands beside the policy, which shares what is not trained; sharded it shares nothing.
+    `kept`: what `kept_bytes` told of the same row before.
     """
-    model = meta_model(recipe, architecture)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if (size := recipe.fabric.tensor_parallel) > 1:
-        split(model, Group(0, size))
-        architecture, world_size = narrowed(architecture, size), world_size // size
+    model, size = part_model(recipe, architecture), recipe.fabric.tensor_parallel
+    parameters, trained = parameter_counts(model if size == 1 else meta_model(recipe, architecture))
+    whole, architecture, world_size = architecture, narrowed(architecture, size), world_size // size
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
@@ -113,29 +119,34 @@ def estimate(
     strategy, exchange = recipe.fabric.strategy, 0
     cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
     if cuts:
-        # The root (embedding, head, last norm) stays gathered; a block is fetched while the one before it works.
-        blocks = 2 if recipe.fabric.reshard_after_forward else architecture.num_layers
-        exchange = gathered(sizes, architecture, blocks=blocks) + gathered(learnt, architecture, blocks=1)
-        if recipe.fabric.param_dtype == "bfloat16":
-            exchange //= 2
-        weights, gradients, optimizer = (size // world_size for size in (weights, gradients, optimizer))
+        exchange = exchanged_bytes(recipe.fabric, sizes, learnt, architecture)
+        shares = {name: largest_share(p.shape, world_size) for name, p in model.named_parameters()}
+        whole_gradients, gradients = gradients, round(sum(size * shares[name] for name, size in learnt.items()))
+        weights = round(sum(size * shares[name] for name, size in sizes.items()))
+        optimizer = optimizer * gradients // max(1, whole_gradients)
     elif strategy == "ddp" or world_size > 1:
         exchange = gradients
-    saved = (sum(learnt.values()) // (world_size if strategy == "fsdp" else 1)) + optimizer
+    saved = sum(learnt.values()) // (world_size if cuts else 1) + optimizer
+    reference = (weights if cuts else copied) if frozen_copy else 0
+    host = 0
+    if cuts and recipe.fabric.cpu_offload and torch.device(device).type != "cpu":
+        host = weights + reference + gradients + optimizer
+        weights = reference = gradients = optimizer = 0
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
-    activations = saved_bytes(model, recipe, row)
+    activations, again = kept or kept_bytes(recipe, whole, row)
     return MemoryTable(
         weights=weights,
-        reference=(weights if cuts else copied) if frozen_copy else 0,
+        reference=reference,
         gradients=gradients,
         optimizer=optimizer,
         exchange=exchange,
         activations=activations,
-        scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4,
+        scratch=head_scratch(model, row, device) + experts_scratch(model) + 6 * len(row.tokens) * widest * 4 + again,
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
+        host=host,
         saving=saved if recipe.checkpoint.asynchronous and torch.device(device).type == "cpu" else 0,
         parameters=parameters,
         trained=trained,
@@ -210,6 +221,56 @@ def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
         critic.activation_checkpointing = model.activation_checkpointing
         return ActorAndCritic(model, critic)
     return model
+
+
+def part_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
+    """What the first of the ranks that share a copy of `meta_model` has of it."""
+    model = meta_model(recipe, architecture)
+    if recipe.fabric.tensor_parallel > 1:
+        split(model, Group(0, recipe.fabric.tensor_parallel))
+    return model
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Parameters, and those that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+
+
+def exchanged_bytes(config: Fabric, sizes: dict[str, int], learnt: dict[str, int], architecture: Architecture) -> int:
+    """What a rank of FSDP2 holds besides its pieces: all outside of the layers and two of these, as one is fetched
+    while another works, or all where none is let go; and on the way back the whole gradients of what is outside and of
+    one layer."""
+    share = 0.5 if config.param_dtype == "bfloat16" else 1.0
+    layers = 2 if config.reshard_after_forward else architecture.num_layers
+    return int(share * (gathered(sizes, architecture, layers) + gathered(learnt, architecture, 1)))
+
+
+def kept_bytes(recipe: TrainingRecipe, architecture: Architecture, row: Row) -> tuple[int, int]:
+    """What autograd keeps of a row's forward pass, and what of one layer when it is computed again on the way back.
+
+    Both are exactly linear in the vocabulary, and in the layers where these are alike: two sizes tell all others.
+    """
+    a, recomputes = architecture, recipe.fabric.activation_checkpointing
+
+    def of(layers: int, vocabulary: int, again: bool = recomputes) -> int:
+        fabric = replace(recipe.fabric, activation_checkpointing=again)
+        if fabric.param_dtype == "bfloat16":  # gathered in bf16 a model computes as one that is stored so
+            fabric = replace(fabric, precision="bf16-true")
+        asked = replace(recipe, fabric=fabric)
+        smaller = replace(a.first_layers(layers), vocab_size=vocabulary)
+        return saved_bytes(part_model(asked, smaller), asked, row)
+
+    alike = not (a.kinds or a.shapes or (a.experts and a.experts.dense_layers)) and a.num_layers > LAYERS_RUN
+    layers = LAYERS_RUN if alike else a.num_layers
+    few = of(layers, WORDS_RUN)
+    of_words = (of(layers, 2 * WORDS_RUN) - few) * (a.vocab_size - WORDS_RUN) // WORDS_RUN
+    of_layer = few - of(layers - 1, WORDS_RUN) if alike else 0
+    inside = 0
+    if recomputes and a.num_layers > 1:
+        deepest = min(LAYERS_RUN, a.num_layers)
+        inside = of(deepest, WORDS_RUN, False) - of(deepest - 1, WORDS_RUN, False)
+    return few + of_words + (a.num_layers - layers) * of_layer, inside
 
 
 def saved_bytes(model: nn.Module, recipe: TrainingRecipe, row: Row) -> int:

@@ -1,7 +1,8 @@
 """Models that several processes share: cut on the meta device, then filled, so that none ever holds a whole one.
 
-FSDP2 (2304.11277, per-parameter sharding) cuts every weight along its first dimension. A block is gathered for the time
-that it works; what is outside of the blocks (embedding, head, last norm) is gathered with the model it belongs to.
+FSDP2 (2304.11277, per-parameter sharding) cuts every weight along its first dimension, but for experts
+(`cost.cut_dimension`). A block is gathered for the time that it works; what is outside of the blocks (embedding, head,
+last norm) is gathered with the model it belongs to.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from litrecipe.config.groups import Fabric as FabricConfig
+from litrecipe.engine.cost import cut_dimension
 from litrecipe.engine.grid import group_of
 from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.reward import RewardModel
@@ -23,6 +26,7 @@ from litrecipe.model.tensor_plan import mark
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
 
 
 def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.Module:
@@ -73,6 +77,7 @@ def shard(model: Trunk, mesh: DeviceMesh, config: FabricConfig) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     options = policies(config)
+    options["shard_placement_fn"] = partial(placement, ranks=mesh.size())
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, **options)
     learns = any(parameter.requires_grad for parameter in model.parameters())
@@ -80,6 +85,13 @@ def shard(model: Trunk, mesh: DeviceMesh, config: FabricConfig) -> None:
     register_fsdp_forward_method(model, "within")
     if isinstance(model, Decoder):
         register_fsdp_forward_method(model, "decode")
+
+
+def placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    """How so many processes share out a parameter."""
+    from torch.distributed.tensor import Shard
+
+    return Shard(cut_dimension(parameter.shape, ranks))
 
 
 def policies(config: FabricConfig) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def main(recipe: DpoRecipe, *, dry_run: bool = False) -> int:
     reference = choose_reference(recipe, files)
     advise(recipe.dpo)
     if dry_run:
-        return show(recipe, files, tokenizer, COMPARISONS, frozen_copy=reference in ("copy", "moving"))
+        return show(recipe, files, tokenizer, COMPARISONS, reference=reference)
 
     fabric = make_fabric(recipe.fabric)
     data = prepared(COMPARISONS, recipe, files, tokenizer)

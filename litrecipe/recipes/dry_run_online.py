@@ -15,12 +15,13 @@ from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import accelerator_of, data_size, world_size
+from litrecipe.engine.forecast import device_of, layout_of
 from litrecipe.model.architecture import Architecture, count_parameters
 from litrecipe.model.laid_out import LARGEST, pays, size
 from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.model.tensor_plan import narrowed
-from litrecipe.recipes.dry_run import Load, memory_of, parameter_and_memory_table, show_recipe
+from litrecipe.recipes.dry_run import show_recipe
+from litrecipe.recipes.dry_run_ranks import Load, memory_of, print_rank
 from litrecipe.recipes.training import precision_of
 from litrecipe.rollout.source import steps_of
 from litrecipe.rollout.sources import MODEL
@@ -113,9 +114,9 @@ def _show(
     frozen_copy: bool,
 ) -> int:
     """`said` is about steps."""
-    console, world = progress.console(), world_size(recipe.fabric)
+    console, shares = progress.console(), layout_of(recipe.fabric).data
     show_recipe(recipe)
-    shares, own = data_size(recipe.fabric), narrowed(files.architecture, recipe.fabric.tensor_parallel)
+    own = narrowed(files.architecture, recipe.fabric.tensor_parallel)
     load = longest_rows(recipe, shape, prompts, shares)
     bytes_each = precision_of(recipe).itemsize
     sources = [*recipe.rewards.sources, *(recipe.eval.sources if isinstance(recipe, OnlineRecipe) else [])]
@@ -126,7 +127,7 @@ def _show(
         cache=cache_bytes(recipe, shape, own, prompts, shares),
         laid_out=laid_out_bytes(recipe, shape, own, shares),
     )
-    console.print(parameter_and_memory_table(recipe, table, load, world))
+    print_rank(recipe, files, load, table)
     console.print(said)
     console.print(f"[bold]data[/bold]\n{prompts.report}", highlight=False)
     console.print("[bold]one prompt[/bold], as it is asked")
@@ -167,5 +168,5 @@ def laid_out_bytes(recipe: TrainingRecipe, shape: Shape, architecture: Architect
     fabric, completions = recipe.fabric, -(-shape.completions // world)
     plain = fabric.precision == "32-true" and recipe.quantize.method == "none" and not fabric.compile
     plain = plain and fabric.tensor_parallel == 1
-    copied = plain and accelerator_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
+    copied = plain and device_of(fabric) == "cpu" and pays(completions, completions * shape.longest)
     return size(architecture) if copied and size(architecture) <= LARGEST else 0

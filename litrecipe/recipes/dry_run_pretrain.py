@@ -15,30 +15,32 @@ from litrecipe.data.pretraining import Stream, batches_of, open_stream, steps_of
 from litrecipe.data.report import render
 from litrecipe.data.stream import Stage
 from litrecipe.data.tokenizer import Tokenizer
-from litrecipe.engine.fabric import data_size, world_size
+from litrecipe.engine.forecast import layout_of
 from litrecipe.engine.schedule import lr_factor
 from litrecipe.model.architecture import count_parameters
 from litrecipe.model.flops import training_flops
 from litrecipe.model.row import Sample, make_row
 from litrecipe.objectives.scaling import CHINCHILLA, REPLICATION
 from litrecipe.recipes.distilling import Teaching
-from litrecipe.recipes.dry_run import Load, beside_teacher, memory_of, parameter_and_memory_table, show_recipe
+from litrecipe.recipes.dry_run import show_recipe
+from litrecipe.recipes.dry_run_ranks import Load, asked_beside, beside_teacher, memory_of, print_rank
 
 
 def show_pretraining(recipe: PretrainRecipe, files: ModelFiles, tokenizer: Tokenizer, teaching: Teaching | None) -> int:
     """Print it all; nothing is trained and the run directory is not touched."""
-    console, world = progress.console(), world_size(recipe.fabric)
+    console, layout = progress.console(), layout_of(recipe.fabric)
     show_recipe(recipe)
     stream = open_stream(recipe, tokenizer)
     stages = zip(recipe.parts.items(), stream.source.stages, strict=True)
     for place, ((name, part), stage) in enumerate(stages):
-        load = _load(part, stage, data_size(recipe.fabric))
+        load = _load(part, stage, layout.data)
         table = memory_of(part, files, load, frozen_copy=False)
-        if teaching and _has_teacher(recipe, place):
-            table = beside_teacher(table, teaching, part, load, world)
+        there = teaching if teaching and _has_teacher(recipe, place) else None
+        if there:
+            table = beside_teacher(table, there, part, load)
         if name:
             console.print(f"[bold]stage {name}[/bold]")
-        console.print(parameter_and_memory_table(part, table, load, world))
+        print_rank(part, files, load, table, beside=asked_beside(part, files, there, reference=False))
     console.print(_stages(recipe, stream, files))
     console.print("[bold]data[/bold]")
     for line in stream.report():

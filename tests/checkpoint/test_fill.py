@@ -81,9 +81,9 @@ def put_together(build: Callable[[], torch.nn.Module]) -> tuple[dict[str, Tensor
             module = distribute(build(), mesh, Fabric(strategy="fsdp"))
             held.append(0)
             for name, parameter in module.named_parameters():
-                piece, where = fill.piece_of(parameter)
-                whole.setdefault(name, torch.zeros(parameter.shape, dtype=parameter.dtype))[where] = piece
-                held[rank] += piece.numel()
+                for piece, where in fill.pieces_of(parameter):
+                    whole.setdefault(name, torch.zeros(parameter.shape, dtype=parameter.dtype))[where] = piece
+                    held[rank] += piece.numel()
     return whole, held
 
 

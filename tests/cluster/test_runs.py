@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +58,6 @@ def test_states_of_runs(tmp_path: Path) -> None:
     assert measured.state == "finished"
     for state, said in (("PENDING", "waiting (Priority)"), ("RUNNING", "running"), ("SUSPENDED", "suspended")):
         assert Run(done.folder, Queued("7", state, "Priority", "")).state == said
-
-
-def test_a_lock_of_another_machine_counts_while_it_is_touched(tmp_path: Path) -> None:
-    lock = tmp_path / ".lock"
-    lock.write_text('{"host": "elsewhere", "pid": 1, "job": null}')
-    assert runs.is_held(tmp_path)
-    os.utime(lock, (time.time() - 120, time.time() - 120))
-    assert not runs.is_held(tmp_path)
 
 
 def test_what_is_told_of_a_run(tmp_path: Path) -> None:

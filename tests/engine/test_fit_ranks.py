@@ -25,6 +25,8 @@ def told(action):
     os._exit(0)
 """
 SAVE = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from litrecipe.checkpoint import state
 
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -40,7 +42,8 @@ if rank == 1 and sys.argv[3] == "write":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 target = state.step_folder(folder / "checkpoints", 2)
-told(lambda: state.save(target, {"w": torch.zeros(99)}, {}, {"step": 2}, writer))
+shared = distribute_tensor(torch.zeros(99), init_device_mesh("cpu", (2,)), [Shard(0)])
+told(lambda: state.save(target, {"w": shared}, {}, {"step": 2}, writer))
 """
 APART = """
 import signal, time

@@ -112,3 +112,17 @@ def test_without_locks_the_file_alone_tells(
     with beating(left_by(tmp_path, neighbour)), pytest.raises(InputError, match="process 1 on"), lock.held(tmp_path):
         pytest.fail("both hold it")
     assert "its file system has no locks" in capfd.readouterr().err
+
+
+def test_who_holds_it_can_be_asked_without_waiting(tmp_path: Path) -> None:
+    """Nobody at first and afterwards; of this machine whoever the kernel knows, of another whoever was heard lately."""
+    assert lock.holder_of(tmp_path) is None
+    with lock.held(tmp_path):
+        assert lock.holder_of(tmp_path) == lock.Holder.this()
+    assert lock.holder_of(tmp_path) is None
+    left_by(tmp_path, lock.Holder.this())
+    assert lock.holder_of(tmp_path) is None, "it would hold the kernel's lock"
+    left_by(tmp_path, FAR)
+    assert lock.holder_of(tmp_path) == FAR
+    left_by(tmp_path, FAR, seconds_ago=99.0)
+    assert lock.holder_of(tmp_path) is None

@@ -14,7 +14,7 @@ import torch
 from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe, Reward, RewardRecipe
 from litrecipe.config.online import Ppo, PpoRecipe
-from litrecipe.engine.memory import NF4_BYTES, estimate, teacher_bytes
+from litrecipe.engine.memory import NF4_BYTES, estimate, kept_bytes, meta_model, saved_bytes, teacher_bytes
 from litrecipe.model.architecture import count_parameters
 from litrecipe.model.families import read_architecture
 from litrecipe.model.row import Sample, Segment, make_row
@@ -104,6 +104,16 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(table) -> None:
     assert (copied.weights, copied.exchange) == (full.weights, full.gradients)
 
 
+def test_what_lies_in_main_memory_is_not_on_the_gpu(table) -> None:
+    flags = {"world_size": 4, "rows": 2, "fabric__strategy": "fsdp", "fabric__devices": 4}
+    there, away = (table(**flags, device="cuda", fabric__cpu_offload=offload) for offload in ("false", "true"))
+    state = there.weights + there.gradients + there.optimizer
+    assert (away.host, there.host) == (state, 0)
+    assert (away.weights, away.gradients, away.optimizer, away.held) == (0, 0, 0, 0)
+    assert away.exchange == there.exchange > 0
+    assert table(**flags, fabric__cpu_offload="true").host == 0  # on a CPU there is only one memory
+
+
 def test_ranks_that_share_a_model_hold_a_part_of_it_each(table) -> None:
     full = table()
     part = table(world_size=2, fabric__tensor_parallel=2, fabric__devices=2)
@@ -191,3 +201,31 @@ def test_a_teacher_is_its_weights_and_what_it_computes_with(table, tiny_model: P
     alone, beside = table(), replace(table(), teacher=size)
     assert beside.peak == alone.peak + size
     assert replace(alone, asked=size).peak == max(alone.peak, alone.weights + size)
+
+
+@pytest.mark.parametrize(
+    ("again", "precision", "changes"),
+    [(False, "bf16-mixed", {"tie_embeddings": False}), (True, "32-true", {}), (False, "32-true", {"vocab_size": 777})],
+)
+def test_a_few_layers_and_words_tell_what_all_keep(
+    tiny_model: Path, again: bool, precision: str, changes: dict[str, Any]
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    architecture = replace(read_architecture(config), num_layers=6, **changes)
+    recipe, row = FinetuneRecipe(), make_row([sample(50), sample(30)])
+    recipe.fabric.activation_checkpointing, recipe.fabric.precision = again, precision  # type: ignore[assignment]
+    kept, inside = kept_bytes(recipe, architecture, row)
+    assert kept == saved_bytes(meta_model(recipe, architecture), recipe, row)
+    assert (inside > 0) == again
+
+
+def test_experts_that_do_not_come_out_even_are_cut_by_their_rows(tiny_model: Path) -> None:
+    """Four experts on 16 ranks: each has a sixteenth of every expert, not four of the ranks one each."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    mixture = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    recipe, row = FinetuneRecipe(), make_row([sample(50)])
+    recipe.fabric.strategy = "fsdp"
+    architecture = read_architecture(config | mixture)
+    table = estimate(recipe, architecture, row, world_size=16, kept=(0, 0))
+    experts = 2 * 4 * 3 * 48 * 96 * 4
+    assert experts / 16 < table.weights < experts / 8

@@ -32,6 +32,7 @@ RECIPES: dict[str, tuple[Any, Any]] = {
     "pretrain": (pretrain.PretrainRecipe, pretraining),
 }
 LORA = {"adapter.method": "lora", "adapter.r": 4, "optim.lr": 2e-3}
+"""A rate at which roundings do not grow: at 5e-3 Adam makes 1e-5 of 1e-7 within six steps of preference learning."""
 LONG, VAL = {"train.max_steps": 20}, {"data.val": "toy:units?n=6&seed=0&split=test"}
 CASES: dict[str, dict[str, Any]] = {
     "finetune-full": {**LONG, **VAL},
@@ -47,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pretrain-experts": {**LONG, "model.source": "experts", "model.init": "random", "pretrain.z_loss": 1e-3},
 }
 MIXED = ("finetune-fused", "finetune-dora")
-OF_FOUR = ("finetune-full", "finetune-lora", "finetune-fused", "ppo-separate", "pretrain-experts")
+OF_FOUR = ("finetune-full", "ppo-lora")
 OF_VERB: dict[str, dict[str, Any]] = {
     "finetune": {"data.train": "toy:units?n=40&seed=0"},
     "dpo": {"data.train": "toy:units-pairs?n=20&seed=0"},

@@ -103,10 +103,31 @@ def test_an_adapter_as_source_trains_the_adapter(shown, recipe, tmp_path: Path) 
     assert not (tmp_path / "second").exists()
 
 
-def test_a_gpu_that_is_not_there_is_wrong_input(recipe) -> None:
+def test_a_gpu_that_is_not_there_is_wrong_input_of_a_run_only(recipe, shown) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(InputError, match=r"fabric\.accelerator: cuda"):
-        finetune.main(recipe(fabric__accelerator="cuda"), dry_run=True)
+        finetune.main(recipe(fabric__accelerator="cuda"))
+    text = shown(fabric__accelerator="cuda", fabric__devices=8)
+    assert "memory of one rank (8 in all)" in text
+    assert "nothing is known of this GPU" in text
+
+
+def test_what_ranks_exchange_and_how_long_a_step_takes(shown) -> None:
+    """Two layers of 123,392 bytes each, with the padding for 64 ranks."""
+    flags = {"fabric__hardware": "h100", "fabric__devices": 8, "fabric__num_nodes": 8, "fabric__strategy": "fsdp"}
+    text = shown(**flags, train__global_batch_size=16)
+    assert "memory of one rank (64 in all)" in text
+    assert "exchange of one step (8 x 8 ranks, 64 see different data)" in text
+    assert re.search(r"all-gather +layers +backward +64 +2 +0\.123", text), text
+    assert re.search(r"reduce-scatter +layers +backward +64 +2 +0\.123", text)
+    assert re.search(r"time of a step about [\d.e-]+ s on h100, reckoned and not measured", " ".join(text.split()))
+    assert re.search(r"\d+ % of the peak \(MFU\)", " ".join(text.split()))
+    shared = shown(**flags | {"fabric__tensor_parallel": 2})
+    assert "32 see different data, 2 share each layer" in shared
+    assert re.search(r"all-reduce +layers +forward +2 ", shared)
+    alone = shown()
+    assert "exchange of one step" not in alone
+    assert "on this machine" in alone
