@@ -52,6 +52,10 @@ bench: setup model  ## the benchmarks that need no GPU (long); PEERS='--peers-py
 	$(BIN)/python benchmarks/smollm2_ppo.py
 	$(BIN)/python benchmarks/kills.py
 	$(BIN)/python benchmarks/malformed.py
+	$(BIN)/python benchmarks/sharding.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/preemption.py
+	$(BIN)/python benchmarks/reliability.py
 
 gpu-check: setup  ## what only a GPU shows, in under ten minutes
 	$(BIN)/python benchmarks/gpu_check.py
