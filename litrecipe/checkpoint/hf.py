@@ -85,7 +85,7 @@ def save_hydra(
     max_shard_bytes: float = 5e9,
 ) -> None:
     """Write a hydra as the language model it is, and its score beside it; all else as `save_reward_model`."""
-    score = gather([(SCORE, model.score.weight)])
+    score = gather([(SCORE, kept(model)[SCORE])])
 
     def configure(draft: Path, dtype: str) -> None:
         _configure_language_model(draft, model.architecture, dtype)

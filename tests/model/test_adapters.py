@@ -101,7 +101,9 @@ def test_gradients_equal_finite_differences(dora, bias, dropped):
     x, a, b = torch.randn(2, 3, 5, **wide), torch.randn(2, 5, **wide), torch.randn(7, 2, **wide)
     z = torch.randn(2, 3, 5, **wide) if dropped else None
     magnitude, norms = (torch.randn(7, **wide), torch.rand(7, dtype=torch.float64) + 1) if dora else (None, None)
-    assert torch.autograd.gradcheck(lambda *args: _LowRank.apply(*args, norms, base, 0.7), (x, z, a, b, magnitude))
+    assert torch.autograd.gradcheck(
+        lambda *args: _LowRank.apply(*args, norms, base, base.bias, 0.7), (x, z, a, b, magnitude)
+    )
 
 
 def test_rslora_scales_by_the_root_of_the_rank():

@@ -333,7 +333,6 @@ def test_a_dry_run_counts_and_writes_nothing(
         ("rejection-sampling", {"rewards.sources": "{exat: 1}"}, "exat: no such source"),
         ("rejection-sampling", {"rewards.scale": "running"}, "the best completion is the same at any scale"),
         ("rejection-sampling", {"rejection_sampling.keep": 5}, "a prompt has completions_per_prompt 4: at most that"),
-        ("rejection-sampling", {"fabric.strategy": "fsdp"}, "sampling from a sharded model is not there yet"),
     ],
 )
 def test_mistakes_are_told_at_once(train: Train, verb: str, flags: dict[str, Any], words: str) -> None:

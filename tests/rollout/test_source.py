@@ -25,7 +25,7 @@ from litrecipe.rollout.rewards import Scores
 from litrecipe.rollout.source import Rollouts
 from litrecipe.rollout.sources import Completions
 
-ALONE = Ranks(SimpleNamespace(global_rank=0, world_size=1))  # type: ignore[arg-type]
+ALONE = Ranks(SimpleNamespace(global_rank=0, world_size=1, strategy=None))  # type: ignore[arg-type]
 
 
 class Dice:
