@@ -118,7 +118,7 @@ class Place:
         if act is not None:
             self.wait(job, lambda told: told["JobState"] == "RUNNING" and steps_done(out) >= BEFORE)
             act(self.cluster, job)
-        self.wait(job, lambda told: int(told["Restarts"]) > 0)
+        self.wait(job, lambda told: int(told["Restarts"]) > 0 and told["JobState"] in ("PENDING", "RUNNING"))
         at = steps_done(out)
         saved = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step-????????"))
         state = self.cluster.wait(job, seconds=900)
