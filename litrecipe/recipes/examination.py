@@ -19,7 +19,7 @@ from litrecipe.recipes.training import save_trained, task_runner
 from litrecipe.rollout.held_out import measure_held_out
 from litrecipe.rollout.practice import Practice
 from litrecipe.rollout.rewards import Scorer
-from litrecipe.rollout.sources import KEY, RewardSource, check_columns_of, make_sources
+from litrecipe.rollout.sources import KEY, RewardSource, Weighted, check_columns_of, make_sources
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -56,22 +56,28 @@ def judge_of(
     config = Rewards(sources=recipe.eval.sources)
     if not config.sources:
         return None
-    budget = recipe.train.micro_batch_tokens
     try:
-        sources = make_sources(
-            config,
-            tokenizer,
-            recipe.fabric,
-            fabric.device,
-            budget=budget,
-            longest=longest_of(recipe),
-            own=own,
-            ranks=Ranks(fabric),
-        )
+        sources = sources_of(recipe, config, tokenizer, fabric, own)
         check_columns_of([one.source for one in sources], prompts.val)
     except InputError as error:
         raise InputError(*(line.replace(KEY, "eval.sources", 1) for line in error.mistakes)) from error
     return Scorer(sources, config, Sampling(), Ranks(fabric).agree)
+
+
+def sources_of(
+    recipe: OnlineRecipe, config: Rewards, tokenizer: Tokenizer, fabric: Fabric, own: RewardSource | None
+) -> list[Weighted]:
+    """What scores completions of a run, as `config` names it; `own` as `make_sources` takes it."""
+    return make_sources(
+        config,
+        tokenizer,
+        recipe.fabric,
+        fabric.device,
+        budget=recipe.train.micro_batch_tokens,
+        longest=longest_of(recipe),
+        own=own,
+        ranks=Ranks(fabric),
+    )
 
 
 def examiner(

@@ -12,7 +12,7 @@ from torch import nn
 
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import ModelFiles
-from litrecipe.config.online import Online, OnlineRecipe, longest_of, method_of
+from litrecipe.config.online import Online, OnlineRecipe, method_of
 from litrecipe.config.progress import say, warn
 from litrecipe.data.prepared import prepare
 from litrecipe.data.source import RecordedSource
@@ -28,7 +28,7 @@ from litrecipe.model.decoder import Decoder
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.objectives.loss import Objective
 from litrecipe.recipes.dry_run_online import show_online
-from litrecipe.recipes.examination import examiner, judge_of, keep_best
+from litrecipe.recipes.examination import examiner, judge_of, keep_best, sources_of
 from litrecipe.recipes.known import known_by
 from litrecipe.recipes.training import (
     asked,
@@ -42,7 +42,7 @@ from litrecipe.rollout.practice import Practice, check_rows
 from litrecipe.rollout.rewards import Moments, Scorer
 from litrecipe.rollout.sampler import make_sampler
 from litrecipe.rollout.source import Rollouts
-from litrecipe.rollout.sources import RewardSource, check_light, make_sources
+from litrecipe.rollout.sources import RewardSource, check_light
 
 
 @dataclass
@@ -78,16 +78,7 @@ def practise(recipe: OnlineRecipe, course: Callable[[ModelFiles], Course], *, dr
     policy = load_to_train(load_model, files, recipe)
     ranks = Ranks(fabric)
     own = chosen.own_source(policy, tokenizer, ranks)
-    sources = make_sources(
-        recipe.rewards,
-        tokenizer,
-        recipe.fabric,
-        fabric.device,
-        budget=budget,
-        longest=longest_of(recipe),
-        own=own,
-        ranks=ranks,
-    )
+    sources = sources_of(recipe, recipe.rewards, tokenizer, fabric, own)
     judge = judge_of(recipe, tokenizer, prompts, fabric, own)
     module = chosen.build(policy, frozen_twin(policy) if needs_copy(files, recipe) else None)
     make_ready(policy, recipe)
