@@ -3,19 +3,21 @@
     python benchmarks/ranks.py FOLDER
 
 FOLDER has `cases.json`: name → verb and flags, of which a dry run's numbers go to `reckoned.json`, and `runs.json`: a
-list of name, number of ranks, words, which are run one after the other, each rank writing `NAME/rank-R.json`; a line on
-standard output names each that is done. Ranks are forks of this process, which has imported everything and computed
-nothing. Counting looks at what torch is asked for, below FSDP2, DDP and litrecipe: every collective passes the
-dispatcher. Of a run's steps the second is counted and the later ones are timed, as counting slows a step down; by the
-clock, and by the processor's time, which other work on the machine does not lengthen.
+list of name, number of ranks, words, each of which is run twice: once to count, each rank writing
+`NAME/counted-R.json`, and once undisturbed, for `NAME/measured-R.json`; a line on standard output names each that is
+done. Ranks are forks of this process, which has imported everything and computed nothing. Counting looks at what torch
+is asked for, below FSDP2, DDP and litrecipe: every collective passes the dispatcher, and the profiler sees each
+tensor's memory come and go. Time is taken by the clock, and by the processor's, which other work does not lengthen.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import statistics
@@ -23,6 +25,7 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,36 +71,69 @@ def resident(field: str) -> int:
     return 1024 * int(next(line for line in status if line.startswith(field)).split()[1])
 
 
-def count(out: Path, words: list[str]) -> None:
-    """Train, and write what was counted and measured of this rank's steps."""
+def trained(words: list[str], step: Callable[[Callable[[], Any], int], Any]) -> None:
+    """Run litrecipe, whose steps are taken by `step`: it is given the step and its number, from 1."""
     from litrecipe import cli
     from litrecipe.engine import fit
 
-    traffic, timed, done = Traffic(), list[tuple[float, float]](), 0
-    step = fit.Run.train_step
+    own, numbers = fit.Run.train_step, itertools.count(1)
 
     def train_step(run: Any, samples: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done == COUNTED:
-            with traffic:
-                return step(run, samples)
         run.fabric.barrier()
-        clock, processor = time.perf_counter(), time.process_time()
-        result = step(run, samples)
-        if done > COUNTED:
-            timed.append((time.perf_counter() - clock, time.process_time() - processor))
-        return result
+        return step(lambda: own(run, samples), next(numbers))
 
     fit.Run.train_step = train_step  # type: ignore[method-assign]
     if cli.main(words):
         sys.exit("the run failed")
-    told = {
-        "counted": [[kind, size, times] for (kind, size), times in sorted(traffic.counted.items())],
-        "seconds": timed,
-        "peak": resident("VmHWM"),
-    }
-    (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(told))
+
+
+def write(out: Path, what: str, told: dict[str, Any]) -> None:
+    """What this rank has to tell."""
+    (out / f"{what}-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(told))
+
+
+def count(out: Path, words: list[str]) -> None:
+    """Train, and write which collectives a step asked for, and the most bytes of tensors that the next one held."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    traffic = Traffic()
+
+    def step(take: Callable[[], Any], number: int) -> Any:
+        if number == COUNTED:
+            with traffic:
+                return take()
+        with record_function(f"step {number}"):
+            return take()
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        trained(words, step)
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    last = next(event for event in events if event.name() == f"step {COUNTED + 1}")
+    held = peak = 0
+    for event in events:
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            if last.start_ns() <= event.start_ns() <= last.end_ns():
+                peak = max(peak, held)
+    counted = [[kind, size, times] for (kind, size), times in sorted(traffic.counted.items())]
+    write(out, "counted", {"collectives": counted, "peak": peak})
+
+
+def measure(out: Path, words: list[str]) -> None:
+    """Train, and write how long steps took, and the most memory that was resident meanwhile."""
+    timed, peaks = list[tuple[float, float]](), list[int]()
+
+    def step(take: Callable[[], Any], number: int) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # the highest is that of this step from here on
+        clock, processor = time.perf_counter(), time.process_time()
+        result = take()
+        if number > 1:
+            timed.append((time.perf_counter() - clock, time.process_time() - processor))
+            peaks.append(resident("VmHWM"))
+        return result
+
+    trained(words, step)
+    write(out, "measured", {"seconds": timed, "peak": max(peaks)})
 
 
 def reckon(out: Path, _: list[str]) -> None:
@@ -155,7 +191,7 @@ def probe(out: Path, _: list[str]) -> None:
             dist.all_gather_into_tensor(whole, piece)
             taken.append(time.perf_counter() - started)
         told[str(size)] = statistics.median(taken[1:])
-    (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(told))
+    write(out, "measured", told)
     dist.destroy_process_group()
 
 
@@ -207,7 +243,10 @@ def main() -> None:
     together(folder, reckon, [], 1)
     print("reckoned", flush=True)
     for name, ranks, words in json.loads((folder / "runs.json").read_text()):
-        together(folder / name, count if words else probe, words, ranks)
+        for act in (count, measure) if words else (probe,):
+            if words:
+                shutil.rmtree(words[words.index("--out_dir") + 1], ignore_errors=True)
+            together(folder / name, act, words, ranks)
         print(name, flush=True)
 
 

@@ -3,10 +3,11 @@
     python benchmarks/scaling.py [--only NAME …]
 
 Each case is a run of a few steps over gloo on this machine: every collective of a step is counted where torch is asked
-for it (`benchmarks/ranks.py`), resident memory is measured at its peak, less what that of a run with a model of next to
-nothing is above its own, and steps are timed: by the clock, and by the processor's time, which is what the reckoned
-seconds are held against, as other work on the machine does not lengthen it. Ranks have one thread each. Ends with 1
-where a count is not the reckoned one, or memory is more than 10 % off.
+for it, and the tensors that are held, at their peak (`benchmarks/ranks.py`). In a run of its own that nothing disturbs,
+resident memory is measured at its peak, less what the same run with a model of next to nothing has beside its tensors;
+what it is above the tensors is gloo's and the C library's. Steps are timed by the clock, and by the processor's time,
+which is what the reckoned seconds are held against, as other work on the machine does not lengthen it. Ranks have one
+thread each. Ends with 1 where a count is not the reckoned one, or tensors are more than 10 % off.
 """
 
 from __future__ import annotations
@@ -56,32 +57,55 @@ def run_of(name: str, work: Path, flags: Sequence[str | Path]) -> list[str]:
     return [str(word) for word in words]
 
 
-def told_by(folder: Path) -> list[dict[str, Any]]:
-    """What each rank of a run wrote."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+def nothing_of(name: str) -> str:
+    """What the same run with a model of next to nothing is called."""
+    return f"{name}, of nothing"
 
 
-def compared(name: str, told: list[dict[str, Any]], reckoned: dict[str, Any], baseline: int) -> dict[str, Any]:
-    """One case: counted, measured and reckoned."""
+def told_by(folder: Path, what: str) -> list[dict[str, Any]]:
+    """What each rank of a run wrote: what was `counted` or `measured`."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f"{what}-*.json"))]
+
+
+def at_peak(ranks: list[dict[str, Any]]) -> int:
+    """Bytes of the rank with most."""
+    return max(int(one["peak"]) for one in ranks)
+
+
+def by_kind(collectives: Counter[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """How many there are of a kind, and their bytes."""
+    found: dict[str, tuple[int, int]] = {}
+    for (kind, size), times in collectives.items():
+        number, total = found.get(kind, (0, 0))
+        found[kind] = number + times, total + size * times
+    return found
+
+
+def compared(name: str, folder: Path, reckoned: dict[str, Any], others: int) -> dict[str, Any]:
+    """One case: counted, measured and reckoned. `others`: resident bytes of a rank that are no tensors of the model."""
+    counts, measures = told_by(folder, "counted"), told_by(folder, "measured")
     counted, expected = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
-    for kind, size, times in told[0]["counted"]:
+    for kind, size, times in counts[0]["collectives"]:
         if size > SMALL:
             counted[kind, size] += times
     for kind, size, times in reckoned["collectives"]:
         expected[kind, size] += times
-    peak = max(one["peak"] for one in told) - baseline
-    by_clock, by_processor = (statistics.median(one[place] for one in told[0]["seconds"]) for place in (0, 1))
+    # Which gradients share a bucket of DDP's is settled by their arrival in the first step, so its sizes may differ.
+    equal = by_kind(counted) == by_kind(expected) if name.startswith("ddp") else counted == expected
+    memory = reckoned["memory"]["peak"] - reckoned["memory"]["holes"]
+    by_clock, by_processor = (statistics.median(one[place] for one in measures[0]["seconds"]) for place in (0, 1))
     seconds = sum(reckoned["time"].values())
     return {
         "ranks": CASES[name][0],
         "collectives": sum(counted.values()),
         "mb_counted": round(sum(size * times for (_, size), times in counted.items()) / 1e6, 6),
         "mb_reckoned": round(sum(size * times for (_, size), times in expected.items()) / 1e6, 6),
-        "equal": counted == expected,
-        "small": sum(times for _, size, times in told[0]["counted"] if size <= SMALL),
-        "memory_mib_measured": round(peak / MIB),
-        "memory_mib_reckoned": round(reckoned["memory"]["peak"] / MIB),
-        "memory_ratio": round(reckoned["memory"]["peak"] / peak, 3),
+        "equal": equal,
+        "small": sum(times for _, size, times in counts[0]["collectives"] if size <= SMALL),
+        "tensors_mib_counted": round(at_peak(counts) / MIB),
+        "tensors_mib_reckoned": round(memory / MIB),
+        "tensors_ratio": round(memory / at_peak(counts), 3),
+        "resident_mib_measured": round((at_peak(measures) - others) / MIB),
         "seconds_by_clock": round(by_clock, 3),
         "seconds_of_processor": round(by_processor, 3),
         "seconds_reckoned": round(seconds, 3),
@@ -93,8 +117,9 @@ def prepared(work: Path) -> tuple[list[str | Path], list[str | Path]]:
     """The flags that all cases share, for the model and for one of next to nothing with the same tokenizer."""
     model = as_hf_folder(work / "model")
     text = work / "text.jsonl"
+    # Two documents, so that all sequences but one have as many predictions: what is exchanged follows their number.
     lines = (" ".join(f"{n} times {m} is {n * m}," for m in range(60)) for n in range(400))
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in (" ".join(lines), "the end")))
     config = json.loads((model / "config.json").read_text())
     folders = []
     for name, changes in {
@@ -124,9 +149,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         flags, nothing = prepared(work)
-        runs: list[tuple[str, int, list[str]]] = [("1, nothing", 1, run_of("1", work, nothing))]
-        runs += [("2, nothing", 2, run_of("fsdp, 2", work, nothing))]
-        runs += [(name, CASES[name][0], run_of(name, work, flags)) for name in names]
+        runs = [
+            (case, CASES[name][0], run_of(name, work, words))
+            for name in names
+            for case, words in ((nothing_of(name), nothing), (name, flags))
+        ]
         (work / "cases.json").write_text(json.dumps({name: words for name, _, words in runs}))
         (work / "runs.json").write_text(json.dumps([*runs, (PROBE, 2, [])]))
         ranks = subprocess.Popen(
@@ -138,21 +165,21 @@ def main() -> None:
             name = line.decode().strip()
             if name in names:
                 reckoned = json.loads((work / "reckoned.json").read_text())
-                other = "2, nothing" if CASES[name][0] > 1 else "1, nothing"
-                baseline = max(one["peak"] for one in told_by(work / other)) - reckoned[other]["memory"]["peak"]
-                rows[name] = compared(name, told_by(work / name), reckoned[name], baseline)
+                nothing = work / nothing_of(name)
+                others = at_peak(told_by(nothing, "measured")) - at_peak(told_by(nothing, "counted"))
+                rows[name] = compared(name, work / name, reckoned[name], others)
                 write_part("scaling", name, rows[name], parts)
             elif name == PROBE:
-                write_part("scaling", PROBE, told_by(work / name)[0], parts)
+                write_part("scaling", PROBE, told_by(work / name, "measured")[0], parts)
             print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
         if ranks.wait():
             sys.exit("scaling: ranks failed")
     print_table(["", *next(iter(rows.values()))], [[name, *map(str, row.values())] for name, row in rows.items()])
     missed = [f"{name}: other collectives than reckoned" for name, row in rows.items() if not row["equal"]]
     missed += [
-        f"{name}: memory {row['memory_ratio']} times what was measured"
+        f"{name}: tensors reckoned at {row['tensors_ratio']} times what they were"
         for name, row in rows.items()
-        if abs(row["memory_ratio"] - 1) > ALLOWED
+        if abs(row["tensors_ratio"] - 1) > ALLOWED
     ]
     if missed:
         sys.exit("\n".join(missed))
