@@ -141,7 +141,7 @@ def published() -> Iterator[list[str]]:
 
 def measured() -> Iterator[list[str]]:
     """What benchmarks/scaling.py wrote; nothing before it was run."""
-    heads = ["collectives of a step", "MB counted", "MB reckoned", "MiB measured", "MiB reckoned"]
+    heads = ["collectives of a step", "MB counted", "MB reckoned", "tensors, MiB", "reckoned", "resident, MiB"]
     yield ["run", *heads, "s of a processor", "s reckoned"]
     for name, found in json.loads(RESULTS.read_text() if RESULTS.exists() else "{}").items():
         if isinstance(found, dict) and "equal" in found:
@@ -150,8 +150,9 @@ def measured() -> Iterator[list[str]]:
                 str(found["collectives"]),
                 f"{found['mb_counted']:,.3f}",
                 f"{found['mb_reckoned']:,.3f}",
-                f"{found['memory_mib_measured']:,}",
-                f"{found['memory_mib_reckoned']:,} ({found['memory_ratio'] - 1:+.0%})",
+                f"{found['tensors_mib_counted']:,}",
+                f"{found['tensors_mib_reckoned']:,} ({found['tensors_ratio'] - 1:+.0%})",
+                f"{found['resident_mib_measured']:,}",
                 f"{found['seconds_of_processor']:.2f}",
                 f"{found['seconds_reckoned']:.2f} ({found['seconds_ratio'] - 1:+.0%})",
             ]

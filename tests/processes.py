@@ -14,16 +14,19 @@ from safetensors.torch import load_file
 from litrecipe.engine.rundir import read_records
 from litrecipe.engine.telling import TIMING
 
+FRESH = (sys.executable, "-m", "litrecipe")
+"""As a user starts it, imports and all."""
 
-def start(command, out, log, fresh=False):
-    """Start it, with nothing there that an earlier kill left of a save; `fresh`: imports and all."""
+
+def start(command, out, log, by=()):
+    """Start it, with nothing there that an earlier kill left of a save; `by` these words, or forked."""
     for draft in out.glob("checkpoints/*.tmp"):
         shutil.rmtree(draft)
     words = list(map(str, command))
     file = log.open("ab")
-    if ranks_of(words) == 1 and not fresh:
+    if ranks_of(words) == 1 and not by:
         return Run(words, file, file, Path.cwd())
-    return subprocess.Popen([sys.executable, "-m", "litrecipe", *words], stdout=file, stderr=subprocess.STDOUT)
+    return subprocess.Popen([*(by or FRESH), *words], stdout=file, stderr=subprocess.STDOUT)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import assert_equal_runs, kill_at, start, steps_done, wait_until
+from processes import FRESH, assert_equal_runs, kill_at, start, steps_done, wait_until
 
 STEPS = 18
 LORA = ("--adapter.method", "lora", "--adapter.r", 4, "--optim.lr", "5e-3")
@@ -52,7 +52,7 @@ def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command: Command, 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     litrecipe(*command(unbroken, case))
     for kind in KILLS.get(case, ("between steps",)):
-        process = start(command(broken, case), broken, tmp_path / "log", fresh=kind == "set-up")
+        process = start(command(broken, case), broken, tmp_path / "log", by=FRESH if kind == "set-up" else ())
         assert kill_at(kind, process, broken, rng), (tmp_path / "log").read_text()
     litrecipe(*command(broken, case))
     assert_equal_runs(unbroken, broken, STEPS)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from processes import final_tensors, losses
+from tiny import TINY_CONFIG, write_tiny_tokenizer
 
 from litrecipe.checkpoint import state
 from litrecipe.engine.recorder import diff
@@ -98,12 +99,35 @@ def test_a_pretraining_goes_on_with_any_number_of_processes(train: Train, tmp_pa
 
 
 @pytest.mark.slow
+def test_experts_that_are_fewer_than_processes_are_cut_along_their_rows(train: Train, tmp_path: Path) -> None:
+    """Saved by four and gone on with by four and by one."""
+    experts = {"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 1, "initializer_range": 0.1}
+    write_tiny_tokenizer(tmp_path / "experts")
+    (tmp_path / "experts" / "config.json").write_text(json.dumps(TINY_CONFIG | experts))
+    for name in "ab":
+        lines = [json.dumps({"text": f"The {name} of {n}: " + "so it goes " * (n % 5 + 1)}) for n in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    model = ["--model.source", tmp_path / "experts" / "config.json", "--model.tokenizer", tmp_path / "experts"]
+    model += ["--model.init", "random"]
+    unbroken = train("pretrain", "unbroken", 6, *model)
+    for step, devices in ((2, 4), (4, 4), (6, 1)):
+        out = train("pretrain", "run", step, *model, *share("fsdp", devices))
+    agree(unbroken, out, 6)
+    ours, theirs = final_tensors(out), final_tensors(unbroken)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].numpy() == pytest.approx(tensor.numpy(), abs=1e-5), name
+
+
+@pytest.mark.slow
 def test_a_run_that_samples_goes_on_with_any_number_of_processes(train: Train) -> None:
     """A rollout has four steps: the checkpoints stand in the midst of one. Completions have random streams of their
     own, so they are the same, to the letter."""
     unbroken = train("ppo", "unbroken", 8)
-    for step, devices in ((2, 2), (3, 1), (5, 4), (8, 2)):
-        out = train("ppo", "run", step, *share("ddp", devices))
+    for step, (strategy, devices) in zip(
+        (2, 3, 5, 7, 8), [("ddp", 2), ("", 1), ("ddp", 4), ("fsdp", 2), ("", 1)], strict=True
+    ):
+        out = train("ppo", "run", step, *share(strategy, devices))
     agree(unbroken, out, 8)
     for name in ("000001.jsonl", "000002.jsonl"):
         ours, theirs = ((run / "rollouts" / name).read_text().splitlines() for run in (out, unbroken))

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from processes import assert_equal_runs, start, steps_done, wait_until
+from processes import FRESH, assert_equal_runs, start, steps_done, wait_until
 
 from litrecipe.config import progress
 from litrecipe.config.groups import Fabric
@@ -173,14 +173,32 @@ def test_a_process_of_torchrun_or_srun_watches_one_rank(alone: Callable[..., Non
     assert launch.ranks_to_start(two) == [{}]
 
 
+def rank_of(process: int, rank: int) -> int:
+    """The process below this one that computes as such a rank."""
+    below = [process]
+    for one in below:  # which grows meanwhile
+        below += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+    said = {one: Path(f"/proc/{one}/environ").read_bytes().split(b"\0") for one in below}
+    [found] = [
+        one
+        for one, words in said.items()
+        if f"RANK={rank}".encode() in words and any(word.startswith(f"{progress.WATCHED}=".encode()) for word in words)
+    ]
+    return found
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "by", [FRESH, [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--module", "litrecipe"]]
+)
 def test_kill_9_of_one_rank_ends_the_run_and_the_next_start_goes_on_to_the_bit(
     litrecipe: Callable[..., subprocess.CompletedProcess[str]],
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    by: Sequence[str],
 ) -> None:
-    """The only ranks here that are started as a user's are; the others are forked."""
+    """The only ranks here that are started as a user's are, by litrecipe or by torchrun; the others are forked."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     steps = 120
 
@@ -193,11 +211,10 @@ def test_kill_9_of_one_rank_ends_the_run_and_the_next_start_goes_on_to_the_bit(
         ]
 
     broken, unbroken, log = tmp_path / "broken", tmp_path / "unbroken", tmp_path / "log"
-    process = start(command(broken), broken, log, fresh=True)
+    process = start(command(broken), broken, log, by=by)
     try:
         assert wait_until(lambda: steps_done(broken) >= 22, process, seconds=240)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        second = next(int(pid) for pid in children if b"RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        second = rank_of(process.pid, 1)
         os.kill(second, signal.SIGKILL)
         assert process.wait(60) == 1
     finally:

@@ -7,9 +7,12 @@ The ranks are forked from a process that has imported everything, and watched as
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,42 +39,87 @@ METHODS: dict[str, list[object]] = {
 COMMON = ("--train.micro_batch_tokens", 300, "--log.loggers", "[]", "--fabric.accelerator", "cpu")
 
 
+class Submitted:
+    """Runs of two ranks that are given to a cluster, and how the same run goes without one."""
+
+    def __init__(self, cluster: Cluster, litrecipe: Callable[..., Any], folder: Path, model: Path) -> None:
+        self.cluster, self.litrecipe, self.folder, self.model = cluster, litrecipe, folder, model
+        self.broken, self.unbroken = folder / "broken", folder / "unbroken"
+
+    def flags(self, verb: str) -> list[object]:
+        cache = self.folder / "cache"
+        flags: list[object] = [*METHODS[verb], "--model", self.model, "--data.cache_dir", cache, *COMMON]
+        flags += ["--train.max_steps", STEPS, "--checkpoint.every", 25]
+        if verb == "pretrain":
+            draw = random.Random(0)
+            texts = self.folder / "texts.jsonl"
+            texts.write_text("".join(f'{{"text": "{"the answer is " * draw.randrange(1, 9)}"}}\n' for _ in range(99)))
+            flags += ["--data.train", texts]
+        return flags
+
+    def submit(self, verb: str, nodes: int) -> str:
+        """The number of its job."""
+        asked = ["--slurm.nodes", nodes, "--slurm.tasks_per_node", 2 // nodes, "--slurm.time", "10m"]
+        asked += ["--slurm.container", f"{sys.executable} {preloaded.__file__} {preloaded.address()}"]
+        assert cli.main(["submit", *map(str, [*self.flags(verb), *asked, "--out_dir", self.broken])]) == 0
+        return str(json.loads((self.broken / "job.json").read_text())["job"])
+
+    def wait_until_it_learns(self, job: str, steps: int = 5) -> None:
+        self.cluster.wait(job, lambda told: told["JobState"] == "RUNNING" and steps_done(self.broken) >= steps)
+
+    def assert_as_unbroken(self, verb: str) -> None:
+        self.litrecipe(*self.flags(verb), "--out_dir", self.unbroken, "--fabric.devices", 2)
+        assert_equal_runs(self.unbroken, self.broken, STEPS)
+
+
+@pytest.fixture
+def submitted(
+    slurm: Cluster,
+    litrecipe: Callable[..., Any],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Submitted:
+    for name, value in (slurm.environment | {"OMP_NUM_THREADS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    return Submitted(slurm, litrecipe, tmp_path, tiny_model)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "nodes", "stop"),
     [("finetune", 1, "USR1"), ("dpo", 2, "partition"), ("ppo", 1, "requeue"), ("pretrain", 2, "TERM")],
 )
 def test_what_the_cluster_stops_goes_on_by_itself_and_ends_as_one_that_was_not_stopped(
-    slurm: Cluster,
-    litrecipe: Callable[..., Any],
-    tiny_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    verb: str,
-    nodes: int,
-    stop: str,
+    submitted: Submitted, slurm: Cluster, verb: str, nodes: int, stop: str
 ) -> None:
-    for name, value in (slurm.environment | {"OMP_NUM_THREADS": "1"}).items():
-        monkeypatch.setenv(name, value)
-    flags: list[object] = [*METHODS[verb], "--model", tiny_model, "--data.cache_dir", tmp_path / "cache", *COMMON]
-    flags += ["--train.max_steps", STEPS, "--checkpoint.every", 25]
-    if verb == "pretrain":
-        draw = random.Random(0)
-        texts = tmp_path / "texts.jsonl"
-        texts.write_text("".join(f'{{"text": "{"the answer is " * draw.randrange(1, 9)}"}}\n' for _ in range(99)))
-        flags += ["--data.train", texts]
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    asked = ["--slurm.nodes", nodes, "--slurm.tasks_per_node", 2 // nodes, "--slurm.time", "10m"]
-    asked += ["--slurm.container", f"{sys.executable} {preloaded.__file__} {preloaded.address()}"]
-    assert cli.main(["submit", *map(str, [*flags, *asked, "--out_dir", broken])]) == 0
-    job = json.loads((broken / "job.json").read_text())["job"]
-    slurm.wait(job, lambda told: told["JobState"] == "RUNNING" and steps_done(broken) >= 5)
+    job = submitted.submit(verb, nodes)
+    submitted.wait_until_it_learns(job)
     STOPS[stop](slurm, job)
     slurm.hasten(job)
     assert slurm.wait(job) == "COMPLETED"
     assert slurm.told(job)["ExitCode"] == "0:0"
-    said = re.findall(r"stopped by SIG\S+: step (\d+) of (\d+) is saved", (broken / "job.log").read_text())
+    log = (submitted.broken / "job.log").read_text()
+    said = re.findall(r"stopped by SIG\S+: step (\d+) of (\d+) is saved", log)
     assert [int(total) for _, total in said] == [STEPS], "one stop, told once for all ranks"
     assert 5 <= int(said[0][0]) < STEPS
-    litrecipe(*flags, "--out_dir", unbroken, "--fabric.devices", 2)
-    assert_equal_runs(unbroken, broken, STEPS)
+    submitted.assert_as_unbroken(verb)
+
+
+@pytest.mark.slow
+def test_a_job_of_two_nodes_ends_when_a_rank_is_killed_and_the_next_one_goes_on_to_the_bit(
+    submitted: Submitted, slurm: Cluster
+) -> None:
+    job = submitted.submit("finetune", 2)
+    submitted.wait_until_it_learns(job, steps=27)
+    first = json.loads((submitted.broken / ".lock").read_text())["pid"]
+    os.kill(first, signal.SIGKILL)
+    began = time.monotonic()
+    assert slurm.wait(job) == "FAILED"
+    assert time.monotonic() - began < 60
+    log = (submitted.broken / "job.log").read_text()
+    assert f"litrecipe: error: rank 0 (process {first} on " in log and "was killed by SIGKILL" in log
+    assert steps_done(submitted.broken) < STEPS
+    job = submitted.submit("finetune", 2)
+    assert slurm.wait(job) == "COMPLETED"
+    submitted.assert_as_unbroken("finetune")

@@ -10,7 +10,7 @@ import signal
 import time
 
 import pytest
-from processes import assert_equal_runs, kill_at, start, steps_done, wait_until
+from processes import FRESH, assert_equal_runs, kill_at, start, steps_done, wait_until
 
 from litrecipe.checkpoint.manifest import mistakes_of
 from litrecipe.config.errors import InputError
@@ -55,7 +55,9 @@ def test_kill_9_and_resume_equals_the_unbroken_run(litrecipe, command, tmp_path,
     litrecipe(*command(unbroken, *METHODS[method]))
     killed = 0
     for kind in kills:
-        process = start(command(broken, *METHODS[method]), broken, tmp_path / "log", fresh=kind == "set-up")
+        process = start(
+            command(broken, *METHODS[method]), broken, tmp_path / "log", by=FRESH if kind == "set-up" else ()
+        )
         killed += kill_at(kind, process, broken, rng)
         process.wait()
     assert killed >= len(kills) - 1, (tmp_path / "log").read_text()
@@ -86,7 +88,7 @@ def test_a_signal_saves_and_the_resumed_run_is_equal(litrecipe, command, tmp_pat
 def test_a_signal_during_set_up_exits_85_at_once(command, tmp_path):
     rng = random.Random(0)
     for _ in range(3):
-        process = start(command(tmp_path / "run"), tmp_path / "run", tmp_path / "log", fresh=True)
+        process = start(command(tmp_path / "run"), tmp_path / "run", tmp_path / "log", by=FRESH)
         time.sleep(rng.uniform(0.4, 3))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 85, (tmp_path / "log").read_text()

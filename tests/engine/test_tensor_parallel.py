@@ -42,12 +42,13 @@ CASES: dict[str, dict[str, Any]] = {
     "finetune-taught": {**LORA, "distil.teacher": "TEACHER"},
     "dpo-off": {**LORA, "dpo.reference": "adapter_off"},
     "dpo-moving": {**LONG, "dpo.reference": "moving", "dpo.ref_alpha": 0.6},
+    "dpo-moving-soon": {"dpo.reference": "moving", "dpo.ref_every": 3},
     "reward-full": {"data.val": "toy:units-pairs?n=5&seed=0&split=test"},
     "ppo-separate": {**LONG, "train.epochs": 9, "ppo.layout": "separate", "ppo.kl_coef": 0.1, "adapter.method": "none"},
     "ppo-lora": {**LORA, "rewards.scale": "running", "ppo.policy_ema": 0.9},
     "pretrain-experts": {**LONG, "model.source": "experts", "model.init": "random", "pretrain.z_loss": 1e-3},
 }
-MIXED = ("finetune-fused", "finetune-dora")
+MIXED = ("finetune-fused", "finetune-dora", "dpo-moving-soon", "ppo-lora")
 OF_FOUR = ("finetune-full", "ppo-lora")
 OF_VERB: dict[str, dict[str, Any]] = {
     "finetune": {"data.train": "toy:units?n=40&seed=0"},
