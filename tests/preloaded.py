@@ -266,7 +266,8 @@ def become(job: dict[str, Any], files: array.array[int] | list[int]) -> None:
 
 
 def ask(address: str, words: Sequence[str]) -> int:
-    """Be a run that the process at `address` forks, for whoever starts processes himself: signals are passed on."""
+    """Be a run that the process at `address` forks, for whoever starts processes himself: signals are passed on,
+    and it ends by the one by which the run does."""
     global _server
     _server = SimpleNamespace(address=address)
     waiting: list[int] = []
@@ -278,7 +279,10 @@ def ask(address: str, words: Sequence[str]) -> int:
         signal.signal(number, lambda number, _: os.kill(process.pid, number))
     for number in waiting:
         os.kill(process.pid, number)
-    return process.wait()
+    code = process.wait()
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    return code
 
 
 def address() -> str:
