@@ -52,8 +52,8 @@ SHAPES = {"1x2": (1, 2), "2x1": (2, 1)}
 """Nodes and tasks of each."""
 LIMIT = {"slurm.time": "2m", "slurm.signal": 90}
 """A time limit of which the signal comes half a minute after the start."""
-
-
+LONGER = 8
+"""Times as many steps has a run that is to reach that limit."""
 EVENTS: dict[str, Callable[[Cluster, str], None] | None] = {**STOPS, "time": None}
 """What stops a run; None: it is stopped by its own time limit."""
 
@@ -70,17 +70,18 @@ class Place:
         )
         (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
 
-    def flags(self, verb: str, out: Path, more: Mapping[str, Any]) -> list[str]:
-        given = self.model | OWN[verb] | {"train.max_steps": STEPS[verb], "checkpoint.every": 20, "out_dir": out}
+    def flags(self, verb: str, steps: int, out: Path, more: Mapping[str, Any]) -> list[str]:
+        given = self.model | OWN[verb] | {"train.max_steps": steps, "checkpoint.every": 20, "out_dir": out}
         if verb == "pretrain":
             given["data.train"] = self.folder / "texts.jsonl"
         return [*METHODS[verb], *(f"--{key}={value}" for key, value in (given | more).items())]
 
-    def unbroken(self, verb: str) -> Path:
+    def unbroken(self, verb: str, steps: int) -> Path:
         """A run of two ranks that nobody stopped; made once."""
-        kept, out = self.folder / f"{verb}-unbroken", self.folder / verb
+        kept, out = self.folder / f"{verb}-{steps}-unbroken", self.folder / verb
         if not kept.exists():
-            words = self.flags(verb, out, {"fabric.devices": 2, "checkpoint.resume": "auto"})
+            shutil.rmtree(out, ignore_errors=True)
+            words = self.flags(verb, steps, out, {"fabric.devices": 2, "checkpoint.resume": "auto"})
             if self.forked:
                 from preloaded import run
 
@@ -98,16 +99,17 @@ class Place:
 
     def stopped(self, verb: str, shape: str, event: str) -> dict[str, Any]:
         """How a run was stopped, went on and ended, and what differs from one that was not stopped."""
-        unbroken, out = self.unbroken(verb), self.folder / verb
+        act = EVENTS[event]
+        steps = STEPS[verb] * (LONGER if act is None else 1)
+        unbroken, out = self.unbroken(verb, steps), self.folder / verb
         shutil.rmtree(out, ignore_errors=True)
         nodes, tasks = SHAPES[shape]
         asked: dict[str, Any] = {"slurm.nodes": nodes, "slurm.tasks_per_node": tasks, "slurm.time": "10m"}
-        act = EVENTS[event]
         if self.forked:
             from preloaded import address
 
             asked["slurm.container"] = f"{sys.executable} {REPO}/tests/preloaded.py {address()}"
-        words = self.flags(verb, out, asked | (LIMIT if act is None else {}))
+        words = self.flags(verb, steps, out, asked | (LIMIT if act is None else {}))
         env = self.cluster.environment | environment(
             threads=1, extra={"SLURM_CONF": self.cluster.environment["SLURM_CONF"]}
         )

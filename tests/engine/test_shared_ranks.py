@@ -44,6 +44,38 @@ CASES: dict[str, dict[str, Any]] = {
         "ppo.policy_ema": 0.9,
     },
     "ppo-hydra": {**ASKED, **LORA, "model.source": "hydra", "ppo.layout": "hydra", "optim.lr": 1e-3},
+    "grpo": {
+        "data.train": "toy:units?n=13&seed=0",
+        "train.epochs": 99,
+        "adapter.method": "none",
+        "rewards.sources": '{"function:rewarding:vowels": 1.0}',
+        "optim.lr": 1e-3,
+        "grpo.rollout_batch_size": 12,
+        "grpo.completions_per_prompt": 3,
+        "grpo.minibatches": 2,
+        "grpo.max_new_tokens": 6,
+        "grpo.kl_coef": 0.05,
+    },
+    "iterative": {
+        **LORA,
+        "data.train": "toy:units?n=13&seed=0",
+        "train.epochs": 99,
+        "rewards.sources": '{"function:rewarding:vowels": 1.0}',
+        "iterative_dpo.prompts_per_round": 6,
+        "iterative_dpo.completions_per_prompt": 3,
+        "iterative_dpo.minibatches": 2,
+        "iterative_dpo.max_new_tokens": 6,
+    },
+    "rejection": {
+        "data.train": "toy:units?n=13&seed=0",
+        "adapter.method": "none",
+        "train.global_batch_size": 4,
+        "rewards.sources": '{"function:rewarding:vowels": 1.0}',
+        "optim.lr": 1e-3,
+        "rejection_sampling.completions_per_prompt": 3,
+        "rejection_sampling.max_new_tokens": 6,
+        "rejection_sampling.truncated": "learn",
+    },
     "pretrain-experts": {
         "model.source": "experts",
         "model.init": "random",
@@ -63,23 +95,31 @@ SHARED: dict[str, dict[str, Any]] = {
 """Options of how models are shared, which change no number but where they round."""
 ROUNDED = {"finetune-bf16": 2e-2}
 """bf16 has three digits; norms and residual stream are fp32 in one process."""
+REWARDING = """
+def vowels(prompts, completions, rows):
+    return [sum(letter in "aeiou" for letter in one) / (1 + len(one)) for one in completions]
+"""
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from litrecipe.checkpoint.hf import save_model
 from litrecipe.checkpoint.load import load_model
 from litrecipe.checkpoint.source import open_model
-from litrecipe.config import groups, online, pretrain as pretraining, schema
+from litrecipe.config import groups, online, pretrain as pretraining, rounds, schema
 from litrecipe.engine.fabric import Ranks, make_fabric
-from litrecipe.recipes import dpo, finetune, ppo, pretrain
+from litrecipe.recipes import dpo, finetune, grpo, iterative_dpo, ppo, pretrain, rejection_sampling
 
 VERBS = {
     "finetune": (groups.FinetuneRecipe, finetune),
     "dpo": (groups.DpoRecipe, dpo),
     "ppo": (online.PpoRecipe, ppo),
+    "grpo": (online.GrpoRecipe, grpo),
+    "iterative": (rounds.IterativeDpoRecipe, iterative_dpo),
+    "rejection": (rounds.RejectionSamplingRecipe, rejection_sampling),
     "pretrain": (pretraining.PretrainRecipe, pretrain),
 }
 os.chdir(sys.argv[1])
+sys.path.insert(0, sys.argv[1])
 jobs = json.loads(sys.argv[3])
 for verb, flags in jobs:
     kind, recipe = VERBS[verb]
@@ -114,6 +154,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """All cases, alone and on two ranks."""
     folder = tmp_path_factory.mktemp("shared")
     write_models(folder, tiny_model)
+    (folder / "rewarding.py").write_text(REWARDING)
     texts = [
         f"{number} the quick brown fox jumps over the lazy dog {'and asks ' * (number % 7)}" for number in range(90)
     ]
@@ -152,8 +193,9 @@ def test_two_processes_that_share_learn_as_one(runs: Path, case: str) -> None:
         assert ours.keys() == theirs.keys()
         for name in ours:
             if name in ("loss", "eval_loss", "reward") or name.startswith("grad_norm"):
-                # PPO's loss is near 0 where terms of about 1 cancel.
-                near = pytest.approx(ours[name], rel=ROUNDED.get(case, 1e-5), abs=1e-6 if "ppo" in case else 1e-7)
+                # The loss of PPO and GRPO is near 0 where terms of about 1 cancel.
+                cancels = case.startswith(("ppo", "grpo"))
+                near = pytest.approx(ours[name], rel=ROUNDED.get(case, 1e-5), abs=1e-6 if cancels else 1e-7)
                 assert theirs[name] == near, (ours["step"], name)
     for part in ("", "ema", "critic"):
         ours, theirs = (final_tensors(runs / name / case, part) for name in ("alone", "fsdp"))
@@ -164,12 +206,12 @@ def test_two_processes_that_share_learn_as_one(runs: Path, case: str) -> None:
 
 @pytest.mark.slow
 def test_what_was_sampled_is_the_same_to_the_token(runs: Path) -> None:
-    for case in ("ppo-separate", "ppo-hydra"):
+    for case, count in {"ppo-separate": 18, "ppo-hydra": 18, "grpo": 120, "iterative": 180}.items():
         texts = [
             [json.loads(line)["completion"] for path in sorted(run.glob("*.jsonl")) for line in path.open()]
             for run in (runs / name / case / "rollouts" for name in ("alone", "fsdp"))
         ]
-        assert texts[0] == texts[1] and len(texts[0]) == 18
+        assert texts[0] == texts[1] and len(texts[0]) == count
 
 
 @pytest.mark.slow
