@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,79 +112,85 @@ def left(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+class Refusals:
+    """What was answered to files with mistakes, of each verb as many as come to `DRAWN`."""
+
+    def __init__(self, verbs: Iterable[str]) -> None:
+        self.verbs = sorted(verbs)
+        self.done: list[Child] = []
+        self.mistakes = 0
+        self.answered_otherwise: dict[str, dict[str, str]] = {}
+
+    def ask(
+        self,
+        cases: Callable[[list[str]], Any],
+        seed: int,
+        run: Callable[[list[Any], Path], Child],
+        name: str | None = None,
+        model: Path | None = None,
+    ) -> None:
+        """Write each file, as `name` or under its own, beside a model or none, and run what reads it in an empty
+        folder: it must end with 2 and one line a mistake, and write nothing but locks of the cache."""
+        for number, verb in enumerate(self.verbs):
+            count = DRAWN // len(self.verbs) + (number < DRAWN % len(self.verbs))
+            for index, case in enumerate(generated.drawn(cases([verb]), count, seed)):
+                with tempfile.TemporaryDirectory() as folder:
+                    place, empty = Path(folder) / "given", Path(folder) / "empty"
+                    place.mkdir()
+                    empty.mkdir()
+                    given = place / (name or case.name), model or place / "model", empty / "out"
+                    case.write(*given)
+                    done = run(case.command(*given), empty)
+                    complaint = self.complaint(done, case.must_say, empty)
+                self.done.append(done)
+                if complaint:
+                    content = case.content[-2000:].decode(errors="replace")
+                    self.answered_otherwise[f"{verb} {index}"] = {"complaint": complaint, "content": content}
+                    print(verb, index, complaint, flush=True)
+
+    def complaint(self, done: Child, must_say: list[str], empty: Path) -> str | None:
+        """What is wrong with an answer."""
+        told = error_lines(done.output)
+        self.mistakes += len(told)
+        if written := [one for one in left(empty) if not is_only_a_lock(empty / one)]:
+            return f"written: {written}"
+        if len(told) != len(must_say):
+            return f"{len(told)} lines of {len(must_say)} mistakes: {done.output[-300:]}"
+        return not_refused(done.returncode, done.output, must_say)
+
+
 def wrong_recipes(work: Path, seed: int, _: float) -> dict[str, Any]:
     """200 wrong recipes, each read by a process of its own."""
-    verbs = sorted(generated.RIGHT)
-    seconds, cpu_seconds, wrong, mistakes = [], [], {}, 0
-    for number, verb in enumerate(verbs):
-        count = DRAWN // len(verbs) + (number < DRAWN % len(verbs))
-        for index, case in enumerate(generated.drawn(generated.wrong_recipes([verb]), count, seed)):
-            with tempfile.TemporaryDirectory() as name:
-                place, empty = Path(name) / "given", Path(name) / "empty"
-                place.mkdir()
-                empty.mkdir()
-                case.write(place / "recipe.yaml", place / "model", empty / "out")
-                words = case.command(place / "recipe.yaml", place / "model", empty / "out")
-                done = run_child(
-                    [*LITRECIPE, *words],
-                    threads=1,
-                    extra={"LITRECIPE_CACHE": str(empty / "cache"), "PYTHONPATH": str(REPO), "COLUMNS": "10000"},
-                    cwd=empty,
-                )
-                complaint = not_refused(done.returncode, done.output, case.must_say)
-                told = error_lines(done.output)
-                complaint = complaint or answered_otherwise(told, done.output, case.must_say)
-                if written := left(empty):
-                    complaint = f"written: {written}"
-            mistakes += len(told)
-            seconds.append(done.seconds)
-            cpu_seconds.append(done.cpu_seconds)
-            if complaint:
-                wrong[f"{verb} {index}"] = {"complaint": complaint, "recipe": case.content.decode(errors="replace")}
-                print(verb, index, complaint, flush=True)
-    return {
-        "recipes": len(seconds),
-        "verbs": len(verbs),
-        "mistakes": mistakes,
-        "cpu_seconds": {"median": round(statistics.median(cpu_seconds), 2), "most": round(max(cpu_seconds), 2)},
-        "wall_seconds": {"median": round(statistics.median(seconds), 2), "most": round(max(seconds), 2)},
-        "answered_otherwise": wrong,
+
+    def run(words: list[Any], empty: Path) -> Child:
+        cache = {"LITRECIPE_CACHE": str(empty / "cache"), "PYTHONPATH": str(REPO), "COLUMNS": "10000"}
+        return run_child([*LITRECIPE, *words], threads=1, extra=cache, cwd=empty)
+
+    refusals = Refusals(generated.RIGHT)
+    refusals.ask(generated.wrong_recipes, seed, run, name="recipe.yaml")
+    taken = {
+        "cpu_seconds": [done.cpu_seconds for done in refusals.done],
+        "wall_seconds": [done.seconds for done in refusals.done],
     }
-
-
-def answered_otherwise(told: list[str], output: str, must_say: list[str]) -> str | None:
-    """What is wrong with the lines of an answer: there must be one a mistake, and no more."""
-    if len(told) != len(must_say):
-        return f"{len(told)} lines of {len(must_say)} mistakes: {output[-300:]}"
-    return None
+    return {
+        "recipes": len(refusals.done),
+        "verbs": len(refusals.verbs),
+        "mistakes": refusals.mistakes,
+        **{what: {"median": round(statistics.median(s), 2), "most": round(max(s), 2)} for what, s in taken.items()},
+        "answered_otherwise": refusals.answered_otherwise,
+    }
 
 
 def wrong_data(work: Path, seed: int, _: float) -> dict[str, Any]:
     """200 wrong data files."""
-    verbs = sorted(generated.READERS)
-    wrong: dict[str, Any] = {}
-    files, mistakes = 0, 0
-    model = tiny_model(work / "model")
-    for number, verb in enumerate(verbs):
-        count = DRAWN // len(verbs) + (number < DRAWN % len(verbs))
-        for index, case in enumerate(generated.drawn(generated.wrong_data([verb]), count, seed)):
-            with tempfile.TemporaryDirectory() as name:
-                place, empty = Path(name) / "given", Path(name) / "empty"
-                place.mkdir()
-                empty.mkdir()
-                case.write(place / case.name, model, empty / "out")
-                done = forked(case.command(place / case.name, model, empty / "out"), empty)
-                complaint = not_refused(done.returncode, done.output, case.must_say)
-                told = error_lines(done.output)
-                complaint = complaint or answered_otherwise(told, done.output, case.must_say)
-                if written := [name for name in left(empty) if not is_only_a_lock(empty / name)]:
-                    complaint = f"written: {written}"
-            files, mistakes = files + 1, mistakes + len(told)
-            if complaint:
-                content = case.content[-400:].decode(errors="replace")
-                wrong[f"{verb} {index}"] = {"complaint": complaint, "file": case.name, "content": content}
-                print(verb, index, case.name, complaint, flush=True)
-    return {"files": files, "verbs": len(verbs), "mistakes": mistakes, "answered_otherwise": wrong}
+    refusals = Refusals(generated.READERS)
+    refusals.ask(generated.wrong_data, seed, forked, model=tiny_model(work / "model"))
+    return {
+        "files": len(refusals.done),
+        "verbs": len(refusals.verbs),
+        "mistakes": refusals.mistakes,
+        "answered_otherwise": refusals.answered_otherwise,
+    }
 
 
 def is_only_a_lock(path: Path) -> bool:
