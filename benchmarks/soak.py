@@ -32,8 +32,8 @@ RUNS: dict[str, tuple[str, list[str], dict[str, str]]] = {
     "align ppo, freed memory given back": (*PPO, {"MALLOC_MMAP_THRESHOLD_": str(8 * 2**20)}),
     "finetune": ("finetune", METHODS["finetune"]["lora"], {}),
 }
-"""Run → what `kills.py` calls its kind, its flags, its environment. The C library may keep a freed tensor of some MiB for
-later or not, as it happens to lie; told so it gives them all back."""
+"""Run → what `kills.py` calls its kind, its flags, its environment. The C library may keep a freed tensor of some MiB
+for later or not, as it happens to lie; told so it gives them all back."""
 LONG: dict[str, Any] = {
     "train.max_steps": 1_000_000,
     "train.epochs": None,
