@@ -210,20 +210,25 @@ def teacher_bytes(
     """
     with torch.device("meta"):
         model = Decoder(teacher).to(dtype).requires_grad_(False)
-    if split_over > 1:
-        split(model, Group(0, split_over))
-        teacher = narrowed(teacher, split_over)
-    sizes = {name: stored_bytes(name, p, method) for name, p in model.named_parameters()}
-    weights = sum(sizes.values())
+    weights = frozen_bytes(model, method, sharded_over=sharded_over, split_over=split_over)
+    teacher = narrowed(teacher, split_over)
     if sharded_over:
-        head = model.lm_head.weight
-        weights = weights // sharded_over + gathered(sizes, teacher, blocks=2) + head.numel() * head.element_size()
+        weights += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
     widest = max(teacher.intermediate_size, teacher.hidden_size)
     return (
         weights
         + 2 * head_scratch(model, row, device)
         + 4 * (len(row.target) * teacher.hidden_size + 6 * len(row.tokens) * widest)
     )
+
+
+def frozen_bytes(model: Trunk, method: str, *, sharded_over: int | None = None, split_over: int = 1) -> int:
+    """Weights of a model on the meta device that is only asked, as `teacher_bytes`. It becomes a rank's part of it."""
+    if split_over > 1:
+        split(model, Group(0, split_over))
+    sizes = {name: stored_bytes(name, p, method) for name, p in model.requires_grad_(False).named_parameters()}
+    weights = sum(sizes.values())
+    return weights // sharded_over + gathered(sizes, model.architecture, blocks=2) if sharded_over else weights
 
 
 def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
