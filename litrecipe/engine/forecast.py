@@ -133,7 +133,8 @@ def frozen_reads(model: Trunk) -> int:
     learn."""
     if model.model.embed_tokens.weight.requires_grad:
         return 0
-    attends = any(parameter.requires_grad for parameter in model.model.layers[0].self_attn.parameters())
+    own = model.model.named_parameters()
+    attends = any(parameter.requires_grad for name, parameter in own if name.startswith("layers.0.self_attn."))
     return 1 if attends and not model.architecture.parallel else 2
 
 

@@ -33,6 +33,7 @@ from litrecipe.engine.sharding import distribute
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.families import read_architecture
+from litrecipe.model.flops import row_flops
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
 from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row, Sample, Segment, make_row
@@ -143,6 +144,19 @@ def test_what_is_reckoned_is_what_torch_is_asked_for(case: str, ranks: ModuleTyp
         reckoned[one.kind, one.bytes] += one.times
     assert counted == reckoned
     assert counted
+
+
+def test_a_reward_model_has_no_logits() -> None:
+    row, architecture, h100 = row_of(), read_architecture(TINY_CONFIG), KNOWN["h100"]
+    asked = {"rows": 2, "tokens": 200, "hardware": h100}
+    found = forecast(recipe_of(1, {}, RewardRecipe), architecture, row, **asked)
+    assert found.time is not None
+    layers = row_flops(architecture, row).layers
+    assert found.time.arithmetic == pytest.approx(2 * 3 * layers / (h100.full * h100.attained))
+    joint = forecast(recipe_of(1, {"reward.sft_coef": 0.5}, RewardRecipe), architecture, row, **asked)
+    said = forecast(recipe_of(1, {}), architecture, row, **asked)  # one answer, which is the best
+    assert joint.time is not None and said.time is not None
+    assert joint.time.arithmetic == said.time.arithmetic
 
 
 def test_buckets_are_those_of_ddp() -> None:
