@@ -245,7 +245,7 @@ def _sharding(fabric: Fabric) -> Iterator[Mistake]:
     """Keys of models that processes share."""
     for key in ("reshard_after_forward", "cpu_offload", "param_dtype", "reduce_dtype", "gather_to_sample"):
         value = getattr(fabric, key)
-        if value != getattr(Fabric, key) and not fabric.is_sharded:
+        if value != getattr(Fabric, key) and fabric.strategy != "fsdp":
             yield f"fabric.{key}", value, "only fabric.strategy fsdp knows it: remove it, or use that"
     if fabric.param_dtype != "auto" and fabric.precision != "bf16-mixed":
         cure = f"fabric.precision is {fabric.precision}: use bf16-mixed, or remove it"

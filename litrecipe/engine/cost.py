@@ -118,6 +118,10 @@ class Member:
     asked: int = 0
     """Passes over a row without gradient, beside the one that learns: as a reference, a teacher, or to look at the step
     first."""
+    says: bool = True
+    """Whether it has a head over the vocabulary."""
+    frozen_reads: int = 0
+    """How many of the first that attention and MLPs read need no gradient, as nothing before them learns."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,8 @@ class Widths(NamedTuple):
     """Of a row on a rank, for ranks that share each layer."""
 
     tokens: int
+    places: int
+    """Of which the last layer is computed."""
     predictions: int
     hidden: int
     stream: int
@@ -207,23 +213,23 @@ def added_up(
     """What ranks that share each layer add up in a step (1909.08053, section 3): what attention and MLP write, and on
     the way back the gradients of what they read.
 
-    Of the last layer only the places that predict are computed. Where a layer is computed `again`, so is what its
+    Of the last layer only the places that heads read are computed. Where a layer is computed `again`, so is what its
     attention writes; of its MLP nothing more is needed by then. The embedding adds up what it says of each token, the
     head the gradient of what it reads, and what its softmax comes to, a few numbers a prediction, which do not count.
     """
     inside = min(layout.tensor, layout.devices)
     counted: Counter[tuple[str, Phase, int]] = Counter()
-    whole, predicted = widths.tokens * widths.hidden, widths.predictions * widths.hidden
+    whole, read, predicted = (n * widths.hidden for n in (widths.tokens, widths.places, widths.predictions))
     for member in members if layout.tensor > 1 else ():
         passes, learns, below = member.learns + member.asked, int(member.learns), len(member.layers) - 1
         counted[LAYERS, "forward", whole * widths.written] += 2 * below * passes
-        counted[LAYERS, "forward", predicted * widths.written] += 2 * passes
-        counted[LAYERS, "backward", whole * widths.stream] += (2 * below + 1) * learns
-        counted[LAYERS, "backward", predicted * widths.stream] += learns
+        counted[LAYERS, "forward", read * widths.written] += 2 * passes
+        for size in [*[whole] * (2 * below + 1), read][member.frozen_reads :]:
+            counted[LAYERS, "backward", size * widths.stream] += learns
         counted[LAYERS, "backward", whole * widths.written] += below * (learns and again)
-        counted[LAYERS, "backward", predicted * widths.written] += learns and again
+        counted[LAYERS, "backward", read * widths.written] += learns and again
         counted[REST, "forward", whole * widths.stream] += passes
-        counted[REST, "backward", predicted * widths.stream] += learns
+        counted[REST, "backward", predicted * widths.stream] += learns and member.says
     return [
         Collective("all-reduce", what, phase, layout.tensor, inside, size, times * rows, hidden=False)
         for (what, phase, size), times in counted.items()

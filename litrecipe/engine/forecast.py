@@ -15,16 +15,29 @@ from torch import nn
 
 from litrecipe.config.groups import Fabric as FabricConfig
 from litrecipe.config.groups import Quantize, TrainingRecipe
-from litrecipe.engine.cost import Collective, Layout, Member, Piece, Widths, added_up, cut_dimension, exchanged
+from litrecipe.engine.cost import (
+    Collective,
+    Layout,
+    Member,
+    Piece,
+    Widths,
+    added_up,
+    cut_dimension,
+    exchanged,
+    largest_share,
+)
 from litrecipe.engine.fabric import devices_of, devices_there
 from litrecipe.engine.grid import groups_of
 from litrecipe.engine.hardware import KNOWN, Hardware, seconds
 from litrecipe.engine.memory import LAYERS, NF4_BLOCK, can_be_quantised, part_model
 from litrecipe.engine.peak import measured_flops
 from litrecipe.model.architecture import Architecture
-from litrecipe.model.decoder import Trunk
+from litrecipe.model.decoder import Decoder, Trunk
 from litrecipe.model.flops import Forward, row_flops
+from litrecipe.model.hydra import Hydra, of_best
+from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row
+from litrecipe.model.tensor_plan import held_of
 
 OF_A_NODE = 8
 """Devices of a node of known hardware, where nobody says how many."""
@@ -111,7 +124,18 @@ def member_of(model: Trunk, config: FabricConfig, quantised: Quantize, ranks: in
         unit = layers.setdefault(inside.partition(".")[0], []) if is_layer else rest
         unit += pieces_of(name, parameter, config, quantised, ranks)
     learns = any(parameter.requires_grad for parameter in model.parameters())
-    return Member(tuple(map(tuple, layers.values())), tuple(rest), learns, asked)
+    units = tuple(map(tuple, layers.values()))
+    return Member(units, tuple(rest), learns, asked, isinstance(model, Decoder), frozen_reads(model))
+
+
+def frozen_reads(model: Trunk) -> int:
+    """How many of the first that attention and MLPs read need no gradient: below them neither embedding nor adapters
+    learn."""
+    if model.model.embed_tokens.weight.requires_grad:
+        return 0
+    own = model.model.named_parameters()
+    attends = any(parameter.requires_grad for name, parameter in own if name.startswith("layers.0.self_attn."))
+    return 1 if attends and not model.architecture.parallel else 2
 
 
 def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantised: Quantize, ranks: int) -> list[Piece]:
@@ -124,7 +148,7 @@ def pieces_of(name: str, parameter: nn.Parameter, config: FabricConfig, quantise
     if quantised.method == "nf4" and can_be_quantised(name, parameter) and not parameter.requires_grad:
         matrices = parameter.shape[0] if parameter.ndim == 3 else 1
         count, scale = parameter.numel() // matrices, 1 if quantised.double_quant else 4
-        return [Piece(-(-count // 2), 1, 1, 0), Piece(-(-count // NF4_BLOCK), 1, scale, 0)] * matrices
+        return [Piece(-(-count // 2), 1, 1, 0), Piece(-(-count // NF4_BLOCK) * scale, 1, 1, 0)] * matrices
     rows = parameter.shape[cut_dimension(parameter.shape, ranks)]
     return [Piece(rows, parameter.numel() // rows, weight, gradient if parameter.requires_grad else 0)]
 
@@ -238,10 +262,14 @@ def forecast(
     standing = [member_of(one.model, config, one.quantised, layout.data, asked=one.asked) for one in beside]
     again = float(config.activation_checkpointing) if again is None else again
     collectives = exchanged([*learning, *standing], layout, rows)
-    collectives += added_up([*learning, *standing], layout, widths_of(config, architecture, row), rows, again=again > 0)
+    places, said = read_of(module, row)
+    widths = widths_of(config, architecture, row, places, said)
+    collectives += added_up([*learning, *standing], layout, widths, rows, again=again > 0)
+    collectives += shares_of(module, layout)
     if hardware is None:
         return Forecast(layout, collectives, None, tokens, None)
     own = row_flops(architecture, row)
+    own = own._replace(head=own.head * said / max(1, len(row.target)))
     of_others = sum(one.asked * sum(row_flops(one.model.architecture, row)) for one in beside)
     share = tokens / (layout.data * rows * len(row.tokens)) / layout.tensor
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -259,9 +287,30 @@ def forecast(
     return Forecast(layout, collectives, time, tokens, mfu)
 
 
-def widths_of(config: FabricConfig, architecture: Architecture, row: Row) -> Widths:
-    """Of what ranks that share each layer add up. Under autocast the residual stream is as wide as the weights, what
-    products give is not."""
+def read_of(module: nn.Module, row: Row) -> tuple[int, int]:
+    """Of how many places of a row the last layer is computed, and how many go through a language model's head."""
+    model = next(part for part in module.modules() if isinstance(part, Trunk))
+    if isinstance(model, Hydra):
+        said = len(of_best(row).target)
+        return said + len(row.answers), said
+    return (len(row.answers), 0) if isinstance(model, RewardModel) else (len(row.target), len(row.target))
+
+
+def widths_of(config: FabricConfig, architecture: Architecture, row: Row, places: int, said: int) -> Widths:
+    """Of what ranks that share each layer add up, see `read_of`. Under autocast the residual stream is as wide as the
+    weights, what products give is not."""
     stream = 2 if config.precision == "bf16-true" or config.param_dtype == "bfloat16" else 4
     written = 4 if config.precision == "32-true" else 2
-    return Widths(len(row.tokens), len(row.target), architecture.hidden_size, stream, written)
+    return Widths(len(row.tokens), places, said, architecture.hidden_size, stream, written)
+
+
+def shares_of(module: nn.Module, layout: Layout) -> list[Collective]:
+    """What `engine.gradients.add_up_shares` adds up once a step."""
+    size = sum(
+        round(p.numel() * largest_share(p.shape, layout.shards)) * p.element_size()
+        for p in module.parameters()
+        if p.requires_grad and held_of(p).is_share
+    )
+    inside = min(layout.tensor, layout.devices)
+    found = Collective("all-reduce", "gradients", "step", layout.tensor, inside, size, hidden=False)
+    return [found] if size else []

@@ -9,7 +9,7 @@ Shapes: T tokens of the largest row, P its predictions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -20,6 +20,7 @@ from litrecipe.config.online import PpoRecipe
 from litrecipe.engine.cost import largest_share
 from litrecipe.engine.gradients import messages
 from litrecipe.engine.optim import optimizer_bytes
+from litrecipe.engine.sharding import second_heads, unshare
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
 from litrecipe.model.critic import ActorAndCritic, critic_beside
@@ -74,6 +75,8 @@ class MemoryTable:
     """Keys and values while completions are sampled, which is over when something is learnt."""
     laid_out: int = 0
     """Copies of the weights for as long."""
+    whole: int = 0
+    """The whole policy for as long, on every rank of those that share it."""
     host: int = 0
     """Weights, gradients and the optimizer, of a GPU that keeps them in main memory."""
     saving: int = 0
@@ -86,10 +89,10 @@ class MemoryTable:
 
         In a step of one row gradients grow while activations are freed, so it holds the larger of the two, not both.
         """
-        backward = self.scratch + self.holes + max(self.held + self.activations, self.gradients)
-        always = self.weights + self.reference + self.judges + self.teacher + self.optimizer + self.exchange
-        always += self.saving
-        return max(always + max(backward, self.cache + self.laid_out), self.weights + self.asked)
+        backward = self.exchange + self.scratch + self.holes + max(self.held + self.activations, self.gradients)
+        sampling = max(self.exchange, self.whole) + self.cache + self.laid_out
+        always = self.weights + self.reference + self.judges + self.teacher + self.optimizer + self.saving
+        return max(always + max(backward, sampling), self.weights + self.asked)
 
 
 def estimate(
@@ -111,24 +114,28 @@ def estimate(
     """
     model, size = part_model(recipe, architecture), recipe.fabric.tensor_parallel
     parameters, trained = parameter_counts(model if size == 1 else meta_model(recipe, architecture))
-    whole, architecture, world_size = architecture, narrowed(architecture, size), world_size // size
+    full, architecture, world_size = architecture, narrowed(architecture, size), world_size // size
+    strategy, exchange, whole = recipe.fabric.strategy, 0, 0
+    cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
+    if cuts:
+        own_parameters(model)
     sizes = {name: stored_bytes(name, p, recipe.quantize.method) for name, p in model.named_parameters()}
     learnt = {name: p.numel() * p.element_size() for name, p in model.named_parameters() if p.requires_grad}
     weights, gradients = sum(sizes.values()), sum(learnt.values())
-    copied = sum(size for name, size in learnt.items() if not name.startswith("critic."))
+    copied = of_policy(learnt)
     optimizer = optimizer_bytes(recipe.optim.name, (p for p in model.parameters() if p.requires_grad))
-    strategy, exchange = recipe.fabric.strategy, 0
-    cuts = strategy == "fsdp" or (size > 1 and world_size > 1)
     if cuts:
-        exchange = exchanged_bytes(recipe.fabric, sizes, learnt, architecture)
+        exchange = exchanged_bytes(recipe.fabric, model, sizes, learnt, architecture)
+        whole = int(gathered_share(recipe.fabric) * of_policy(sizes)) if recipe.fabric.gather_to_sample else 0
         shares = {name: largest_share(p.shape, world_size) for name, p in model.named_parameters()}
         whole_gradients, gradients = gradients, round(sum(size * shares[name] for name, size in learnt.items()))
-        weights = round(sum(size * shares[name] for name, size in sizes.items()))
+        held = {name: size * shares[name] for name, size in sizes.items()}
+        weights, copied = round(sum(held.values())), of_policy(held)
         optimizer = optimizer * gradients // max(1, whole_gradients)
     elif strategy == "ddp" or world_size > 1:
         exchange = exchanged_by_copies(list(learnt.values()))
     saved = sum(learnt.values()) // (world_size if cuts else 1) + optimizer
-    reference = (weights if cuts else copied) if frozen_copy else 0
+    reference = copied if frozen_copy else 0
     host = 0
     if cuts and recipe.fabric.cpu_offload and torch.device(device).type != "cpu":
         host = weights + reference + gradients + optimizer
@@ -136,7 +143,7 @@ def estimate(
     widest = max(architecture.intermediate_size, architecture.hidden_size)
     if experts := architecture.experts:
         widest = max(widest, experts.chosen * max(experts.size, architecture.hidden_size))
-    activations, again = kept or kept_bytes(recipe, whole, row)
+    activations, again = kept or kept_bytes(recipe, full, row)
     return MemoryTable(
         weights=weights,
         reference=reference,
@@ -148,10 +155,23 @@ def estimate(
         holes=int(CPU_HOLES * activations) if torch.device(device).type == "cpu" else 0,
         held=gradients if rows > 1 else 0,
         host=host,
+        whole=whole,
         saving=saved if recipe.checkpoint.asynchronous and torch.device(device).type == "cpu" else 0,
         parameters=parameters,
         trained=trained,
     )
+
+
+def own_parameters(model: nn.Module) -> None:
+    """Give each model parameters of its own, as `engine.sharding.cut` does."""
+    models = [part for part in model.modules() if isinstance(part, Trunk)]
+    heads = second_heads(models)
+    unshare(one for one in models if one not in heads)
+
+
+def of_policy(sizes: Mapping[str, float]) -> int:
+    """What of the bytes of parameters, by name, is not a critic's."""
+    return round(sum(size for name, size in sizes.items() if not name.startswith("critic.")))
 
 
 def head_scratch(model: nn.Module, row: Row, device: torch.device | str) -> int:
@@ -191,20 +211,25 @@ def teacher_bytes(
     """
     with torch.device("meta"):
         model = Decoder(teacher).to(dtype).requires_grad_(False)
-    if split_over > 1:
-        split(model, Group(0, split_over))
-        teacher = narrowed(teacher, split_over)
-    sizes = {name: stored_bytes(name, p, method) for name, p in model.named_parameters()}
-    weights = sum(sizes.values())
+    weights = frozen_bytes(model, method, sharded_over=sharded_over, split_over=split_over)
+    teacher = narrowed(teacher, split_over)
     if sharded_over:
-        head = model.lm_head.weight
-        weights = weights // sharded_over + gathered(sizes, teacher, blocks=2) + head.numel() * head.element_size()
+        weights += model.lm_head.weight.numel() * model.lm_head.weight.element_size()
     widest = max(teacher.intermediate_size, teacher.hidden_size)
     return (
         weights
         + 2 * head_scratch(model, row, device)
         + 4 * (len(row.target) * teacher.hidden_size + 6 * len(row.tokens) * widest)
     )
+
+
+def frozen_bytes(model: Trunk, method: str, *, sharded_over: int | None = None, split_over: int = 1) -> int:
+    """Weights of a model on the meta device that is only asked, as `teacher_bytes`. It becomes a rank's part of it."""
+    if split_over > 1:
+        split(model, Group(0, split_over))
+    sizes = {name: stored_bytes(name, p, method) for name, p in model.requires_grad_(False).named_parameters()}
+    weights = sum(sizes.values())
+    return weights // sharded_over + gathered(sizes, model.architecture, blocks=2) if sharded_over else weights
 
 
 def meta_model(recipe: TrainingRecipe, architecture: Architecture) -> nn.Module:
@@ -238,13 +263,22 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
 
 
-def exchanged_bytes(config: Fabric, sizes: dict[str, int], learnt: dict[str, int], architecture: Architecture) -> int:
+def exchanged_bytes(
+    config: Fabric, model: nn.Module, sizes: dict[str, int], learnt: dict[str, int], architecture: Architecture
+) -> int:
     """What a rank of FSDP2 holds besides its pieces: all outside of the layers and two of these, as one is fetched
     while another works, or all where none is let go; and on the way back the whole gradients of what is outside and of
-    one layer."""
-    share = 0.5 if config.param_dtype == "bfloat16" else 1.0
-    layers = 2 if config.reshard_after_forward else architecture.num_layers
-    return int(share * (gathered(sizes, architecture, layers) + gathered(learnt, architecture, 1)))
+    one layer, which are copied where they are added up in another precision than they come in."""
+    share, layers = gathered_share(config), 2 if config.reshard_after_forward else architecture.num_layers
+    width = {"float32": 4, "bfloat16": 2}[config.reduce_dtype]
+    copied = {name: p.numel() * width for name, p in model.named_parameters() if name in learnt}
+    copy = layers_of(copied) / architecture.num_layers if layers_of(copied) != share * layers_of(learnt) else 0
+    return int(share * (gathered(sizes, architecture, layers) + gathered(learnt, architecture, 1)) + copy)
+
+
+def gathered_share(config: Fabric) -> float:
+    """Width of what is gathered by that of what is stored."""
+    return 0.5 if config.param_dtype == "bfloat16" else 1.0
 
 
 def exchanged_by_copies(learnt: list[int]) -> int:
@@ -319,8 +353,13 @@ def can_be_quantised(name: str, parameter: nn.Parameter) -> bool:
 
 def gathered(sizes: dict[str, int], architecture: Architecture, blocks: int) -> int:
     """Bytes of everything outside the layers, and of some layers."""
-    layers = sum(size for name, size in sizes.items() if LAYERS in name)
+    layers = layers_of(sizes)
     return int(sum(sizes.values()) - layers + blocks * layers / architecture.num_layers)
+
+
+def layers_of(sizes: dict[str, int]) -> int:
+    """Of the layers alone."""
+    return sum(size for name, size in sizes.items() if LAYERS in name)
 
 
 def fill_with_fakes(model: nn.Module) -> None:

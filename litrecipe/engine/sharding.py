@@ -40,7 +40,8 @@ def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.
     if (group := group_of(mesh)) is not None:
         split(module, group)
     models = [model for model in models if model not in heads]
-    device = torch.device("cpu") if config.cpu_offload else _device_of(mesh)
+    works_on = _device_of(mesh)
+    device = torch.device("cpu") if config.cpu_offload else works_on
     if config.strategy == "fsdp" or mesh["data_parallel"].size() > 1:
         cut(models, heads, mesh["data_parallel"], config)
         for model in models:
@@ -51,6 +52,7 @@ def distribute(module: nn.Module, mesh: DeviceMesh, config: FabricConfig) -> nn.
         module.to(device)
     mark(module)
     for model in models:
+        model.model.works_on = works_on
         if model.fill is not None:
             model.fill(model)
             model.fill = None
@@ -80,6 +82,8 @@ def shard(model: Trunk, mesh: DeviceMesh, config: FabricConfig) -> None:
     options["shard_placement_fn"] = partial(placement, ranks=mesh.size())
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, reshard_after_forward=config.reshard_after_forward, **options)
+    if isinstance(model, RewardModel) and model.score.weight.dtype != model.model.embed_tokens.weight.dtype:
+        fully_shard(model.score, mesh=mesh, **policies(config))  # what is exchanged at once is of one dtype
     learns = any(parameter.requires_grad for parameter in model.parameters())
     fully_shard(model, mesh=mesh, reshard_after_forward=not learns, **options)
     register_fsdp_forward_method(model, "within")

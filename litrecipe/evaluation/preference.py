@@ -76,7 +76,7 @@ class Preference:
             self._reward(model, settings),
             used,
             budget=settings.batch_tokens,
-            device=model.model.embed_tokens.weight.device,
+            device=model.device,
             progress="preference: row" if settings.chatty else None,
         )
         found = summary(pairs)

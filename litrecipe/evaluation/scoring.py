@@ -73,7 +73,7 @@ def loglikelihoods(
 @torch.no_grad()
 def _score(samples: list[Sample], model: Decoder) -> list[Scores]:
     """One forward pass; what each segment's predicted tokens got, segments in order."""
-    row = make_row(samples).to(next(model.parameters()).device)
+    row = make_row(samples).to(model.device)
     predictions = model(row)
     sizes = row.segment.bincount(minlength=len(row.spans)).tolist()
     return list(zip(predictions.logps.cpu().double().split(sizes), predictions.correct.cpu().split(sizes), strict=True))

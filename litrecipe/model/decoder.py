@@ -57,6 +57,11 @@ class Trunk(nn.Module):
         self.frequencies = frequencies_of(architecture)
 
     @property
+    def device(self) -> torch.device:
+        """Where it works, and what it reads must be."""
+        return self.model.works_on or self.model.embed_tokens.weight.device
+
+    @property
     def own_architecture(self) -> Architecture:
         """What this rank computes of the model."""
         return self.architecture if self.group is None else narrowed(self.architecture, self.group.size)
@@ -223,6 +228,8 @@ class Backbone(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
+        self.works_on: torch.device | None = None
+        """Where weights are brought for their work, of a model that processes share; None: where they lie."""
         a = architecture
         self.embed_tokens = nn.Embedding(a.vocab_size, a.hidden_size)
         if a.learned_positions:

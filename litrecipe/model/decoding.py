@@ -169,12 +169,11 @@ class _Batch:
     """The sequences under way, each in its row of a cache."""
 
     def __init__(self, model: Decoder, waiting: deque[_Sequence], cache_tokens: int | None) -> None:
-        embedding = model.model.embed_tokens.weight
-        kind = embedding.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embedding.dtype
+        kind, stored = model.device.type, model.model.embed_tokens.weight.dtype
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else stored
         self.waiting, self.cache_tokens = waiting, cache_tokens
-        self.device = embedding.device
-        self.cache = KVCache(model.own_architecture, dtype, embedding.device)
+        self.device = model.device
+        self.cache = KVCache(model.own_architecture, dtype, self.device)
         self.spare: KVCache | None = None
         laid_out = lay_out(model) if pays(len(waiting), sum(sequence.room for sequence in waiting)) else None
         self.decode = model.decode if laid_out is None else laid_out.decode

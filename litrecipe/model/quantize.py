@@ -32,7 +32,8 @@ class NF4Linear(bnb.nn.Linear4bit):
     """NormalFloat4 in blocks of 64 weights (QLoRA, 2305.14314, section 3)."""
 
     scales: nn.Parameter | None
-    """Of a model that processes share: the scales of the blocks, which are cut as the weight is."""
+    """Of a model that processes share: the scales of the blocks, which are cut as the weight is. Bytes, whatever they
+    stand for: numbers would be rounded where weights are gathered in bf16."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -42,7 +43,8 @@ class NF4Linear(bnb.nn.Linear4bit):
         """The restored weight (o, i)."""
         if self.scales is not None:
             state: Any = self.quant_state
-            state.absmax = self.scales.data
+            state.absmax = self.scales.data if state.nested else self.scales.data.view(torch.float32)
+            state.to(self.weight.device)  # the weight may lie in main memory and be brought to a GPU for its work
         # The module's state, not the weight's: a sharded weight comes back as a plain tensor.
         return bnb.functional.dequantize_4bit(self.weight.data, self.quant_state).to(dtype)
 
@@ -66,22 +68,24 @@ class NF4Linear(bnb.nn.Linear4bit):
 
     def cut_later(self, double_quant: bool) -> NF4Linear:
         """The same with its parameters on the meta device, for a model that is cut before it has values."""
-        count, whole = self.in_features * self.out_features, torch.uint8
-        kind = whole if double_quant else torch.float32
-        self.weight = nn.Parameter(torch.empty(-(-count // 2), 1, dtype=whole, device="meta"), requires_grad=False)
-        scales = torch.empty(-(-count // BLOCK), dtype=kind, device="meta")
-        self.scales = nn.Parameter(scales, requires_grad=False)
+        count, self.double_quant = self.in_features * self.out_features, double_quant
+        self.weight = _bytes(-(-count // 2), 1)
+        self.scales = _bytes(-(-count // BLOCK) * (1 if double_quant else 4))
         return self
 
     def pack(self, weight: Tensor, put: Callable[[Tensor, Tensor], None]) -> Tensor:
         """Quantise a weight (o, i) and `put` the pieces of that where they belong; returns what will be restored."""
         assert self.scales is not None
-        packed, self.quant_state = quantised(weight, self.scales.dtype == torch.uint8)
+        packed, self.quant_state = quantised(weight, self.double_quant)
         restored = bnb.functional.dequantize_4bit(packed, self.quant_state)
         put(self.weight, packed)
-        put(self.scales, self.quant_state.absmax)
-        self.quant_state.to(self.weight.device)
+        put(self.scales, self.quant_state.absmax.view(torch.uint8))
         return restored
+
+
+def _bytes(*shape: int) -> nn.Parameter:
+    """Frozen ones, without values."""
+    return nn.Parameter(torch.empty(*shape, dtype=torch.uint8, device="meta"), requires_grad=False)
 
 
 class Int8Linear(bnb.nn.Linear8bitLt):

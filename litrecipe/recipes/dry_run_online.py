@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 
 from litrecipe.checkpoint.source import ModelFiles, open_model
 from litrecipe.config import progress
@@ -12,12 +14,15 @@ from litrecipe.config.groups import TrainingRecipe
 from litrecipe.config.online import OnlineRecipe, method_of, sampling_of
 from litrecipe.config.progress import counted
 from litrecipe.config.rounds import IterativeDpoRecipe, RejectionSamplingRecipe
+from litrecipe.config.schema import load_run
 from litrecipe.data.packing import pack
 from litrecipe.data.prompts import PromptSet
 from litrecipe.data.tokenizer import Tokenizer
 from litrecipe.engine.forecast import device_of, layout_of
-from litrecipe.model.architecture import Architecture, count_parameters
+from litrecipe.engine.memory import frozen_bytes
+from litrecipe.model.architecture import Architecture
 from litrecipe.model.laid_out import LARGEST, pays, size
+from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Sample, Segment, make_row
 from litrecipe.model.tensor_plan import narrowed
 from litrecipe.recipes.dry_run import show_recipe
@@ -118,12 +123,10 @@ def _show(
     show_recipe(recipe)
     own = narrowed(files.architecture, recipe.fabric.tensor_parallel)
     load = longest_rows(recipe, shape, prompts, shares)
-    bytes_each = precision_of(recipe).itemsize
     sources = [*recipe.rewards.sources, *(recipe.eval.sources if isinstance(recipe, OnlineRecipe) else [])]
-    judges = [open_model(spec.removeprefix(MODEL)) for spec in sources if spec.startswith(MODEL)]
     table = replace(
         memory_of(recipe, files, load, frozen_copy),
-        judges=sum(bytes_each * count_parameters(judge.architecture, is_reward_model=True) for judge in judges),
+        judges=sum(judge_bytes(recipe, spec.removeprefix(MODEL)) for spec in sources if spec.startswith(MODEL)),
         cache=cache_bytes(recipe, shape, own, prompts, shares),
         laid_out=laid_out_bytes(recipe, shape, own, shares),
     )
@@ -133,6 +136,15 @@ def _show(
     console.print("[bold]one prompt[/bold], as it is asked")
     console.print(tokenizer.decode(prompts.train[0].tokens.tolist(), skip_special=False), highlight=False, markup=False)
     return 0
+
+
+def judge_bytes(recipe: TrainingRecipe, source: str) -> int:
+    """Of a reward model: stored as it was trained (`evaluation.session.open_any`), and shared as the policy is."""
+    run, layout = load_run(Path(source)), layout_of(recipe.fabric)
+    with torch.device("meta"):
+        judge = RewardModel(open_model(source).architecture).to(precision_of(recipe))
+    shards = layout.data if layout.sharded else None
+    return frozen_bytes(judge, run.quantize.method if run else "none", sharded_over=shards, split_over=layout.tensor)
 
 
 def longest_rows(recipe: TrainingRecipe, shape: Shape, prompts: PromptSet, world: int) -> Load:

@@ -181,6 +181,8 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
     out.add_row("KV cache", f"{table.cache / 1e9:.3f}", note)
     if table.laid_out:
         out.add_row("laid out", f"{table.laid_out / 1e9:.3f}", "copies of the weights, for as long")
+    if table.whole:
+        out.add_row("whole", f"{table.whole / 1e9:.3f}", "the policy, which every rank gathers, for as long")
     return out
 
 

@@ -162,7 +162,7 @@ class ModelSource:
         shared = self._groups(completions)
         samples = [self._sample(completions, places) for places in shared]
         lengths = [sample.length for sample in samples]
-        device = self.model.model.embed_tokens.weight.device
+        device = self.model.device
         scores: dict[int, float] = {}
         rows = pack(lengths, max(self._budget, *lengths)).rows if samples else []
         if self._ranks is not None:  # who has fewer rows makes passes of nothing for the others' sake
@@ -329,6 +329,11 @@ def load_source(
             f"{KEY}: {spec}: a language model, it has no score: train a reward model with `litrecipe align reward`"
         )
     if ranks is not None and shared:
+        if fabric.tensor_parallel > 1 and session.quantize.method != "none":
+            raise InputError(
+                f"{KEY}: {spec}: its base is quantised, and cannot be split for fabric.tensor_parallel: give the "
+                "folder final/ of its run, whose base is not"
+            )
         return ModelSource(
             spec, ranks.place(session.model, fabric), session.tokenizer, tokenizer, budget=budget, ranks=ranks
         )

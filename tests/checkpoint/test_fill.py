@@ -92,7 +92,7 @@ def parameters_of(model: torch.nn.Module) -> dict[str, Tensor]:
     found = {name: parameter.data for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         if state := getattr(module, "quant_state", None):
-            found[f"{name}.scales"] = state.absmax
+            found[f"{name}.scales"] = state.absmax.view(torch.uint8)
     return found
 
 

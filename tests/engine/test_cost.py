@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -22,22 +22,28 @@ from tiny import TINY_CONFIG
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from litrecipe.config import schema
-from litrecipe.config.groups import DpoRecipe
+from litrecipe.config.groups import DpoRecipe, RewardRecipe, TrainingRecipe
 from litrecipe.engine.cost import Collective, Layout, total_bytes
 from litrecipe.engine.forecast import Beside, Forward, Work, forecast, layout_of, step_time
-from litrecipe.engine.gradients import MESSAGE, add_up_copies, messages
+from litrecipe.engine.gradients import MESSAGE, add_up_copies, add_up_shares, messages
+from litrecipe.engine.grid import group_of
 from litrecipe.engine.hardware import KNOWN, seconds
 from litrecipe.engine.memory import meta_model
 from litrecipe.engine.sharding import distribute
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.families import read_architecture
+from litrecipe.model.flops import row_flops
 from litrecipe.model.reference import PolicyAndReference, frozen_twin
+from litrecipe.model.reward import RewardModel
 from litrecipe.model.row import Row, Sample, Segment, make_row
 
+T = TypeVar("T", bound=TrainingRecipe)
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 MIXTURE = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 TENSOR, SHARDED = {"fabric.tensor_parallel": 2}, {"fabric.strategy": "fsdp"}
+LORA = {"adapter.method": "lora", "adapter.r": 8}
+MLPS = {"adapter.targets": "[up_proj, down_proj]", "adapter.r": 32, "fabric.activation_checkpointing": True}
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "two ranks": (2, SHARDED, {}, ""),
     "64 ranks, most of which have padding": (64, SHARDED, {}, ""),
@@ -60,8 +66,11 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "shared layers in bf16": (2, TENSOR | {"fabric.precision": "bf16-mixed"}, {"tie_word_embeddings": False}, ""),
     "shared layers, shared over data": (8, TENSOR | SHARDED, {}, ""),
     "shared experts": (2, TENSOR, MIXTURE, ""),
+    "an adapter on shared layers": (2, TENSOR | LORA, {}, ""),
+    "an adapter on MLPs shared over data": (8, TENSOR | SHARDED | LORA | MLPS, {}, ""),
+    "a reward model of shared layers": (2, TENSOR, {}, "rewards"),
 }
-"""Name → ranks, flags, changes of the model, and what stands beside it."""
+"""Name → ranks, flags, changes of the model, and what stands beside it, or whether it says `rewards`."""
 
 
 @pytest.fixture(scope="module")
@@ -82,22 +91,24 @@ def world() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def row_of(tokens: int = 100) -> Row:
+def row_of(tokens: int = 100, samples: int = 1) -> Row:
     weights = np.ones(tokens, dtype=np.float32)
-    weights[:8] = 0
-    return make_row([Sample("x", (Segment(np.arange(tokens), weights),))])
+    weights[: min(8, tokens // 2)] = 0
+    return make_row([Sample("x", (Segment(np.arange(tokens), weights),))] * samples)
 
 
-def recipe_of(ranks: int, flags: dict[str, Any]) -> DpoRecipe:
+def recipe_of(ranks: int, flags: dict[str, Any], kind: type[T] = DpoRecipe) -> T:
     given = {"model.source": "m", "data.train": "d", "fabric.accelerator": "cpu", "fabric.devices": ranks} | flags
-    return schema.load(DpoRecipe, [], [(key, str(value)) for key, value in given.items()])
+    return schema.load(kind, [], [(key, str(value)) for key, value in given.items()])
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_reckoned_is_what_torch_is_asked_for(case: str, ranks: ModuleType, world: Any) -> None:
     count, flags, changes, beside = CASES[case]
-    recipe, architecture = recipe_of(count, flags), read_architecture(TINY_CONFIG | changes)
-    layout, row = layout_of(recipe.fabric), row_of()
+    says_rewards = beside == "rewards"
+    recipe: TrainingRecipe = recipe_of(count, flags, RewardRecipe if says_rewards else DpoRecipe)
+    architecture = read_architecture(TINY_CONFIG | changes)
+    layout, row = layout_of(recipe.fabric), row_of(4, samples=30) if says_rewards else row_of()
     standing = []
     if beside == "copy":
         twin = meta_model(recipe, architecture).requires_grad_(False)
@@ -111,24 +122,41 @@ def test_what_is_reckoned_is_what_torch_is_asked_for(case: str, ranks: ModuleTyp
     mesh = dist.init_device_mesh(
         "cpu", (layout.data, layout.tensor), mesh_dim_names=("data_parallel", "tensor_parallel")
     )
-    model = Decoder(architecture)
+    model = RewardModel(architecture) if says_rewards else Decoder(architecture)
     model.init_weights(seed=0)
     if recipe.adapter.method != "none":
         add_adapter(model, recipe.adapter)
     model.activation_checkpointing = recipe.fabric.activation_checkpointing
-    module = PolicyAndReference(model, frozen_twin(model) if beside == "copy" else None) if beside else model
+    module: torch.nn.Module = model
+    if beside and isinstance(model, Decoder):
+        module = PolicyAndReference(model, frozen_twin(model) if beside == "copy" else None)
     distribute(module, mesh, config=recipe.fabric)
     traffic = ranks.Traffic()
     half = recipe.fabric.precision == "bf16-mixed"
     with traffic, torch.autocast("cpu", torch.bfloat16, enabled=half):
         for _ in range(2):
-            module(row).logps.sum().backward()
+            said = module(row)
+            (said if says_rewards else said.logps).sum().backward()
+        add_up_shares(module.parameters(), group_of(mesh))
     counted = Counter({key: times for key, times in traffic.counted.items() if key[1] > ranks.SMALL})
     reckoned = Counter[tuple[str, int]]()
     for one in expected.collectives:
         reckoned[one.kind, one.bytes] += one.times
     assert counted == reckoned
     assert counted
+
+
+def test_a_reward_model_has_no_logits() -> None:
+    row, architecture, h100 = row_of(), read_architecture(TINY_CONFIG), KNOWN["h100"]
+    asked = {"rows": 2, "tokens": 200, "hardware": h100}
+    found = forecast(recipe_of(1, {}, RewardRecipe), architecture, row, **asked)
+    assert found.time is not None
+    layers = row_flops(architecture, row).layers
+    assert found.time.arithmetic == pytest.approx(2 * 3 * layers / (h100.full * h100.attained))
+    joint = forecast(recipe_of(1, {"reward.sft_coef": 0.5}, RewardRecipe), architecture, row, **asked)
+    said = forecast(recipe_of(1, {}), architecture, row, **asked)  # one answer, which is the best
+    assert joint.time is not None and said.time is not None
+    assert joint.time.arithmetic == said.time.arithmetic
 
 
 def test_what_copies_exchange_is_what_they_ask_torch_for(ranks: ModuleType, world: Any) -> None:

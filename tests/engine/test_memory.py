@@ -104,6 +104,21 @@ def test_sharding_divides_what_is_kept_and_adds_what_is_gathered(table) -> None:
     assert (copied.weights, copied.exchange) == (full.weights, full.gradients)
 
 
+def test_what_is_exchanged_and_gathered_in_bf16(table) -> None:
+    """Gradients that come in bf16 are added up as fp32 numbers, a layer of them at a time. Under `gather_to_sample`
+    the whole policy lies beside keys and values, and nothing that is exchanged in a step."""
+    flags = {"world_size": 4, "fabric__strategy": "fsdp", "fabric__precision": "bf16-mixed"}
+    plain, half = table(**flags), table(**flags, fabric__param_dtype="bfloat16")
+    layer = 2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96 + 2 * 48
+    assert half.exchange == plain.exchange // 2 + 4 * layer
+    alike = {"fabric__param_dtype": "bfloat16", "fabric__reduce_dtype": "bfloat16", "fabric__gather_to_sample": True}
+    gathering = table(**flags, **alike)
+    assert gathering.exchange == plain.exchange // 2
+    assert (plain.whole, gathering.whole) == (0, 2 * plain.parameters)
+    sampling = replace(gathering, cache=10**9)
+    assert sampling.peak == 10**9 + gathering.weights + gathering.optimizer + gathering.whole
+
+
 def test_what_lies_in_main_memory_is_not_on_the_gpu(table) -> None:
     flags = {"world_size": 4, "rows": 2, "fabric__strategy": "fsdp", "fabric__devices": 4}
     there, away = (table(**flags, device="cuda", fabric__cpu_offload=offload) for offload in ("false", "true"))
@@ -165,13 +180,15 @@ def test_a_hydra_has_both_heads_and_logits_of_what_was_chosen(tiny_model: Path) 
 
 def test_the_layouts_of_ppo(tiny_model: Path) -> None:
     """Whole models: policy and critic, each with its gradient, and a copy of the policy alone as a reference. One base
-    under two adapters counts once."""
+    under two adapters counts once, unless it is sharded: then each has its own."""
     architecture = read_architecture(json.loads((tiny_model / "config.json").read_text()))
-    row, tables = make_row([sample(100)]), {}
+    row, tables, sharded = make_row([sample(100)]), {}, {}
     for layout in ("separate", "lora", "joined", "hydra"):
         recipe = PpoRecipe(ppo=Ppo(layout=layout))  # type: ignore[arg-type]
         recipe.adapter.method = "none" if layout == "separate" else "lora"
         tables[layout] = estimate(recipe, architecture, row, frozen_copy=layout == "separate")
+        recipe.fabric.strategy = "fsdp"
+        sharded[layout] = estimate(recipe, architecture, row, frozen_copy=True, world_size=2, kept=(0, 0))
     whole = tables["separate"]
     backbone = (whole.parameters - 48) // 2
     assert whole.trained == whole.parameters == 2 * backbone + 48
@@ -182,6 +199,11 @@ def test_the_layouts_of_ppo(tiny_model: Path) -> None:
         assert tables[layout].parameters == backbone + 2 * adapter + 48
         assert tables[layout].trained == 2 * adapter + 48
         assert tables[layout].reference == 0
+        assert sharded[layout].weights == pytest.approx(2 * (2 * (backbone + adapter) + 48), abs=200)
+        assert sharded[layout].parameters == tables[layout].parameters
+    assert sharded["separate"].reference == 2 * backbone
+    assert sharded["joined"].weights == pytest.approx(2 * (backbone + adapter + 48), abs=200)
+    assert sharded["lora"].reference == pytest.approx(2 * (backbone + adapter), abs=200)
 
 
 def test_a_teacher_is_its_weights_and_what_it_computes_with(table, tiny_model: Path) -> None:

@@ -26,7 +26,7 @@ class PathModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
+        self.device = torch.device("cpu")
         self.rows: list[Row] = []
 
     def forward(self, row: Row) -> Predictions:

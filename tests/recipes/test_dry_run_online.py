@@ -19,6 +19,7 @@ from litrecipe.config.online import GrpoRecipe
 from litrecipe.config.rounds import IterativeDpoRecipe
 from litrecipe.data.prompts import PromptSet, load_prompts
 from litrecipe.data.tokenizer import Tokenizer
+from litrecipe.engine.memory import NF4_BYTES
 from litrecipe.recipes import grpo, iterative_dpo
 from litrecipe.recipes.dry_run_online import Shape, cache_bytes, laid_out_bytes, longest_rows
 
@@ -112,17 +113,33 @@ def test_copies_of_the_weights_are_counted_where_they_are_made(given: dict[str, 
         assert laid_out_bytes(load(GrpoRecipe, given | flag), Shape(16, 64, 2, 8), model.architecture, 1) == 0
 
 
-def test_a_judge_is_as_precise_as_the_policy(
-    shown: Shown, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_judge_is_as_precise_as_the_policy_and_stored_and_shared_as_it_will_be(
+    shown: Shown, given: dict[str, object], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A million times as many parameters, so that the table has digits for them."""
     from litrecipe.recipes import dry_run_online
 
     hydra = load_hydra(open_model(str(tiny_model)))
     save_hydra(tmp_path / "hydra", hydra, tiny_model, pad_token="<|endoftext|>", statistics=None)
-    counted = dry_run_online.count_parameters
-    monkeypatch.setattr(dry_run_online, "count_parameters", lambda *a, **b: 10**6 * counted(*a, **b))
+    counted = dry_run_online.frozen_bytes
+    monkeypatch.setattr(dry_run_online, "frozen_bytes", lambda *a, **b: 10**6 * counted(*a, **b))
     judge = {"rewards.sources": json.dumps({f"model:{tmp_path / 'hydra'}": 1.0})}
     single, half = (shown(**judge, fabric__precision=one)["judges"] for one in ("32-true", "bf16-true"))
     assert single == pytest.approx(2 * half, rel=1e-3)
     assert shown(**judge, fabric__precision="bf16-mixed")["judges"] == single
+    monkeypatch.undo()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "final").symlink_to(tmp_path / "hydra")
+    nf4 = "adapter: {method: lora}\nquantize: {method: nf4}\n"
+    text = f"model: {{source: b}}\ndata: {{train: d}}\nout_dir: run\n{nf4}"
+    (tmp_path / "run" / "recipe.yaml").write_text(text)
+    ranks = {"fabric.devices": 2, "fabric.strategy": "fsdp"}, {"fabric.devices": 2, "fabric.tensor_parallel": 2}
+    alone, sharded, split = (load(GrpoRecipe, given | flags) for flags in ({}, *ranks))
+    whole, part = (dry_run_online.judge_bytes(recipe, str(tmp_path / "hydra")) for recipe in (alone, split))
+    assert whole == 4 * sum(p.numel() for name, p in hydra.named_parameters() if name != "lm_head.weight")
+    both_layers = dry_run_online.judge_bytes(sharded, str(tmp_path / "hydra"))
+    assert both_layers == whole // 2 + whole  # the model has two layers
+    assert whole / 2 < part < 0.51 * whole
+    matrices = 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 96)
+    quantised = dry_run_online.judge_bytes(alone, str(tmp_path / "run"))
+    assert whole - quantised == pytest.approx((4 - NF4_BYTES) * matrices, abs=100)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -192,6 +193,18 @@ def test_models_that_are_none(tiny_model: Path, tokenizer: Tokenizer, tmp_path: 
         make_source(f"model:{tiny_model}", tokenizer, CPU, "cpu")
     with pytest.raises(InputError, match=r"^rewards.sources: .*nowhere: no such file or folder"):
         make_source(f"model:{tmp_path / 'nowhere'}", tokenizer, CPU, "cpu")
+
+
+def test_ranks_split_no_model_of_a_quantised_run(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "final").symlink_to(folder)
+    nf4 = "adapter: {method: lora}\nquantize: {method: nf4}\n"
+    (tmp_path / "recipe.yaml").write_text(f"model: {{source: b}}\ndata: {{train: d}}\nout_dir: run\n{nf4}")
+    fabric, ranks = (
+        Fabric(accelerator="cpu", devices=2, tensor_parallel=2),
+        cast(Any, SimpleNamespace(share_models=True)),
+    )
+    with pytest.raises(InputError, match=rf"^rewards.sources: model:{tmp_path}: its base is quantised.*final/"):
+        make_source(f"model:{tmp_path}", tokenizer, fabric, "cpu", ranks=ranks)
 
 
 @pytest.fixture
