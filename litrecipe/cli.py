@@ -176,6 +176,10 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
             if several := launch.ranks_to_start(recipe.fabric):
                 return launch.run_ranks([sys.executable, "-m", "litrecipe", *name.split(), *argv], several)
         return call(verb.code, recipe, **line.options)
+    except BrokenPipeError as error:
+        if not verb.preemptible:
+            raise
+        raise RuntimeError("a pipe broke in the midst of a run, which is not over") from error
     finally:
         if verb.preemptible:
             stop.let_go()

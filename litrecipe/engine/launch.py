@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from litrecipe.config import stop
 from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.groups import Fabric
-from litrecipe.config.progress import WATCHED, WHISPER
+from litrecipe.config.progress import WATCHED, WHISPER, tell_past_buffers
 from litrecipe.engine.allocation import is_a_task
 from litrecipe.engine.child import EVERY, FAILED, dies_with
 
@@ -173,7 +173,7 @@ class Room:
             if text and text in others:
                 return
             speaker = "" if rank.is_first or text.startswith("litrecipe: ") else f"rank {rank.number}: "
-            os.write(2, f"{speaker}{text}\n".encode(errors="replace"))
+            tell_past_buffers(f"{speaker}{text}\n")
 
 
 def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
@@ -235,7 +235,7 @@ def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:
 
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
-        os.write(2, f"{line}\n".encode(errors="replace"))
+        tell_past_buffers(f"{line}\n")
 
 
 def _tell_slurm() -> None:

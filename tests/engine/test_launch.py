@@ -120,6 +120,14 @@ def test_a_signal_reaches_every_rank(number: int, name: str) -> None:
     assert process.wait(30) == 85
 
 
+def test_ranks_go_on_where_nobody_reads_what_they_say() -> None:
+    """More than their pipes hold."""
+    process = watch(*["for n in range(2000): say(f'{rank} {n} ' + 99 * 'x')\nsys.exit(85)"] * 2)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(30) == 85
+
+
 def test_what_stops_one_rank_stops_the_others_and_one_that_cannot_follow_is_ended() -> None:
     """In set-up a rank answers a signal by itself, which perhaps nobody else was sent."""
     code, _, seconds = ended(MEEK, "time.sleep(0.5); sys.exit(85)")
