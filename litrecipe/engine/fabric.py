@@ -154,8 +154,8 @@ def left_alone(error: RuntimeError) -> int:
 
 
 def leave() -> None:
-    """End the process group of a run that is over on all ranks: its threads must not meet the end of the interpreter,
-    which now and then aborts a rank that has done everything."""
+    """End the process group of a run that is over on all ranks, or was stopped: its threads must not meet the end of
+    the interpreter, which now and then aborts a rank that has done everything."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
