@@ -162,7 +162,7 @@ def test_a_rollout_that_is_lost_is_told_with_what_can_be_done(make: Callable[...
     source.next_step()
     state = checkpoint(source)
     (source.folder / "000001.samples" / "tokens.bin").unlink()
-    with pytest.raises(InputError, match=r"000001\.samples/tokens\.bin: missing: .*delete that one, and --checkpoint\.res"):
+    with pytest.raises(InputError, match=r"000001\.samples/tokens\.bin: missing: .*and --checkpoint\.resume auto"):
         make().load_state_dict(state)
 
 
