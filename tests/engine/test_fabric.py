@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +62,15 @@ def test_a_node_that_knows_no_other_does_not_wait_for_them(monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"^fabric\.num_nodes: 2: nothing says where .* MASTER_ADDR"):
         make_fabric(Fabric(accelerator="cpu", num_nodes=2))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_wait_longer_for_the_first_than_it_reads_a_checkpoint(gpus, strategy: str, monkeypatch) -> None:
+    """A terabyte, at 200 MB/s."""
+    gpus(0)
+    monkeypatch.setattr("lightning_fabric.Fabric", lambda **given: SimpleNamespace(launch=lambda: None, **given))
+    made: Any = make_fabric(Fabric(accelerator="cpu", strategy=strategy))
+    assert made.strategy._timeout >= timedelta(seconds=1e12 / 200e6)
 
 
 @pytest.mark.parametrize("ending", [0, stop.Stopped(signal.SIGTERM)])
