@@ -21,8 +21,9 @@ SCRIPT, RECIPE, NOTE, LOG = "job.sh", "job.yaml", "job.json", "job.log"
 """Files of a run directory: the script, the recipe as it is run, what is noted of the job, and what it wrote."""
 FIRST_PORT, PORTS = 10000, 20000
 """Below those that Linux gives to whoever asks for any."""
-LAST_TASK = 60
-"""Seconds that tasks have left when the first of them is gone: they end together, or something is wrong."""
+LAST_TASK = 600
+"""Seconds that tasks have left when the first of them is gone. They may need them: the first rank alone deletes old
+checkpoints and finishes with the loggers. Of one that failed the others are told, and do not wait."""
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,10 @@ def _array(job: Job) -> Iterator[str]:
 def _start(job: Job) -> Iterator[str]:
     slurm = job.slurm
     if job.resume_from is not None:
-        newest = shlex.quote(str(job.folder / "checkpoints"))
+        saved = shlex.quote(str(job.folder / "checkpoints"))
         yield "resume=auto"
-        yield f"[ -e {newest} ] || resume={shlex.quote(str(job.resume_from))}"
+        yield f"[ -n \"$(find {saved} -maxdepth 1 -regex '.*/step-[0-9]*' 2> /dev/null)\" ] \\"
+        yield f"    || resume={shlex.quote(str(job.resume_from))}"
     srun = ["srun", f"--ntasks-per-node={slurm.tasks_per_node}", "--kill-on-bad-exit=0", f"--wait={LAST_TASK}"]
     if slurm.cpus_per_task is not None:  # srun does not take it over from sbatch
         srun += [f"--cpus-per-task={slurm.cpus_per_task}", "--cpu-bind=cores"]
