@@ -21,9 +21,9 @@ SCRIPT, RECIPE, NOTE, LOG = "job.sh", "job.yaml", "job.json", "job.log"
 """Files of a run directory: the script, the recipe as it is run, what is noted of the job, and what it wrote."""
 FIRST_PORT, PORTS = 10000, 20000
 """Below those that Linux gives to whoever asks for any."""
-LAST_TASK = 600
-"""Seconds that tasks have left when the first of them is gone. They may need them: the first rank alone deletes old
-checkpoints and finishes with the loggers. Of one that failed the others are told, and do not wait."""
+LAST_TASK = 60
+"""Seconds that tasks have left when the first of them is gone: they end together, or who would have told the others
+was killed with it."""
 
 
 @dataclass(frozen=True)

@@ -501,6 +501,7 @@ class Run:
             f"stopped by {signal.Signals(signal_number).name}: step {self.at.step} of {self.at.total_steps} is saved "
             f"in {self.dir.path}; the same command with --checkpoint.resume auto goes on"
         )
+        self.fabric.barrier()  # the first has deleted old checkpoints: ranks leave together
         raise stop.Stopped(signal_number)
 
     def out_of_time(self, started: float) -> bool:
