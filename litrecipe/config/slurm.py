@@ -61,8 +61,8 @@ class Slurm:
     array_limit: int | None = None
     """How many points of a sweep run at once (default: as many as the cluster lets)."""
     offline: bool = True
-    """Fetch nothing from the hub on the nodes, which often cannot: models and data that are missing are fetched when the
-    job is submitted, but not the data of lm-eval tasks. W&B writes to disk."""
+    """Fetch nothing from the hub on the nodes, which often cannot: what is missing of models and data is fetched when
+    the job is submitted, but not the data of lm-eval tasks. W&B writes to disk."""
     modules: list[str] = field(default_factory=list)
     """Environment modules that are loaded first: `[cuda/12.4, gcc]`."""
     container: str | None = None
