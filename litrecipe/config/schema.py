@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -75,7 +76,13 @@ def kind_of(path: Path) -> type:
 def kind_with(groups: Mapping[str, Iterable[str]]) -> type:
     """The same by names alone: group → its keys, none for what is no group."""
     written = set(groups) | {f"{name}.{key}" for name, inner in groups.items() for key in inner}
-    return max(RECIPES.values(), key=lambda kind: len(written & (get_type_hints(kind).keys() | keys(kind).keys())))
+    return max(RECIPES.values(), key=lambda kind: len(written & _names_in(kind)))
+
+
+@cache
+def _names_in(kind: type) -> frozenset[str]:
+    """Groups and full keys."""
+    return frozenset((*get_type_hints(kind), *keys(kind)))
 
 
 def load_run(run: Path) -> TrainingRecipe | None:

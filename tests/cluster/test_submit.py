@@ -148,18 +148,20 @@ def test_a_pipeline_is_a_chain_of_its_stages(
     the pipeline knows of both; one of them has two tasks."""
     stage = "data: {train: rows.jsonl, cache_dir: cache}, log: {loggers: []}"
     stage += ", fabric: {accelerator: cpu}"
+    other = slurm.call("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").stdout.strip()
     (here / "p.yaml").write_text(
         f"slurm: {{time: 5m}}\nstages:\n  one: {{verb: finetune, model: {{source: {tiny_model}}}, {stage}, "
         f"train: {{max_steps: {STEPS}}}}}\n"
         f'  two: {{verb: finetune, model: {{source: "stage:one"}}, '
-        f"slurm: {{tasks_per_node: 2, dependency: singleton}}, {stage}, "
+        f"slurm: {{tasks_per_node: 2, dependency: 'afterany:{other}'}}, {stage}, "
         "train: {max_steps: 2}}\n"
     )
     monkeypatch.setattr(script, "own_program", lambda: [*forked(), "litrecipe"])
     assert submit("align", "pipeline", "--config", "p.yaml", "--out_dir", "pipe") == 0
     one, two = job_of(here / "pipe" / "one"), job_of(here / "pipe" / "two")
     waits_for = slurm.told(two)["Dependency"]
-    assert waits_for.startswith(f"afterok:{one}") and "singleton" in waits_for
+    assert waits_for.startswith(f"afterok:{one}") and f"afterany:{other}" in waits_for
+    slurm.call("scancel", other)
     slurm.wait(one, lambda _: steps_done(here / "pipe" / "one") > 2)
     slurm.call("scontrol", "requeue", one)
     slurm.hasten(one)
