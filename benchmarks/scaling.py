@@ -72,15 +72,6 @@ def at_peak(ranks: list[dict[str, Any]]) -> int:
     return max(int(one["peak"]) for one in ranks)
 
 
-def by_kind(collectives: Counter[tuple[str, int]]) -> dict[str, tuple[int, int]]:
-    """How many there are of a kind, and their bytes."""
-    found: dict[str, tuple[int, int]] = {}
-    for (kind, size), times in collectives.items():
-        number, total = found.get(kind, (0, 0))
-        found[kind] = number + times, total + size * times
-    return found
-
-
 def compared(name: str, folder: Path, reckoned: dict[str, Any], others: int) -> dict[str, Any]:
     """One case: counted, measured and reckoned. `others`: resident bytes of a rank that are no tensors of the model."""
     counts, measures = told_by(folder, "counted"), told_by(folder, "measured")
@@ -90,8 +81,6 @@ def compared(name: str, folder: Path, reckoned: dict[str, Any], others: int) -> 
             counted[kind, size] += times
     for kind, size, times in reckoned["collectives"]:
         expected[kind, size] += times
-    # Which gradients share a bucket of DDP's is settled by their arrival in the first step, so its sizes may differ.
-    equal = by_kind(counted) == by_kind(expected) if name.startswith("ddp") else counted == expected
     memory = reckoned["memory"]["peak"] - reckoned["memory"]["holes"]
     by_clock, by_processor = (statistics.median(one[place] for one in measures[0]["seconds"]) for place in (0, 1))
     seconds = sum(reckoned["time"].values())
@@ -100,7 +89,7 @@ def compared(name: str, folder: Path, reckoned: dict[str, Any], others: int) -> 
         "collectives": sum(counted.values()),
         "mb_counted": round(sum(size * times for (_, size), times in counted.items()) / 1e6, 6),
         "mb_reckoned": round(sum(size * times for (_, size), times in expected.items()) / 1e6, 6),
-        "equal": equal,
+        "equal": counted == expected,
         "small": sum(times for _, size, times in counts[0]["collectives"] if size <= SMALL),
         "tensors_mib_counted": round(at_peak(counts) / MIB),
         "tensors_mib_reckoned": round(memory / MIB),

@@ -26,11 +26,14 @@ WARM_UP = 10
 """Minutes that do not count."""
 GOAL = 0.02
 """Largest range, and largest drift over an hour, as shares of the mean."""
-RUNS: dict[str, tuple[str, list[str]]] = {
-    "align ppo": ("online", METHODS["online"]["ppo, separate"]),
-    "finetune": ("finetune", METHODS["finetune"]["lora"]),
+PPO = "online", METHODS["online"]["ppo, separate"]
+RUNS: dict[str, tuple[str, list[str], dict[str, str]]] = {
+    "align ppo": (*PPO, {}),
+    "align ppo, freed memory given back": (*PPO, {"MALLOC_MMAP_THRESHOLD_": str(8 * 2**20)}),
+    "finetune": ("finetune", METHODS["finetune"]["lora"], {}),
 }
-"""Verb → what `kills.py` calls its kind, and its flags."""
+"""Run → what `kills.py` calls its kind, its flags, its environment. The C library may keep a freed tensor of some MiB
+for later or not, as it happens to lie; told so it gives them all back."""
 LONG: dict[str, Any] = {
     "train.max_steps": 1_000_000,
     "train.epochs": None,
@@ -42,12 +45,12 @@ LONG: dict[str, Any] = {
 
 def soak(work: Path, verb: str, minutes: float) -> Path:
     """Run for so many minutes; the file of samples, a line each: seconds, resident bytes, steps done."""
-    place = work / verb.replace(" ", "-")
+    place = work / verb.replace(",", "").replace(" ", "-")
     samples, out = place / "samples.jsonl", place / "run"
     if samples.exists():
         return samples
     place.mkdir(parents=True, exist_ok=True)
-    kind, method = RUNS[verb]
+    kind, method, extra = RUNS[verb]
     flags = {**LONG, "train.max_time": f"{round(minutes * 60)}s"}
     job = shrunken_job(place, kind, method, flags)
     draft = samples.with_suffix(".tmp")
@@ -55,7 +58,7 @@ def soak(work: Path, verb: str, minutes: float) -> Path:
         process = subprocess.Popen(
             [*LITRECIPE, *job.flags, "--out_dir", str(out)],
             cwd=REPO,
-            env=environment(threads=1),
+            env=environment(threads=1, extra=extra),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

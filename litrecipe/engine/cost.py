@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from litrecipe.engine.gradients import messages
+
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce"]
-Phase = Literal["forward", "backward"]
+Phase = Literal["forward", "backward", "step"]
 
 LAYERS, REST = "layers", "rest"
 """Of what: a model's layers, and its embedding, head and last norm."""
-FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
-"""Bytes at which DDP closes its first bucket of gradients and the others (torch's defaults)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Layout:
     tensor: int = 1
     """Ranks that share one copy of each layer (tensor parallelism, 1909.08053)."""
     sharded: bool = False
-    """Whether the ranks that see different data share the weights (FSDP2), or each has them all (DDP)."""
+    """Whether the ranks that see different data share the weights (FSDP2), or each has them all."""
     reshard: bool = True
     """Whether a sharded layer is let go between its forward and its backward pass."""
 
@@ -127,7 +127,7 @@ class Collective:
     kind: Kind
     what: str
     phase: Phase
-    """Of a row."""
+    """Of a row, or when all rows of a step are learnt."""
     ranks: int
     """How many take part."""
     neighbours: int
@@ -172,28 +172,21 @@ def _of_shards(members: Sequence[Member], layout: Layout, rows: int) -> Iterator
 
 
 def _of_copies(members: Sequence[Member], layout: Layout) -> Iterator[Collective]:
-    """Gradients are averaged once a step, while the last row's backward pass goes on."""
+    """Gradients are added up once a step, when the last row's backward pass is over, in the order of the parameters."""
     gradients = [
-        piece.padded(1) * piece.gradient_bytes
+        (piece.gradient_bytes, piece.padded(1) * piece.gradient_bytes)
         for member in members
         if member.learns
-        for unit in (member.rest, *member.layers)  # backwards the last layer is first, and the embedding last
+        for unit in (member.rest[:1], *member.layers, member.rest[1:])  # the embedding comes first
         for piece in unit
         if piece.gradient_bytes
     ]
-    for size, times in Counter(buckets(reversed(gradients))).items():
-        yield Collective("all-reduce", "gradients", "backward", layout.data, layout.neighbours, size, times)
-
-
-def buckets(gradients: Iterable[int]) -> list[int]:
-    """Bytes of DDP's buckets, which are filled until they are full or more than that (2006.15704, section 3.2)."""
-    made, filling = list[int](), 0
-    for size in gradients:
-        filling += size
-        if filling >= (BUCKET if made else FIRST_BUCKET):
-            made.append(filling)
-            filling = 0
-    return made + [filling] * (filling > 0)
+    for width in dict.fromkeys(width for width, _ in gradients):
+        sizes = [size for of_width, size in gradients if of_width == width]
+        for size, times in Counter(sum(sizes[place] for place in places) for places in messages(sizes)).items():
+            yield Collective(
+                "all-reduce", "gradients", "step", layout.data, layout.neighbours, size, times, hidden=False
+            )
 
 
 class Widths(NamedTuple):

@@ -35,7 +35,9 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
     """Build Fabric, and let this rank meet the others, which `engine.launch` or another launcher started."""
     with _without_torchmetrics():
         from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy, ModelParallelStrategy
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        from litrecipe.engine.copies import Copies
 
     refuse_plain_start()
     join(devices_of(config), config.num_nodes)
@@ -53,7 +55,7 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
             process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
         )
     elif config.strategy == "ddp" or world > 1:
-        strategy = DDPStrategy()
+        strategy = Copies()
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices_of(config),

@@ -28,7 +28,7 @@ from litrecipe.data.packing import Packing, pack
 from litrecipe.data.source import SampleList, StepSource
 from litrecipe.engine import fabric as ranks
 from litrecipe.engine.checkpoints import Checkpoints, Counters
-from litrecipe.engine.gradients import add_up_shares, norm_of
+from litrecipe.engine.gradients import add_up_copies, add_up_shares, norm_of
 from litrecipe.engine.grid import grid_of
 from litrecipe.engine.legs import Leg, leg_of
 from litrecipe.engine.optim import Role, Treatment, make_optimizer, plain_treatment, set_rates, trained_parameters
@@ -270,12 +270,13 @@ class Run:
         rows = rows if at_once else list(self.with_statistics(rows, samples))
         counts = ranks.sums(self.fabric, add_up([self.job.objective.counts(row) for row in rows]))
         # Sharded gradients are added up after each row: kept back until the last, they would be whole on every rank.
-        sharded = self.recipe.fabric.is_sharded
-        losses = [self.learn(row, counts, exchange=sharded or row is rows[-1], at_once=at_once) for row in rows]
+        losses = [self.learn(row, counts, at_once=at_once) for row in rows]
         shares = torch.stack([step_loss(loss, counts) for loss in losses]).tolist()
         total = ranks.sums(self.fabric, {"loss": sum(shares)})["loss"]
         bad = [row for row, share in zip(rows, shares, strict=True) if not math.isfinite(share)]
         self.stop_if_not_finite("loss", total, samples, bad)
+        if self.grid.data_size > 1 and not self.recipe.fabric.is_sharded:
+            add_up_copies(self.parameters.values())
         add_up_shares(self.parameters.values(), self.grid.tensor)
         norms = {role.name: self.clip(role, samples) for role in self.roles}
         metrics = quotients(ranks.sums(self.fabric, metric_sums(losses)))
@@ -344,21 +345,21 @@ class Run:
             return {}
         return self.job.objective.tell(ranks.tensor_sums(self.fabric, tally(losses)))
 
-    def learn(self, row: Row, counts: dict[str, float], exchange: bool, at_once: bool = False) -> Loss:
-        """Forward and backward of one row; the ranks `exchange` their gradients now, or with a later row.
+    def learn(self, row: Row, counts: dict[str, float], at_once: bool = False) -> Loss:
+        """Forward and backward of one row.
 
         `at_once`: it is the only one of this rank, and tells itself what the objective must know of the step.
 
         The loss comes back without its graph: the next row's activations would have to go around what is left of it.
         """
-        with self.fabric.no_backward_sync(self.module, enabled=not exchange):
-            output = self.module(row)
-            if at_once and isinstance(self.job.objective, StepGlobal):
-                mine = self.job.objective.statistics(output, row)
-                (row,) = completed([row], [mine], self.job.objective, self.grid.data_rank, self.gather)
-            loss = self.job.objective(output, row)
-            # Gradients are averaged over the ranks, the loss is a sum over them.
-            self.fabric.backward(step_loss(loss, counts) * self.grid.data_size)
+        output = self.module(row)
+        if at_once and isinstance(self.job.objective, StepGlobal):
+            mine = self.job.objective.statistics(output, row)
+            (row,) = completed([row], [mine], self.job.objective, self.grid.data_rank, self.gather)
+        loss = self.job.objective(output, row)
+        # The loss is a sum over the ranks; FSDP averages gradients.
+        averaged = self.grid.data_size if self.recipe.fabric.is_sharded else 1
+        self.fabric.backward(step_loss(loss, counts) * averaged)
         return detached(loss)
 
     def with_statistics(

@@ -180,16 +180,14 @@ def step_time(work: Work, collectives: Sequence[Collective], hardware: Hardware,
     """
     rate = hardware.peak(half=half) * hardware.attained
     waiting = 0.0
-    for phase, operations in (("forward", work.ahead), ("backward", work.back)):
+    for phase, operations in (("forward", work.ahead), ("backward", work.back), ("step", 0.0)):
         of_phase = [one for one in collectives if one.phase == phase]
         computing = operations / rate
         open_ = sum(one.times * seconds(one, hardware) for one in of_phase if not one.hidden or hardware.alone)
         hidden = [one for one in of_phase if one.hidden and not hardware.alone]
         meanwhile = sum(one.times * seconds(one, hardware) for one in hidden)
-        is_last_row = any(one.what == "gradients" for one in hidden)
-        portions = 1 if is_last_row else rows
-        edge = portions * sum(seconds(one, hardware) for one in {one.kind: one for one in hidden}.values())
-        waiting += open_ + min(meanwhile, edge) + max(0.0, meanwhile - edge - portions * computing)
+        edge = rows * sum(seconds(one, hardware) for one in {one.kind: one for one in hidden}.values())
+        waiting += open_ + min(meanwhile, edge) + max(0.0, meanwhile - edge - rows * computing)
     return StepTime(rows * (work.ahead + work.back) / rate, waiting, ADAM_BYTES * work.trained / hardware.bandwidth)
 
 

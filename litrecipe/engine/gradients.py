@@ -1,14 +1,57 @@
-"""Gradients of a step once its rows are learnt: what ranks of one copy of a model still have to add up; the norm."""
+"""Gradients of a step once its rows are learnt: what ranks add up, of copies of a model and of parts; the norm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from litrecipe.model.group import Group
 from litrecipe.model.tensor_plan import held_of
+
+MESSAGE = 25 * 2**20
+"""Bytes of gradients that ranks add up at once."""
+
+
+@torch.no_grad()
+def add_up_copies(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients of all ranks, each of which has the whole model, are added up, with zeros for what one has none of.
+
+    What travels together is the same in every step of every run: with more than two ranks a number's place in a message
+    decides in which order it is added up, so the last bit. torch's DDP lays its messages out anew after the first step
+    of a run, and so of one that goes on: that would not be the run that was never stopped.
+    """
+    gradients = list[Tensor]()
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        for places in messages(one.numel() * one.element_size() for one in alike):
+            together = [alike[place] for place in places]
+            if len(together) == 1 and together[0].is_contiguous():
+                torch.distributed.all_reduce(together[0])
+                continue
+            flat = torch.cat([one.flatten() for one in together])
+            torch.distributed.all_reduce(flat)
+            for one, total in zip(together, flat.split([one.numel() for one in together]), strict=True):
+                one.copy_(total.view(one.shape))
+
+
+def messages(sizes: Iterable[int]) -> Iterator[range]:
+    """The places of tensors of so many bytes that travel together: until they make up `MESSAGE` bytes; one that has as
+    many travels alone, as it lies."""
+    first, filling, place = 0, 0, -1
+    for place, size in enumerate(sizes):
+        if filling and (filling >= MESSAGE or size >= MESSAGE):
+            yield range(first, place)
+            first, filling = place, 0
+        filling += size
+    if filling:
+        yield range(first, place + 1)
 
 
 @torch.no_grad()

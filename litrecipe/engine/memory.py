@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from litrecipe.config.groups import Fabric, RewardRecipe, TrainingRecipe
 from litrecipe.config.online import PpoRecipe
 from litrecipe.engine.cost import largest_share
+from litrecipe.engine.gradients import messages
 from litrecipe.engine.optim import optimizer_bytes
 from litrecipe.model.adapters import add_adapter
 from litrecipe.model.architecture import Architecture
@@ -53,7 +54,7 @@ class MemoryTable:
     gradients: int
     optimizer: int
     exchange: int
-    """What ranks hold to work together: FSDP's gathered layers and their whole gradients, DDP's buckets."""
+    """What ranks hold to work together: FSDP's gathered layers and their whole gradients, messages of copies."""
     activations: int
     scratch: int
     """Blocks of logits, the head's gradient before it is added, the gradients of one block's activations."""
@@ -125,7 +126,7 @@ def estimate(
         weights = round(sum(size * shares[name] for name, size in sizes.items()))
         optimizer = optimizer * gradients // max(1, whole_gradients)
     elif strategy == "ddp" or world_size > 1:
-        exchange = gradients
+        exchange = exchanged_by_copies(list(learnt.values()))
     saved = sum(learnt.values()) // (world_size if cuts else 1) + optimizer
     reference = (weights if cuts else copied) if frozen_copy else 0
     host = 0
@@ -244,6 +245,12 @@ def exchanged_bytes(config: Fabric, sizes: dict[str, int], learnt: dict[str, int
     share = 0.5 if config.param_dtype == "bfloat16" else 1.0
     layers = 2 if config.reshard_after_forward else architecture.num_layers
     return int(share * (gathered(sizes, architecture, layers) + gathered(learnt, architecture, 1)))
+
+
+def exchanged_by_copies(learnt: list[int]) -> int:
+    """What a rank that has the whole model holds besides: the gradients of several tensors that travel together."""
+    several = [places for places in messages(learnt) if len(places) > 1]
+    return max((sum(learnt[place] for place in places) for places in several), default=0)
 
 
 def kept_bytes(recipe: TrainingRecipe, architecture: Architecture, row: Row) -> tuple[int, int]:

@@ -92,7 +92,7 @@ class StudentAndTeacher(nn.Module):
 
         if self.teacher is None or isinstance(self.teacher, FSDPModule):
             return
-        for parameter in self.teacher.parameters():  # DDP holds them, too
+        for parameter in self.teacher.parameters():  # others hold them, too
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
         self.teacher = None
 

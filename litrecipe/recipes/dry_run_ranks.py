@@ -166,7 +166,7 @@ def parameter_and_memory_table(recipe: TrainingRecipe, table: MemoryTable, load:
         "optimizer": recipe.optim.name,
         "host": "weights, gradients and the optimizer, in main memory and not on the GPU",
         "saving": "a copy of what a checkpoint holds, while it is written in the background",
-        "exchange": "gathered layers and whole gradients of fsdp, buckets of ddp",
+        "exchange": "gathered layers and whole gradients of fsdp, messages of ddp",
         "activations": f"largest row: {len(load.row.tokens)} tokens, {len(load.row.target)} of them predicted",
         "scratch": "logits of one block, gradients on their way",
         "holes": "between tensors in the heap, on a CPU",

@@ -23,8 +23,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from litrecipe.config import schema
 from litrecipe.config.groups import DpoRecipe
-from litrecipe.engine.cost import BUCKET, FIRST_BUCKET, Collective, Layout, buckets, total_bytes
+from litrecipe.engine.cost import Collective, Layout, total_bytes
 from litrecipe.engine.forecast import Beside, Forward, Work, forecast, layout_of, step_time
+from litrecipe.engine.gradients import MESSAGE, add_up_copies, messages
 from litrecipe.engine.hardware import KNOWN, seconds
 from litrecipe.engine.memory import meta_model
 from litrecipe.engine.sharding import distribute
@@ -130,13 +131,26 @@ def test_what_is_reckoned_is_what_torch_is_asked_for(case: str, ranks: ModuleTyp
     assert counted
 
 
-def test_buckets_are_those_of_ddp() -> None:
-    sizes = [int(size) for size in np.random.default_rng(0).integers(1, 4_000_000, 200)]
-    tensors = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes]
-    assigned, _ = dist._compute_bucket_assignment_by_size(
-        [torch.empty(0, dtype=torch.uint8).expand(0) if not t.numel() else t for t in tensors], [FIRST_BUCKET, BUCKET]
-    )
-    assert buckets(sizes) == [sum(sizes[i] for i in bucket) for bucket in assigned]
+def test_what_copies_exchange_is_what_they_ask_torch_for(ranks: ModuleType, world: Any) -> None:
+    """Of a model whose embedding travels alone, and with gradients of two types."""
+    architecture = read_architecture(TINY_CONFIG | {"vocab_size": MESSAGE // (4 * TINY_CONFIG["hidden_size"]) + 1})
+    recipe = recipe_of(2, {"fabric.strategy": "ddp"})
+    expected = forecast(recipe, architecture, row_of(), rows=2, tokens=200, hardware=None)
+    world(2)
+    model = Decoder(architecture)
+    model.init_weights(seed=0)
+    traffic = ranks.Traffic()
+    with traffic:
+        add_up_copies(model.parameters())
+    assert traffic.counted == Counter({(one.kind, one.bytes): one.times for one in expected.collectives})
+    assert len(expected.collectives) == 2
+    assert all((parameter.grad == 0).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_messages_are_filled_and_large_tensors_travel_alone() -> None:
+    sizes = [MESSAGE, 1, MESSAGE - 1, 1, 2, MESSAGE + 1, 3]
+    assert list(messages(sizes)) == [range(1), range(1, 3), range(3, 5), range(5, 6), range(6, 7)]
+    assert list(messages([])) == []
 
 
 def all_reduce(ranks: int, neighbours: int, size: int) -> Collective:

@@ -133,3 +133,16 @@ def test_a_run_that_samples_goes_on_with_any_number_of_processes(train: Train) -
         ours, theirs = ((run / "rollouts" / name).read_text().splitlines() for run in (out, unbroken))
         assert [json.loads(one)["completion"] for one in ours] == [json.loads(one)["completion"] for one in theirs]
     assert [r["completions"] for r in read_records(out / "metrics.jsonl")][-1] == 24
+
+
+@pytest.mark.slow
+def test_four_copies_go_on_to_the_bit(train: Train) -> None:
+    """With more than two ranks a sum depends on the order in which it is added up, and that on its place in a message:
+    messages must be the same after a new start."""
+    unbroken = train("finetune", "unbroken", 4, *share("ddp", 4))
+    for steps in (2, 4):
+        out = train("finetune", "run", steps, *share("ddp", 4))
+    assert diff(unbroken, out) == []
+    assert losses(out) == losses(unbroken)
+    ours, theirs = final_tensors(out), final_tensors(unbroken)
+    assert all((tensor == ours[name]).all() for name, tensor in theirs.items())

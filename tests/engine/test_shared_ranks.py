@@ -31,6 +31,8 @@ ASKED = {
 CASES: dict[str, dict[str, Any]] = {
     "finetune-full": {**CHAT, "data.val": "toy:units?n=3&seed=0&split=test", "optim.lr": 1e-3},
     "finetune-bf16": {**CHAT, "fabric.precision": "bf16-mixed", "optim.lr": 1e-3},
+    "finetune-lora": {**CHAT, **LORA},
+    "finetune-dora": {**CHAT, **LORA, "adapter.method": "dora"},
     "finetune-nf4-lora": {**CHAT, **LORA, **NF4},
     "finetune-nf4-dora": {**CHAT, **LORA, **NF4, "adapter.method": "dora", "quantize.double_quant": False},
     "dpo-moving-dora": {**PAIRS, **LORA, "adapter.method": "dora", "dpo.reference": "moving", "dpo.ref_every": 5},
