@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from typing import Any, TypeGuard
 
 from litrecipe import __version__
+from litrecipe.config import stop
 from litrecipe.config.errors import WRONG_INPUT, InputError
 from litrecipe.config.progress import tell_mistakes
 from litrecipe.line import Line
@@ -29,9 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdin.reconfigure(errors="surrogateescape")  # as in arguments; tokenizers refuse what is not Unicode
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
-        if code == 0 and (fabric := sys.modules.get("litrecipe.engine.fabric")):
-            fabric.leave()
+        if code == 0:
+            _leave()
         sys.stdout.flush()
+    except stop.Stopped:
+        _leave()
+        raise
     except InputError as error:
         tell_mistakes(error.mistakes)
         return WRONG_INPUT
@@ -56,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # perhaps it is what has no room
         return WRONG_INPUT
     return code
+
+
+def _leave() -> None:
+    if fabric := sys.modules.get("litrecipe.engine.fabric"):
+        fabric.leave()
 
 
 TORCHVISION_CURE = "litrecipe runs without it: `pip uninstall torchvision`"
@@ -161,8 +170,6 @@ def run_plain(name: str, verb: PlainVerb, argv: list[str]) -> int:
 
 def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
     """Run a verb that reads a recipe."""
-    from litrecipe.config import stop
-
     line = read_line(name, verb, argv)
     if line is None:
         return 0
@@ -176,6 +183,10 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
             if several := launch.ranks_to_start(recipe.fabric):
                 return launch.run_ranks([sys.executable, "-m", "litrecipe", *name.split(), *argv], several)
         return call(verb.code, recipe, **line.options)
+    except BrokenPipeError as error:
+        if not verb.preemptible:
+            raise
+        raise RuntimeError("a pipe broke in the midst of a run, which is not over") from error
     finally:
         if verb.preemptible:
             stop.let_go()

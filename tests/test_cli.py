@@ -334,13 +334,24 @@ def test_ends_without_a_traceback(
     assert len(err.splitlines()) == (code == 2)
 
 
-def test_what_is_unexpected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("raised", "line", "told"),
+    [
+        (RuntimeError("a bug"), ["runs", "ls"], "a bug"),
+        (BrokenPipeError(), ["finetune", "--model", "m", "--data.train", "toy:units?n=2"], "which is not over"),
+    ],
+)
+def test_what_is_unexpected_keeps_its_traceback(
+    raised: Exception, line: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pipe that broke, too, where it is not what was printed: a run is not done for that."""
+
     def fail(*_: object, **__: object) -> int:
-        raise RuntimeError("a bug")
+        raise raised
 
     monkeypatch.setattr(cli, "call", fail)
-    with pytest.raises(RuntimeError, match="a bug"):
-        main(["runs", "ls"])
+    with pytest.raises(RuntimeError, match=told):
+        main(line)
 
 
 def test_a_closed_pipe_is_no_failure() -> None:

@@ -174,10 +174,10 @@ def replace_folder(draft: Path, target: Path) -> None:
 
     Raises OSError with the old folder in its place. A kill leaves the old one at `target` or beside it.
     """
-    sync_folder(draft)
+    sync(draft)
     if not target.exists():
         draft.replace(target)
-        sync_folder(target.parent)
+        sync(target.parent)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     target.replace(aside)
@@ -186,13 +186,13 @@ def replace_folder(draft: Path, target: Path) -> None:
     except OSError:
         aside.replace(target)
         raise
-    sync_folder(target.parent)
+    sync(target.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -210,7 +210,6 @@ def _finish(draft: Path, written: dict[str, dict[str, Any]]) -> None:
     for path in sorted(path for path in draft.rglob("*") if path.is_file()):
         name = str(path.relative_to(draft))
         if name not in written:
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
+            sync(path)
         entries[name] = written.get(name) or describe_file(path)
     write_manifest(draft, entries)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from litrecipe.checkpoint.manifest import describe_file, mistakes_of, replace_folder, write_manifest, write_text
+from litrecipe.checkpoint.manifest import describe_file, mistakes_of, replace_folder, sync, write_manifest, write_text
 from litrecipe.config.errors import InputError
 from litrecipe.model.tensor_plan import held_of
 
@@ -206,8 +205,7 @@ def _write_pieces(path: Path, pieces: Mapping[str, Piece]) -> None:
         written[name] = values
         layout[name] = {"offset": list(piece.offset), "shape": list(piece.shape)}
     save_file(written, path, metadata={"layout": json.dumps(layout)})
-    with path.open("rb") as handle:
-        os.fsync(handle.fileno())
+    sync(path)
 
 
 def local_piece(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:

@@ -56,7 +56,7 @@ def plan_run(verb: str, recipe: Any) -> Plan:
     from_other = None
     if isinstance(recipe, TrainingRecipe):
         from_other = _other_checkpoint(recipe)
-        recipe.checkpoint.resume = "auto"
+        recipe.checkpoint.resume = "auto" if from_other is None else str(from_other)
         if is_finished(recipe):
             cure = "ask for more steps to go on, or name another --out_dir"
             raise InputError(f"out_dir: {recipe.out_dir}: this run is finished: {cure}")
@@ -240,12 +240,16 @@ def is_finished(recipe: TrainingRecipe) -> bool:
 
 
 def _other_checkpoint(recipe: TrainingRecipe) -> Path | None:
-    """The checkpoint of another run that this one begins with, if it does."""
-    resume = recipe.checkpoint.resume
-    RunDir(recipe.out_dir).check_as_run(resume or "auto")
+    """The checkpoint of another run that this one begins with, if it does; also where it has begun since a job of its
+    was told so, and only goes on."""
+    run, resume = RunDir(recipe.out_dir), recipe.checkpoint.resume
     if resume in (None, "auto"):
+        run.check_as_run("auto")
         return None
-    if RunDir(recipe.out_dir).owns(Path(resume)):
+    other, told = Path(resume).absolute(), folder_of(recipe) / RECIPE
+    has_begun = told.is_file() and schema.load(type(recipe), [told]).checkpoint.resume == str(other)
+    run.check_as_run("auto" if has_begun else resume)
+    if run.owns(other):
         cure = "a job that is queued again goes on from the newest: use auto"
         raise InputError(f"checkpoint.resume: {resume}: {cure}")
-    return Path(resume).absolute()
+    return other

@@ -27,8 +27,9 @@ FIRST_PORT, PORTS = 10000, 20000
 """Below those that Linux gives to whoever asks for any."""
 NOTHING_NEW = "stopped before anything new was saved: not queued again: give it more slurm.time"
 """What is said where the next start would come no further."""
-LAST_TASK = 60
-"""Seconds that tasks have left when the first of them is gone: they end together, or something is wrong."""
+LAST_TASK = 600
+"""Seconds that tasks have left when the first of them is gone. They may need them: the first rank alone deletes old
+checkpoints and finishes with the loggers. Of one that failed the others are told, and do not wait."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,10 @@ def _array(job: Job) -> Iterator[str]:
 def _start(job: Job) -> Iterator[str]:
     slurm = job.slurm
     if job.resume_from is not None:
-        newest = shlex.quote(str(job.folder / "checkpoints"))
+        saved = shlex.quote(str(job.folder / "checkpoints"))
         yield "resume=auto"
-        yield f"[ -e {newest} ] || resume={shlex.quote(str(job.resume_from))}"
+        yield f"[ -n \"$(find {saved} -maxdepth 1 -regex '.*/step-[0-9]*' 2> /dev/null)\" ] \\"
+        yield f"    || resume={shlex.quote(str(job.resume_from))}"
     srun = ["srun", f"--ntasks-per-node={slurm.tasks_per_node}", "--kill-on-bad-exit=0", f"--wait={LAST_TASK}"]
     srun.append("--export=ALL")  # of this script, also where the cluster lets jobs have nothing of who submits
     if slurm.cpus_per_task is not None:  # srun does not take it over from sbatch

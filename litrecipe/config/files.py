@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import fcntl
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import say
+
+ABSENT = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What file systems without locks answer."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,17 +76,31 @@ def try_writing(folder: Path) -> None:
         file.write(bytes(4096))
 
 
+def take_lock(file: IO[str], how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
+    """Take the kernel's lock of a file, which a dead process does not hold; False where the file system has none.
+
+    Raises BlockingIOError when another process holds it, and it is not to be waited for.
+    """
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise
+        return False
+    return True
+
+
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file while the body runs; waits, and says for `what`, while another process holds it.
 
-    A dead process holds nothing.
+    Where the file system has no locks it holds nobody.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file)
         except BlockingIOError:
             say(f"waiting for another process that {what}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, fcntl.LOCK_EX)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -26,6 +27,9 @@ WATCHED = "LITRECIPE_WATCHED"
 """Environment of a rank that another process watches: `heard` where that reads its standard error, else `seen`."""
 WHISPER = "\x1f"
 """Begins a line that is only for who watches."""
+GONE = (errno.EPIPE, errno.EIO)
+"""What a pipe answers of which nobody reads any more (`2>&1 | tee log`, and Ctrl-C, of which tee dies, too), and a
+terminal that was closed."""
 
 
 def is_first_process() -> bool:
@@ -33,10 +37,29 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "0"))) or 0) == 0
 
 
+@contextmanager
+def heedless() -> Iterator[None]:
+    """Inside, what is said on standard error may be lost: work that can be saved does not end as nobody listens."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in GONE:  # what is left in Python's buffer would spoil the exit code
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 2)
+            os.close(nowhere)
+
+
+def tell_past_buffers(text: str) -> None:
+    """Text on standard error, from where others may be in the midst of writing there: a signal's handler, a thread."""
+    with heedless():
+        os.write(2, text.encode(errors="replace"))
+
+
 def say(message: str) -> None:
     """One line to the user, on standard error; of ranks but the first only who watches them hears it."""
     if is_first_process():
-        print(message, file=sys.stderr, flush=True)
+        with heedless():
+            print(message, file=sys.stderr, flush=True)
     else:
         whisper(message)
 
@@ -44,7 +67,8 @@ def say(message: str) -> None:
 def whisper(message: str) -> None:
     """One line for the process that watches this rank alone: its last words, should it die."""
     if os.environ.get(WATCHED) == "heard":
-        print(WHISPER + message, file=sys.stderr, flush=True)
+        with heedless():
+            print(WHISPER + message, file=sys.stderr, flush=True)
 
 
 def tell_mistakes(mistakes: Iterable[str]) -> None:
@@ -54,7 +78,8 @@ def tell_mistakes(mistakes: Iterable[str]) -> None:
     for mistake in mistakes:
         line = f"litrecipe: error: {' '.join(mistake.splitlines())}"
         if is_first_of_machine:
-            print(line, file=sys.stderr)
+            with heedless():
+                print(line, file=sys.stderr, flush=True)
         else:
             whisper(line)
 
@@ -78,7 +103,10 @@ def show_table(table: Table) -> None:
         from rich.console import Console
 
         folds = sys.stderr.isatty() or "COLUMNS" in os.environ
-        Console(stderr=True, width=None if folds else WIDE).print(table)
+        console = Console(stderr=True, width=None if folds else WIDE)
+        with console.capture() as shown:  # rich itself would end the program where nobody reads
+            console.print(table)
+        say(shown.get().removesuffix("\n"))
 
 
 def counted(count: int, noun: str, spec: str = "") -> str:
@@ -117,7 +145,8 @@ class Line:
             self.clear()
             say(text)
         else:
-            self._rewrite(text)
+            with heedless():
+                self._rewrite(text)
 
     def _rewrite(self, text: str) -> None:
         from rich.console import Console
@@ -134,8 +163,9 @@ class Line:
     def clear(self) -> None:
         """Leave no half line behind."""
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            with heedless():
+                live.stop()
 
     @property
     def seconds(self) -> float:
@@ -156,7 +186,8 @@ def patience(label: str) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-        print("\x1b[2K", end="", file=sys.stderr, flush=True)  # takes the line away
+        with heedless():
+            print("\x1b[2K", end="", file=sys.stderr, flush=True)  # takes the line away
 
 
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:

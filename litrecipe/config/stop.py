@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from litrecipe.config.progress import is_first_process
+from litrecipe.config.progress import is_first_process, tell_past_buffers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 PREEMPTED = 85
 INTERRUPTED = 130
-AFTER_THIS_STEP = b"\nlitrecipe: stopping after this step; Ctrl-C again ends at once, without saving\n"
-AT_ONCE = b"\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
+AFTER_THIS_STEP = "\nlitrecipe: stopping after this step; Ctrl-C again ends at once, without saving\n"
+AT_ONCE = "\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
 
 _hooked = False
 """Whether forks are looked after; what is registered for them stays."""
@@ -88,7 +88,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
     global _received
     if _received == signal.SIGINT == number:
         # Whatever was interrupted may hold locks: nothing of it may run on, and nothing be printed the usual way.
-        os.write(2, AT_ONCE if _deferred else b"\nlitrecipe: stopped at once\n")
+        tell_past_buffers(AT_ONCE if _deferred else "\nlitrecipe: stopped at once\n")
         os._exit(INTERRUPTED)
     _received = number
     if not _deferred:
@@ -97,7 +97,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
             os._exit(int(stopped.code or 0))
         raise stopped
     if number == signal.SIGINT and is_first_process() and not _child_speaks:
-        os.write(2, AFTER_THIS_STEP)
+        tell_past_buffers(AFTER_THIS_STEP)
 
 
 def requested() -> int | None:

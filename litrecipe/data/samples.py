@@ -19,11 +19,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from litrecipe.checkpoint.manifest import replace_folder, sync, write_text
 from litrecipe.config.errors import InputError
 from litrecipe.model.row import Sample, Segment
 
 MARKER = "complete.json"
 IDS = "ids.json"
+CURE = "delete this folder and run again"
 ARRAYS: dict[str, np.dtype[Any]] = {
     "tokens": np.dtype(np.int32),  # (T,)
     "weights": np.dtype(np.uint8),  # (T,), float32 when they are not all 0 or 1
@@ -39,12 +41,14 @@ FLOAT, PLACE = np.dtype(np.float32), np.dtype(np.int64)
 class SampleSet:
     """Samples of a folder, or some of them. Reading one touches only its own part of the files."""
 
-    def __init__(self, folder: str | Path, indices: np.ndarray | None = None, *, verify: bool = True) -> None:
+    def __init__(
+        self, folder: str | Path, indices: np.ndarray | None = None, *, verify: bool = True, cure: str = CURE
+    ) -> None:
         """Open what `SampleSet.write` wrote. Raises InputError naming a file that is missing, cut or altered."""
         self.folder = Path(folder)
-        marker = _read_marker(self.folder)
+        marker = _read_marker(self.folder, cure)
         if verify:
-            _verify(self.folder, marker)
+            _verify(self.folder, marker, cure)
         self._arrays = {name: _map(self.folder / f"{name}.bin", np.dtype(marker["dtypes"][name])) for name in ARRAYS}
         self._extras = {
             name: (
@@ -65,7 +69,7 @@ class SampleSet:
     def write(
         cls, folder: str | Path, samples: Iterable[Sample], about: Callable[[], dict[str, Any]] = dict
     ) -> SampleSet:
-        """Write samples into a new folder, all or nothing: it appears under its name when it is complete.
+        """Write samples into a new folder, all or nothing: it has its name when it is complete and on the disk.
 
         Of several processes only one may do so at a time; what a killed one left behind is removed.
         `about` is called when all samples are written and gives what else shall be kept (JSON).
@@ -76,9 +80,7 @@ class SampleSet:
         parts.mkdir(parents=True)
         try:
             _write_files(parts, samples, about)
-            if folder.exists():  # incomplete, or altered since
-                shutil.rmtree(folder)
-            parts.rename(folder)
+            replace_folder(parts, folder)
         finally:
             shutil.rmtree(parts, ignore_errors=True)
         return cls(folder, verify=False)
@@ -152,12 +154,14 @@ def _write_files(folder: Path, samples: Iterable[Sample], about: Callable[[], di
         np.array(extra.starts, dtype=PLACE).tofile(folder / f"extra-{name}-starts.bin")
     (folder / IDS).write_text(json.dumps(ids), encoding="utf-8")
     hashes = _hash_files(folder)
+    for name in hashes:
+        sync(folder / name)
     dtypes = {name: str(dtype) for name, dtype in ARRAYS.items()} | {"weights": str(weight_dtype)}
     dtypes |= {f"extra-{name}": str(extra.dtype) for name, extra in extras.items()}
     content = {name: digest for name, digest in hashes.items() if name != IDS}
     fingerprint = sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     marker = {"about": about(), "fingerprint": fingerprint, "dtypes": dtypes, "files": hashes, "extras": list(extras)}
-    (folder / MARKER).write_text(json.dumps({**marker, "seal": _seal(marker)}, indent=1), encoding="utf-8")
+    write_text(folder / MARKER, json.dumps({**marker, "seal": _seal(marker)}, indent=1))
 
 
 class _Extra:
@@ -198,15 +202,15 @@ def is_complete(folder: str | Path) -> bool:
     return (Path(folder) / MARKER).is_file()
 
 
-def _read_marker(folder: Path) -> dict[str, Any]:
+def _read_marker(folder: Path, cure: str) -> dict[str, Any]:
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no complete set of samples: delete this folder and run again") from error
+        raise InputError(f"{folder}: no complete set of samples: {cure}") from error
     except ValueError as error:  # not JSON, or not UTF-8
-        raise InputError(f"{folder / MARKER}: {error}: damaged: delete this folder and run again") from error
+        raise InputError(f"{folder / MARKER}: {error}: damaged: {cure}") from error
     if not isinstance(marker, dict) or marker.pop("seal", None) not in (None, _seal(marker)):
-        raise InputError(f"{folder / MARKER}: altered: delete this folder and run again")
+        raise InputError(f"{folder / MARKER}: altered: {cure}")
     return marker
 
 
@@ -215,10 +219,10 @@ def _seal(marker: dict[str, Any]) -> str:
     return sha256(json.dumps(json.loads(json.dumps(marker)), sort_keys=True).encode()).hexdigest()
 
 
-def _verify(folder: Path, marker: dict[str, Any]) -> None:
+def _verify(folder: Path, marker: dict[str, Any], cure: str) -> None:
     found = _hash_files(folder)
     mistakes = [
-        f"{folder / name}: {'altered' if name in found else 'missing'}: delete this folder and run again"
+        f"{folder / name}: {'altered' if name in found else 'missing'}: {cure}"
         for name, wanted in marker["files"].items()
         if found.get(name) != wanted
     ]

@@ -78,11 +78,17 @@ class Checkpoints:
     def save(self, at: Counters) -> None:
         """Write a complete checkpoint unless this step has one, then delete the oldest beyond `keep`.
 
-        Where this is done in the background, what can go wrong is told by the next `save` or `wait`.
+        Where this is done in the background, what can go wrong is told by the next `save` or `wait`. That one failed
+        says nothing of the next: this one is then waited for. Raises InputError, on every rank, when it fails, too.
         """
+        behind = self.behind
+        try:
+            self.wait()
+        except InputError as error:
+            warn(str(error))
+            self.saved_at = behind = None
         if self.saved_at == at.step:
             return
-        self.wait()
         state = {
             **asdict(at),
             "source": self.source.state_dict(),
@@ -97,14 +103,14 @@ class Checkpoints:
             "weights": {name: alike(parameter.data, parameter) for name, parameter in self.changed.items()},
             "optimizer": optimizer_state(self.optimizer, self.parameters),
         }
-        is_copied = self.behind is not None
+        is_copied = behind is not None
         pieces = {kind: training_state.pieces_of(some, self.writer, copied=is_copied) for kind, some in tensors.items()}
         target = training_state.step_folder(self.run_dir.checkpoints, at.step)
         training_state.begin(target, pieces, state, self.writer)
-        if self.behind is None:
+        if behind is None:
             self.finish(target, pieces, self.writer)
         else:
-            self.background.start(partial(self.finish, target, pieces, self.behind))
+            self.background.start(partial(self.finish, target, pieces, behind))
         self.saved_at = at.step
 
     def finish(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -30,6 +31,9 @@ T = TypeVar("T")
 
 M = TypeVar("M", bound=Trunk)
 
+SLOWEST = timedelta(hours=2)
+"""How long ranks wait for one of them, which may read a large checkpoint alone; of one that died they are told."""
+
 
 def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabric:
     """Build Fabric, and let this rank meet the others, which `engine.launch` or another launcher started."""
@@ -51,11 +55,12 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
             data_parallel_size=size,
             tensor_parallel_size=config.tensor_parallel,
             save_distributed_checkpoint=False,
+            timeout=SLOWEST,
             # What lies in main memory is added up there.
             process_group_backend="cpu:gloo,cuda:nccl" if config.cpu_offload and accelerator == "cuda" else None,
         )
     elif config.strategy == "ddp" or world > 1:
-        strategy = Copies()
+        strategy = Copies(timeout=SLOWEST)
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices_of(config),
@@ -156,8 +161,8 @@ def left_alone(error: RuntimeError) -> int:
 
 
 def leave() -> None:
-    """End the process group of a run that is over on all ranks: its threads must not meet the end of the interpreter,
-    which now and then aborts a rank that has done everything."""
+    """End the process group of a run that is over on all ranks, or was stopped: its threads must not meet the end of
+    the interpreter, which now and then aborts a rank that has done everything."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

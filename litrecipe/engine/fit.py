@@ -194,7 +194,7 @@ class Run:
             if self.at.step < self.at.total_steps:
                 self.dir.put_final_aside()
         self.fabric.barrier()
-        self.evaluated_at = self.dir.last_evaluation()
+        self.evaluated_at = ranks.on_first_rank(self.fabric, self.dir.last_evaluation)
         self.teller = Teller(self.fabric, self.recipe, self.dir, self.at.total_steps, self.at.step)
         if resume is not None:
             self.teller.say(f"resumed {resume} at step {self.at.step} of {self.at.total_steps}")

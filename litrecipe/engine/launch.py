@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from litrecipe.config import stop
 from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.groups import Fabric
-from litrecipe.config.progress import WATCHED, WHISPER
+from litrecipe.config.progress import WATCHED, WHISPER, tell_past_buffers
 from litrecipe.engine.allocation import is_a_task
 from litrecipe.engine.child import EVERY, FAILED, dies_with
 
@@ -120,6 +120,8 @@ class Rank:
             process_group=0,  # or Ctrl-C at a terminal would reach it twice, which ends a run without saving
             preexec_fn=dies_with(os.getpid()),
         )
+        self.asked: int | None = None
+        """The signal that was passed on to it."""
         self.last: deque[str] | None = deque(maxlen=KEPT) if is_heard else None
         self.ear = threading.Thread(target=self._listen, args=(room,), daemon=True)
 
@@ -135,8 +137,9 @@ class Rank:
 
     @property
     def code(self) -> int | None:
-        """Its exit code; None while it runs."""
-        return self.process.poll()
+        """Its exit code; None while it runs. One that was asked to stop before it could answer has stopped, too."""
+        code, asked = self.process.poll(), self.asked or stop.requested()
+        return int(stop.Stopped(asked).code or 0) if asked is not None and code == -asked else code
 
     @property
     def failed(self) -> bool:
@@ -174,7 +177,7 @@ class Room:
             if text and text in others:
                 return
             speaker = "" if rank.is_first or text.startswith("litrecipe: ") else f"rank {rank.number}: "
-            os.write(2, f"{speaker}{text}\n".encode(errors="replace"))
+            tell_past_buffers(f"{speaker}{text}\n")
 
 
 def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
@@ -202,7 +205,7 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
 
 
 def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:
-    passed_on, first, ended = False, None, 0.0
+    first, ended = None, 0.0
     while any(rank.code is None for rank in ranks):
         running = [rank for rank in ranks if rank.code is None]
         if first is None and (bad := [rank for rank in ranks if rank.code]):
@@ -210,9 +213,9 @@ def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:
         asked = stop.requested()
         if asked is None and first is not None and first.code == stop.PREEMPTED:
             asked = signal.SIGTERM
-        if asked is not None and not passed_on:
-            passed_on = True
+        if asked is not None and not any(rank.asked for rank in ranks):
             for rank in running:
+                rank.asked = asked
                 rank.process.send_signal(asked)
         since = time.monotonic() - ended if first is not None else 0.0
         if others_failed.is_set() or since > (SETTLES if any(rank.failed for rank in ranks) else GRACE):
@@ -236,7 +239,7 @@ def _watch(ranks: Sequence[Rank], others_failed: threading.Event) -> int:
 
 def _say(lines: Iterable[str]) -> None:
     for line in lines:
-        os.write(2, f"{line}\n".encode(errors="replace"))
+        tell_past_buffers(f"{line}\n")
 
 
 def _tell_slurm() -> None:

@@ -2,7 +2,8 @@
 
 On one machine the kernel knows whether the holder of a lock is alive (`flock`). Of another machine it may not, as
 network file systems do not always share locks, so the holder also touches its file every few seconds: one that has not
-done so for a while is gone. Times are read off the file system, whose clock is the same for all.
+done so for a while is gone. Times are read off the file system, whose clock is the same for all. Two that start at once
+there, or one that was suspended for longer than that, find another's name in the file: whose name it is not gives way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tempfile import NamedTemporaryFile
 from typing import IO
 
 from litrecipe.config.errors import InputError
+from litrecipe.config.files import take_lock
 from litrecipe.config.progress import say, warn
 
 BEAT = 10.0
@@ -29,8 +31,8 @@ BEAT = 10.0
 DEAD = 60.0
 """Seconds without one after which its holder is gone."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-ABSENT = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What file systems without locks answer."""
+LOOKS = 1.0
+"""Seconds for which a lock is tried, as others take it for a moment, to see who holds it."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,16 @@ class Holder:
     pid: int
     job: str | None
     """Slurm's number of its job, which stays the same when that is requeued."""
+    restart: int = 0
+    """How often that was requeued."""
 
     @classmethod
     def this(cls) -> Holder:
         """This process."""
         host = socket.gethostname()
         kernel = BOOT_ID.read_text().strip() if BOOT_ID.exists() else host
-        return cls(host, kernel, os.getpid(), os.environ.get("SLURM_JOB_ID"))
+        restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        return cls(host, kernel, os.getpid(), os.environ.get("SLURM_JOB_ID"), restart)
 
     @classmethod
     def read(cls, file: IO[str]) -> Holder | None:
@@ -59,6 +64,19 @@ class Holder:
             return cls(**json.loads(file.read()))
         except (ValueError, TypeError):
             return None
+
+    def other_in(self, path: Path) -> Holder | None:
+        """Who else is written in a lock file, which is opened anew: only then network file systems look."""
+        try:
+            with path.open(encoding="utf-8") as file:
+                found = Holder.read(file)
+        except FileNotFoundError:
+            return None
+        return None if found == self else found
+
+    def is_before(self, other: Holder) -> bool:
+        """Whether this was the same job, before it was requeued."""
+        return self.job is not None and self.job == other.job and self.restart < other.restart
 
     def __str__(self) -> str:
         job = "" if self.job is None else f", Slurm job {self.job}"
@@ -78,20 +96,20 @@ def held(folder: Path) -> Iterator[None]:
         is_sure = _locked(file, folder)
         before = Holder.read(file)
         if before is not None and before != me:
-            is_dead = (is_sure and before.kernel == me.kernel) or (me.job is not None and before.job == me.job)
-            if not is_dead:
+            if not ((is_sure and before.kernel == me.kernel) or before.is_before(me)):
                 _wait_until_dead(path, folder, before)
             say(f"{folder}: {before} is gone without a word: its lock is taken over")
         _write(file, json.dumps(asdict(me)))
         over = threading.Event()
-        heart = threading.Thread(target=_beat, args=(path, over), daemon=True, name="lock")
+        heart = threading.Thread(target=_beat, args=(path, me, over), daemon=True, name="lock")
         heart.start()
         try:
             yield
         finally:
             over.set()
             heart.join()
-            _write(file, "")
+            if me.other_in(path) is None:
+                _write(file, "")
 
 
 def holder_of(folder: Path) -> Holder | None:
@@ -103,15 +121,11 @@ def holder_of(folder: Path) -> Holder | None:
         if (holder := Holder.read(file)) is None:
             return None
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            is_sure = take_lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return holder
-        except OSError as error:
-            if error.errno not in ABSENT:
-                raise
-        else:
-            if holder.kernel == Holder.this().kernel:  # it would hold the lock if it lived
-                return None
+        if is_sure and holder.kernel == Holder.this().kernel:  # it would hold the lock if it lived
+            return None
         return holder if time.time() - path.stat().st_mtime < DEAD else None
 
 
@@ -123,16 +137,18 @@ def taken(folder: Path, by: Holder | None) -> InputError:
 
 def _locked(file: IO[str], folder: Path) -> bool:
     """Take the lock of this machine, and say whether there is such a thing. Raises InputError when it is taken."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise taken(folder, Holder.read(file)) from None
-    except OSError as error:
-        if error.errno not in ABSENT:
-            raise
+    until = time.monotonic() + LOOKS
+    while True:
+        try:
+            is_sure = take_lock(file)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise taken(folder, Holder.read(file)) from None
+            time.sleep(LOOKS / 10)
+    if not is_sure:
         warn(f"out_dir: {folder}: its file system has no locks: a second run is told from its file alone")
-        return False
-    return True
+    return is_sure
 
 
 def _wait_until_dead(path: Path, folder: Path, holder: Holder) -> None:
@@ -153,9 +169,12 @@ def _now(folder: Path) -> float:
         return Path(file.name).stat().st_mtime
 
 
-def _beat(path: Path, over: threading.Event) -> None:
+def _beat(path: Path, me: Holder, over: threading.Event) -> None:
     while not over.wait(BEAT):
         try:
+            if (other := me.other_in(path)) is not None:
+                say(f"litrecipe: error: out_dir: {path.parent}: {other} trains here, too: this run ends unsaved")
+                os._exit(1)
             os.utime(path)
         except OSError as error:
             if error.errno != errno.ENOENT:  # somebody took the folder away: told where something is written

@@ -94,6 +94,12 @@ class Place:
     """Numbers of the prompts whose pass rate was out of range when they were asked last."""
 
 
+OLDER = (
+    "the checkpoint was made in the midst of this rollout: delete that one, and --checkpoint.resume auto goes on from "
+    "the one before"
+)
+
+
 class Rollouts:
     """A `StepSource` that samples from the policy as it stands.
 
@@ -184,7 +190,7 @@ class Rollouts:
         if self.beside is not None:
             self.beside.load_state_dict(state["beside"])
         if self.at.minibatch < self.at.minibatches:
-            saved = SampleSet(self._saved(self.at.rollout))
+            saved = SampleSet(self._saved(self.at.rollout), cure=OLDER)
             self.samples = [saved[place] for place in range(len(saved))]
             self.metrics = saved.about["metrics"]
             self._plan()

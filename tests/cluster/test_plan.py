@@ -110,9 +110,15 @@ def test_a_checkpoint_of_another_run_is_where_the_first_start_begins(
     other = Path("other/checkpoints/step-00000003")
     assert submit("finetune", *words, "--out_dir", "new", "--checkpoint.resume", other) == 0
     text = Path("new/job.sh").read_text()
-    checkpoints = shlex.quote(str(Path("new/checkpoints").absolute()))
-    assert f"[ -e {checkpoints} ] || resume={shlex.quote(str(other.absolute()))}\n" in text
+    assert f"resume={shlex.quote(str(other.absolute()))}\n" in text
     assert text.count('--checkpoint.resume "$resume"') == 1
+    again = ("finetune", "--config", "new/job.yaml")
+    assert submit(*again) == 0 and Path("new/job.sh").read_text() == text, "it has not begun"
+    (Path("new") / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert submit(*again) == 0 and Path("new/job.sh").read_text() == text, "it has, and the script sees that"
+    Path("new/job.yaml").unlink()
+    [line] = refused(capsys, "finetune", *words, "--out_dir", "new", "--checkpoint.resume", other)
+    assert line.startswith("out_dir: new: holds another run")
 
 
 def test_verbs_without_a_run_directory(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,6 +118,25 @@ def test_one_process_meets_nobody() -> None:
     assert "MASTER_ADDR" not in text_of(job(nodes=1, tasks_per_node=1), Path("/here"))
 
 
+def test_a_run_goes_on_from_another_until_it_has_saved(tmp_path: Path) -> None:
+    """It makes the folder of its checkpoints when it starts, and drafts there."""
+    folder = tmp_path / "a b'c\"d#e%j$f*[g]"
+    text = text_of(job(folder, resume_from=Path("/o'ther/step-00000003")), Path("/here"))
+    lines = text[text.index("resume=auto") : text.index("srun")].partition("\ntrap")[0]
+
+    def chosen() -> str:
+        done = subprocess.run(["bash", "-c", f'{lines}\necho "$resume"'], capture_output=True, text=True)
+        assert done.stderr == ""
+        return done.stdout
+
+    assert chosen() == "/o'ther/step-00000003\n"
+    for name in ("step-00000004.tmp", ".step-00000004.abc"):
+        (folder / "checkpoints" / name).mkdir(parents=True)
+    assert chosen() == "/o'ther/step-00000003\n"
+    (folder / "checkpoints" / "step-00000004").mkdir()
+    assert chosen() == "auto\n"
+
+
 def test_an_array_and_a_stage() -> None:
     text = text_of(FORMS["array"], Path("/here"))
     assert "#SBATCH --array=0,2%1" in text and "run=${runs[$SLURM_ARRAY_TASK_ID]}" in text

@@ -85,6 +85,25 @@ finally:
     print("never", flush=True)
 """
 
+NOBODY_READS = """
+import os, signal
+from rich.table import Table
+from litrecipe.config import progress, stop
+reads, writes = os.pipe()
+os.close(reads)
+os.dup2(writes, 2)
+stop.install()
+with stop.deferred():
+    signal.raise_signal(signal.SIGINT)
+    os.dup2(writes, 2)
+    progress.show_table(Table("a"))
+    os.dup2(writes, 2)
+    progress.Line().show("saved", last=True)
+    print("saved", flush=True)
+os.dup2(writes, 2)
+progress.tell_mistakes(["a: b: c"])
+stop.poll()
+"""
 LET_GO = """
 import atexit, os, signal, sys
 from litrecipe.config import stop
@@ -132,6 +151,11 @@ def test_a_second_ctrl_c_ends_the_program_where_it_stands() -> None:
         "goes on",
         "litrecipe: stopped at once, nothing saved; the newest checkpoint is as it was",
     ]
+
+
+def test_where_nobody_reads_what_is_said_a_run_goes_on_and_ends_as_it_should() -> None:
+    """`2>&1 | tee log`, and Ctrl-C, of which tee dies, too."""
+    assert run(NOBODY_READS) == (130, "saved\n")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 85), ("SIGUSR1", 85), ("SIGINT", 130)])

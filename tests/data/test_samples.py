@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,8 +34,13 @@ def same(one: Sample, other: Sample) -> None:
         assert left.weights.dtype == np.float32
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is on the disk before it has its name."""
+    synced: list[Path] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
     written = SampleSet.write(tmp_path / "set", iter(SAMPLES), about=lambda: {"rows": 3})
+    names = [f"set.part/{path.name}" for path in (tmp_path / "set").iterdir()]
+    assert {str(path.relative_to(tmp_path)) for path in synced} == {*names, "set.part", "."} and len(names) == 7
     read = SampleSet(tmp_path / "set")
     assert len(read) == 3 and read.about == {"rows": 3}
     for index, sample in enumerate(SAMPLES):

@@ -66,24 +66,36 @@ def test_what_is_written_meanwhile_is_what_would_have_been_written(
         assert first.read_bytes() == second.read_bytes(), name
 
 
-def test_a_save_that_fails_meanwhile_is_told_by_the_next_and_is_no_checkpoint(
-    recipe: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_save_that_fails_meanwhile_is_told_by_the_next_which_ends_the_run_only_if_it_fails_too(
+    recipe: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """The next may be that of the same step, once more, at the end."""
     write = state._write_pieces
+    failing: list[str] = []
 
     def fail(path: Path, pieces: Any) -> None:
-        if path.parent.name.startswith("step-00000004"):
+        if failing and path.parent.name == f"step-0000000{failing[0]}.tmp":
+            failing.pop(0)
             raise OSError(28, "No space left on device")
         write(path, pieces)
 
+    def kept(name: str) -> list[str]:
+        return sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+
     monkeypatch.setattr(state, "_write_pieces", fail)
-    with pytest.raises(InputError, match=r"step-00000004: could not be saved .*step-00000002 is intact") as error:
+    assert finetune.main(recipe("unbroken")) == 0
+    for step, left in (("4", ["step-00000002", "step-00000006"]), ("6", ["step-00000004", "step-00000006"])):
+        failing[:] = step
+        assert finetune.main(recipe(step, asynchronous=True)) == 0
+        assert not failing and kept(step) == left
+        assert f"step-0000000{step}: could not be saved (" in capfd.readouterr().err
+        assert_equal_runs(tmp_path / "unbroken", tmp_path / step, STEPS)
+    failing[:] = "46"
+    with pytest.raises(InputError, match=r"step-00000006: could not be saved .*step-00000002 is intact") as error:
         finetune.main(recipe("run", asynchronous=True))
     assert len(error.value.mistakes) == 1
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-    monkeypatch.undo()
+    assert kept("run") == ["step-00000002"]
     assert finetune.main(recipe("run", asynchronous=True)) == 0
-    assert finetune.main(recipe("unbroken")) == 0
     assert_equal_runs(tmp_path / "unbroken", tmp_path / "run", STEPS)
 
 

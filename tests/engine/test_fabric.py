@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from litrecipe import cli
+from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric
 from litrecipe.engine.fabric import accelerator_of, devices_of, make_fabric, world_size
@@ -55,6 +62,31 @@ def test_a_node_that_knows_no_other_does_not_wait_for_them(monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"^fabric\.num_nodes: 2: nothing says where .* MASTER_ADDR"):
         make_fabric(Fabric(accelerator="cpu", num_nodes=2))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_ranks_wait_longer_for_the_first_than_it_reads_a_checkpoint(gpus, strategy: str, monkeypatch) -> None:
+    """A terabyte, at 200 MB/s."""
+    gpus(0)
+    monkeypatch.setattr("lightning_fabric.Fabric", lambda **given: SimpleNamespace(launch=lambda: None, **given))
+    made: Any = make_fabric(Fabric(accelerator="cpu", strategy=strategy))
+    assert made.strategy._timeout >= timedelta(seconds=1e12 / 200e6)
+
+
+@pytest.mark.parametrize("ending", [0, stop.Stopped(signal.SIGTERM)])
+def test_who_is_done_or_stopped_leaves_the_other_ranks(ending, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of the process group that meet the end of the interpreter now and then abort it."""
+
+    def call(*_: object, **__: object) -> int:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        if isinstance(ending, stop.Stopped):
+            raise ending
+        return ending
+
+    monkeypatch.setattr(cli, "call", call)
+    with pytest.raises(stop.Stopped) if ending else nullcontext():
+        cli.main(["recipes", "ls"])
+    assert not torch.distributed.is_initialized()
 
 
 def test_torchmetrics_is_not_imported_along_and_can_be_afterwards() -> None:

@@ -78,6 +78,7 @@ from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.data.source import RecordedSource
 from litrecipe.engine.fabric import make_fabric
 from litrecipe.engine.fit import Job, fit
+from litrecipe.engine.rundir import RunDir
 from litrecipe.model.families import read_architecture
 from litrecipe.model.decoder import Decoder
 from litrecipe.model.row import Sample, Segment
@@ -99,6 +100,8 @@ model = Decoder(read_architecture(config))
 model.init_weights(seed=0)
 with torch.no_grad():
     model.model.embed_tokens.weight[12] = math.nan
+if rank == 1:
+    RunDir.last_evaluation = None  # is read by the first, which writes that file
 fabric = make_fabric(recipe.fabric)
 source = RecordedSource(samples, recipe.train)
 told(lambda: fit(Job(fabric, recipe, model, CausalLM(), source, save_final=lambda folder: None)))

@@ -120,6 +120,23 @@ def test_a_signal_reaches_every_rank(number: int, name: str) -> None:
     assert process.wait(30) == 85
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
+def test_a_rank_that_is_not_yet_so_far_that_it_could_answer_has_stopped(number: int, code: int) -> None:
+    process = watch("signal.signal(signal.SIGINT, signal.SIG_DFL); say('ready'); wait()")
+    assert process.stderr is not None
+    assert [process.stderr.readline() for _ in range(2)] == ["both say this\n", "ready\n"]
+    os.kill(process.pid, number)
+    assert (process.wait(30), process.stderr.read()) == (code, "")
+
+
+def test_ranks_go_on_where_nobody_reads_what_they_say() -> None:
+    """More than their pipes hold."""
+    process = watch(*["for n in range(2000): say(f'{rank} {n} ' + 99 * 'x')\nsys.exit(85)"] * 2)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(30) == 85
+
+
 def test_what_stops_one_rank_stops_the_others_and_one_that_cannot_follow_is_ended() -> None:
     """In set-up a rank answers a signal by itself, which perhaps nobody else was sent."""
     code, _, seconds = ended(MEEK, "time.sleep(0.5); sys.exit(85)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from litrecipe.config import files
 from litrecipe.config.errors import InputError
 from litrecipe.engine import lock
 
@@ -24,7 +26,9 @@ FAR = replace(lock.Holder.this(), host="n7", kernel="another", pid=42, job="17")
 def _soon_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "DEAD", 0.6)
     monkeypatch.setattr(lock, "BEAT", 0.1)
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(lock, "LOOKS", 0.3)
+    for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def left_by(folder: Path, holder: lock.Holder, seconds_ago: float = 0.0) -> Path:
@@ -38,7 +42,7 @@ def left_by(folder: Path, holder: lock.Holder, seconds_ago: float = 0.0) -> Path
 def beating(path: Path) -> Iterator[None]:
     """The other machine's process lives."""
     over = threading.Event()
-    thread = threading.Thread(target=lock._beat, args=(path, over))
+    thread = threading.Thread(target=lock._beat, args=(path, lock.Holder(**json.loads(path.read_text())), over))
     thread.start()
     try:
         yield
@@ -94,20 +98,58 @@ def test_one_that_is_dead_on_another_machine_is_waited_for_only_so_long(
 def test_a_job_that_was_requeued_to_another_machine_goes_on_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And not the second of two tasks of the job that do not know one another."""
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    left_by(tmp_path, FAR)
+    with beating(left_by(tmp_path, FAR)), pytest.raises(InputError, match="on n7, Slurm job 17"), lock.held(tmp_path):
+        pytest.fail("both hold it")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    path = left_by(tmp_path, FAR)
+    known = json.loads(path.read_text())
+    del known["restart"]  # as before there was such a thing
+    path.write_text(json.dumps(known))
     began = time.monotonic()
     with lock.held(tmp_path):
         assert time.monotonic() - began < lock.DEAD / 2
+
+
+def test_who_finds_another_in_the_file_gives_way_and_leaves_it_as_it_is(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of machines that share no locks, started at once; or one that was suspended and taken for dead."""
+    child = os.fork()
+    if child == 0:
+        with lock.held(tmp_path):
+            left_by(tmp_path, FAR, seconds_ago=99)
+            time.sleep(10)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    said = f"out_dir: {tmp_path}: process 42 on n7, Slurm job 17 trains here, too: this run ends unsaved"
+    assert capfd.readouterr().err == f"litrecipe: error: {said}\n"
+    assert time.time() - (tmp_path / ".lock").stat().st_mtime > 90
+    monkeypatch.setattr(lock, "BEAT", 10.0)
+    with lock.held(tmp_path):
+        path = left_by(tmp_path, FAR)
+    assert lock.Holder(**json.loads(path.read_text())) == FAR
+
+
+def test_who_looks_for_a_moment_who_trains_here_keeps_nobody(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        timer = threading.Timer(lock.LOOKS / 2, fcntl.flock, (file, fcntl.LOCK_UN))
+        timer.start()
+        with lock.held(tmp_path):
+            assert not timer.is_alive()
 
 
 def test_without_locks_the_file_alone_tells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def no_lock(*_: object) -> None:
-        raise OSError(lock.ABSENT[0], "Function not implemented")
+        raise OSError(files.ABSENT[0], "Function not implemented")
 
     monkeypatch.setattr(lock.fcntl, "flock", no_lock)
+    with files.locked(tmp_path / "other", "waits"):
+        assert lock.holder_of(tmp_path) is None
     neighbour = replace(lock.Holder.this(), pid=1)
     with beating(left_by(tmp_path, neighbour)), pytest.raises(InputError, match="process 1 on"), lock.held(tmp_path):
         pytest.fail("both hold it")

@@ -157,6 +157,15 @@ def test_a_run_goes_on_where_it_stood(make: Callable[..., Rollouts], tmp_path: P
     assert resumed.state_dict() == unbroken.state_dict()
 
 
+def test_a_rollout_that_is_lost_is_told_with_what_can_be_done(make: Callable[..., Rollouts]) -> None:
+    source = make()
+    source.next_step()
+    state = checkpoint(source)
+    (source.folder / "000001.samples" / "tokens.bin").unlink()
+    with pytest.raises(InputError, match=r"000001\.samples/tokens\.bin: missing: .*and --checkpoint\.resume auto"):
+        make().load_state_dict(state)
+
+
 def test_other_prompts_are_refused(make: Callable[..., Rollouts]) -> None:
     state = make().state_dict()
     with pytest.raises(InputError, match=r"data\.train: 11 prompts: the checkpoint was made with 12"):
