@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from io import TextIOWrapper
@@ -194,8 +194,6 @@ def run_recipe(name: str, verb: RecipeVerb, argv: list[str]) -> int:
 
 def run_submit(submit: SubmitVerb, argv: list[str]) -> int:
     """Take the line of another verb, and hand its recipe to the cluster instead."""
-    from litrecipe.config.slurm_defaults import with_defaults
-
     name, verb = submitted(submit, argv)
     if verb is None:
         print(help_of("submit "))
@@ -203,7 +201,7 @@ def run_submit(submit: SubmitVerb, argv: list[str]) -> int:
     line = read_line(f"submit {name}", verb, argv[len(name.split()) :])
     if line is None:
         return 0
-    return call(submit.code, name, lambda flags: read_recipe(verb, line, flags, over=with_defaults), **line.options)
+    return call(submit.code, name, lambda flags: read_submitted(verb, line, flags), **line.options)
 
 
 def is_submittable(verb: object) -> TypeGuard[RecipeVerb]:
@@ -239,7 +237,21 @@ def read_line(name: str, verb: RecipeVerb, argv: list[str]) -> Line | None:
     return line
 
 
-def read_recipe(verb: RecipeVerb, line: Line, flags: Iterable[tuple[str, str]] = (), **more: Any) -> Any:
+def read_submitted(verb: RecipeVerb, line: Line, flags: Iterable[tuple[str, str]]) -> Any:
+    """The recipe of a line that is submitted, with flags over it, and one's own defaults under it."""
+    from litrecipe.config.slurm import fetch_as_jobs
+    from litrecipe.config.slurm_defaults import with_defaults
+
+    return read_recipe(verb, line, flags, lambda recipe: fetch_as_jobs(recipe.slurm), over=with_defaults)
+
+
+def read_recipe(
+    verb: RecipeVerb,
+    line: Line,
+    flags: Iterable[tuple[str, str]] = (),
+    before_rows: Callable[[Any], None] = lambda _: None,
+    **more: Any,
+) -> Any:
     """The recipe of a line, with flags over it, and `more` of what `schema.load` takes; its rows are looked at.
 
     Raises InputError with all mistakes of both.
@@ -253,6 +265,7 @@ def read_recipe(verb: RecipeVerb, line: Line, flags: Iterable[tuple[str, str]] =
         raise InputError(*line.mistakes, *error.mistakes) from None
     if line.mistakes:
         raise InputError(*line.mistakes)
+    before_rows(recipe)
     if hasattr(recipe, "wanted"):
         look_at_stages(recipe)
     elif verb.rows:

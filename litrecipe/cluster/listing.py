@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.table import Table
 
-from litrecipe.cluster.runs import Run, job_of, jobs_of
+from litrecipe.cluster.runs import Run, job_of, jobs_of, noted
 from litrecipe.cluster.script import NOTE
 from litrecipe.config import progress
 from litrecipe.config.errors import InputError
@@ -23,13 +24,13 @@ def ls(folder: str = "runs") -> int:
     if not runs and not pipelines:
         raise InputError(f"{folder}: no runs below this folder: give the folder that holds run directories")
     try:
-        jobs = jobs_of(runs)
+        jobs = jobs_of(filter(is_noted_well, runs))
     except InputError as error:
         progress.warn(f"{error}; without the queue")
         jobs = {}
     table = Table("run", "verb", "state", "step", "loss", "measured", "tokens/s", "left", "job", box=None)
-    rows = {path: row_of(Run(path, job_of(path, jobs))) for path in runs}
-    rows |= {path: row_of_pipeline(path) for path in pipelines}
+    rows = {path: readable(path, lambda path: row_of(Run(path, job_of(path, jobs)))) for path in runs}
+    rows |= {path: readable(path, row_of_pipeline) for path in pipelines}
     for path in sorted(rows, key=by_numbers):
         table.add_row(str(path), *rows[path])
     console = progress.console()
@@ -37,6 +38,24 @@ def ls(folder: str = "runs") -> int:
         console.width = 300
     console.print(table, highlight=False, markup=False)
     return 0
+
+
+def is_noted_well(folder: Path) -> bool:
+    """Whether what is noted of a run's job can be read."""
+    try:
+        noted(folder)
+    except InputError:  # its row says so
+        return False
+    return True
+
+
+def readable(path: Path, row: Callable[[Path], list[str]]) -> list[str]:
+    """A row; where its folder is not as it was written, one that says so."""
+    try:
+        return row(path)
+    except (InputError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        progress.warn(f"{path}: {str(error) or type(error).__name__}")
+        return ["-", "unreadable", *["-"] * 6]
 
 
 def by_numbers(path: Path) -> list[int | str]:
@@ -57,12 +76,17 @@ def row_of(run: Run) -> list[str]:
         run.verb,
         run.state,
         f"{last.get('step', '-')}" + (f"/{total}" if total else ""),
-        f"{last['loss']:.4f}" if last else "-",
+        in_digits(last.get("loss"), 4),
         run.measured or "-",
-        f"{last['tokens_per_second']:.0f}" if last else "-",
+        in_digits(last.get("tokens_per_second"), 0),
         "-" if left is None else progress.duration(left),
         run.note.get("job", "-"),
     ]
+
+
+def in_digits(value: float | None, digits: int) -> str:
+    """A number, where there is one."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def row_of_pipeline(folder: Path) -> list[str]:

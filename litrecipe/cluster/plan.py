@@ -8,14 +8,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from litrecipe.cluster.script import RECIPE, Job
+from litrecipe.cluster.runs import job_of, jobs_of
+from litrecipe.cluster.script import KEPT, RECIPE, Job
 from litrecipe.cluster.sweep import Point
 from litrecipe.config import schema
 from litrecipe.config.errors import InputError
-from litrecipe.config.groups import TrainingRecipe
+from litrecipe.config.groups import EvaluateRecipe, TrainingRecipe
 from litrecipe.config.pipeline import PipelineRecipe
 from litrecipe.config.prepare import PrepareRecipe
+from litrecipe.config.slurm import Slurm
+from litrecipe.data.prepare import PART, STATE
 from litrecipe.engine.rundir import RunDir
+from litrecipe.evaluation.session import only_training_knows
 from litrecipe.recipes.dry_run_pipeline import Preview, check_recipes, mistakes_of
 from litrecipe.recipes.pipeline import check_place, check_runs
 from litrecipe.recipes.runs import differing
@@ -39,8 +43,8 @@ class Plan:
     jobs: list[Job]
     recipes: dict[Path, str] = field(default_factory=dict)
     """Folder → the YAML of the recipe that is run there."""
-    finished: list[str] = field(default_factory=list)
-    """Runs and stages that need no job any more."""
+    left_out: list[str] = field(default_factory=list)
+    """Runs and stages that need no job, each with the reason."""
 
 
 def plan_run(verb: str, recipe: Any) -> Plan:
@@ -61,7 +65,8 @@ def plan_run(verb: str, recipe: Any) -> Plan:
         command += ["--checkpoint.resume", "$resume"]
     elif isinstance(recipe, TrainingRecipe):
         command += AUTO
-    job = Job(f"{verb.split()[-1]}-{folder.name}", folder, recipe.slurm, command, resume_from=from_other)
+    name = f"{verb.split()[-1]}-{folder.name}"
+    job = Job(name, folder, recipe.slurm, command, resume_from=from_other, kept=kept_by(recipe))
     return Plan(verb, folder, [job], {folder: written(recipe)})
 
 
@@ -88,24 +93,27 @@ def plan_sweep(verb: str, read: Read, points: list[Point]) -> Plan:
     folder = Path(outside).absolute()
     if RunDir(folder).holds_a_run:
         raise InputError(f"out_dir: {outside}: holds a run: name a folder for the runs of the sweep")
-    done = [is_finished(recipe) for recipe in recipes]
+    runs = [folder_of(recipe) for recipe in recipes]
+    texts = {run: written(recipe) for run, recipe in zip(runs, recipes, strict=True)}
+    jobs = jobs_of(runs)
+    left_out: dict[Path, str] = {}
+    for run, recipe in zip(runs, recipes, strict=True):
+        if is_finished(recipe):
+            left_out[run] = "finished before"
+        elif (queued := job_of(run, jobs)) is not None and is_text(run / RECIPE, texts[run]):
+            left_out[run] = f"its job {queued.id} is {queued.state.lower()}"
     job = Job(
         f"{verb.split()[-1]}-{folder.name}",
         folder,
         recipes[0].slurm,
         [*verb.split(), "--config", f"$run/{RECIPE}", *AUTO],
-        runs=[folder_of(recipe) for recipe in recipes],
-        indices=[index for index, is_done in enumerate(done) if not is_done],
+        runs=runs,
+        indices=[index for index, run in enumerate(runs) if run not in left_out],
     )
     if not job.indices:
-        raise InputError(f"out_dir: {outside}: all {len(points)} runs of this sweep are finished")
-    return Plan(
-        verb,
-        folder,
-        [job],
-        {folder_of(recipe): written(recipe) for recipe in recipes},
-        [point.name for point, is_done in zip(points, done, strict=True) if is_done],
-    )
+        raise InputError(f"out_dir: {outside}: all {len(points)} runs of this sweep are finished, or have a job")
+    asked = {run: text for run, text in texts.items() if run not in left_out}
+    return Plan(verb, folder, [job], asked, [f"{run.name}: {why}" for run, why in left_out.items()])
 
 
 def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
@@ -114,12 +122,9 @@ def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
     mistakes: list[str] = []
     for name, stage in recipe.stages.items():
         try:
-            stage.recipe = allotted(stage.recipe)
+            stage.recipe = allotted(stage.recipe, recipe.slurm)
         except InputError as error:
             mistakes += stage.placed(name, error.mistakes)
-        if stage.recipe.slurm.container is not None:
-            line = f"slurm.container: {stage.recipe.slurm.container}: stages are started from outside: remove it"
-            mistakes += stage.placed(name, [line])
     if mistakes:
         raise InputError(*mistakes)
     recipe.checkpoint.resume = "auto"
@@ -138,11 +143,24 @@ def plan_chain(verb: str, recipe: PipelineRecipe) -> Plan:
             recipe.stages[name].recipe.slurm,
             [*verb.split(), "--config", str(folder / RECIPE), "--only", name, *AUTO],
             launches_stages=True,
+            kept=kept_by(recipe.stages[name].recipe),
         )
         for name in waiting
     ]
-    finished = [name for name in recipe.wanted if name not in waiting]
-    return Plan(verb, folder, jobs, {folder: written(replace(recipe, only=[]))}, finished)
+    left_out = [f"{name}: finished before" for name in recipe.wanted if name not in waiting]
+    return Plan(verb, folder, jobs, {folder: written(replace(recipe, only=[]))}, left_out)
+
+
+def is_text(path: Path, text: str) -> bool:
+    """Whether a file holds this."""
+    return path.is_file() and path.read_text(encoding="utf-8") == text
+
+
+def kept_by(recipe: Any) -> tuple[str, ...]:
+    """What a verb goes on from, as `Job.kept` has it: `evaluate` begins anew."""
+    if isinstance(recipe, PrepareRecipe):
+        return (f"../{Path(recipe.out).name}{PART}/{STATE}",)
+    return KEPT if isinstance(recipe, TrainingRecipe) else ()
 
 
 def written(recipe: Any) -> str:
@@ -166,25 +184,32 @@ def folder_of(recipe: Any) -> Path:
         raise InputError(f"{key}: missing: say where the results go")
     if "\\" in written or not written.isprintable():
         raise InputError(f"{key}: {written!r}: Slurm reads a backslash as more than that: use another name")
+    if "$" in written:
+        raise InputError(f"{key}: {written}: sbatch knows no variables: write out what is meant")
     path = Path(written).absolute()
     return path if key == "out_dir" else path.with_name(f"{path.stem}{BESIDE}")
 
 
-def allotted(recipe: Any) -> Any:
-    """A copy of a recipe in which `fabric` and `slurm` say the same of machines and processes.
+def allotted(recipe: Any, of_all: Slurm | None = None) -> Any:
+    """A copy of a recipe in which `fabric` and `slurm` say the same of machines and processes; a verb that is one
+    process gets room for one, whatever stands for `of_all` stages.
 
     Raises InputError naming both keys where they do not.
     """
     recipe = deepcopy(recipe)
     slurm = recipe.slurm
     mistakes: list[str] = []
-    if isinstance(recipe, PrepareRecipe):
+    if isinstance(recipe, PrepareRecipe | EvaluateRecipe):
         for key in ("nodes", "gpus_per_node", "tasks_per_node"):
-            if (getattr(slurm, key) or 1) > 1:
-                mistakes.append(f"slurm.{key}: {getattr(slurm, key)}: this verb is one process: use cpus_per_task")
-        slurm.nodes = slurm.tasks_per_node = 1
+            value = getattr(slurm, key)
+            if (value or 1) > 1 and (of_all is None or value != getattr(of_all, key)):
+                mistakes.append(f"slurm.{key}: {value}: this verb is one process: use cpus_per_task")
+        mistakes += only_training_knows(recipe.fabric) if isinstance(recipe, EvaluateRecipe) else []
         if mistakes:
             raise InputError(*mistakes)
+        slurm.nodes = slurm.tasks_per_node = 1
+        slurm.gpus_per_node = slurm.gpus_per_node and 1
+    if isinstance(recipe, PrepareRecipe):
         return recipe
     fabric = recipe.fabric
     tasks_key = "gpus_per_node" if slurm.gpus_per_node is not None else "tasks_per_node"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
@@ -15,6 +15,8 @@ from litrecipe.config.slurm import LAUNCHER
 
 PATIENCE = 60
 """Seconds after which Slurm is taken for one that does not answer."""
+ASKED_BY_NAME = 1000
+"""Jobs; the kernel takes arguments of 128 KiB."""
 OF_A_LAUNCHER = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"),
     *("MASTER_ADDR", "MASTER_PORT", LAUNCHER),
@@ -22,6 +24,18 @@ OF_A_LAUNCHER = (
 """Variables that would tell the tasks of a job that somebody else had started them."""
 OTHER_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX", "ntasks-per-node": "NTASKS_PER_NODE"}
 """Flag of sbatch → its variable, behind SBATCH_, where that is called otherwise."""
+OF_NODES = re.compile(r"(?i)node configuration is not available|not available \(|nodes are busy|reservation is in use")
+"""Slurm's words for what is so now and may be otherwise later."""
+BUSY = re.compile(r"(?i)timed out|zero bytes|unable to contact|unexpected message|connection (refused|reset)")
+"""Its words after which nothing is sure."""
+
+
+class NoAnswer(InputError):
+    """Slurm did not say anything in time."""
+
+
+class Unanswered(InputError):
+    """Nobody knows whether a script is queued now."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +58,44 @@ def there_is_slurm() -> bool:
 
 
 def test(script: Path) -> str:
-    """What `sbatch --test-only` says of a script that it would take: when and where it would start.
+    """What `sbatch --test-only` says of a script that it would take: when and where it would start, or that no node is
+    free for it now, which sbatch itself may wait for.
 
     Raises InputError with its words otherwise.
     """
     done = _call(["sbatch", "--test-only", str(script)], environment_for(script.read_text()))
-    if done.returncode:
+    words = _words(done.stderr)
+    if done.returncode and not (words and all(map(OF_NODES.search, words))):
         raise InputError(*refusal(done.stderr))
-    return " ".join(_words(done.stderr))
+    return " ".join(words)
 
 
-def submit(script: Path, dependency: str | None) -> str:
-    """Queue a script; returns the job's id. Raises InputError with sbatch's words where it does not take it."""
+def submit(script: Path, dependency: str | None, known: Collection[str] = ()) -> str:
+    """Queue a script; returns the job's id.
+
+    Raises InputError with sbatch's words where it does not take it, and Unanswered where nobody knows: a busy Slurm may
+    have queued a script without saying so. Such a job is looked for in the queue; those with the ids `known` are older.
+    """
     after = [] if dependency is None else [f"--dependency={dependency}"]
-    done = _call(["sbatch", "--parsable", *after, str(script)], environment_for(script.read_text()))
-    if done.returncode:
-        raise InputError(*refusal(done.stderr))
-    return done.stdout.strip().partition(";")[0]
+    try:
+        done = _call(["sbatch", "--parsable", *after, str(script)], environment_for(script.read_text()))
+    except NoAnswer:
+        said, is_sure = [f"sbatch: no answer in {PATIENCE} s"], False
+    else:
+        if not done.returncode and (number := re.search(r"^(\d+)(;|$)", done.stdout, re.MULTILINE)):
+            return number[1]
+        said = refusal(done.stderr)
+        is_sure = bool(done.returncode) and not BUSY.search(done.stderr)
+    if is_sure:
+        raise InputError(*said)
+    cure = "it may have been queued nevertheless: look with `squeue --me`, and submit again where it was not"
+    try:
+        found = {job.id.partition("_")[0] for job in queued() if job.script == str(script)} - set(known)
+    except InputError as error:
+        raise Unanswered(*said, *error.mistakes, f"{script}: {cure}") from None
+    if len(found) != 1:
+        raise Unanswered(*said, f"{script}: {cure}")
+    return found.pop()
 
 
 def cancel(jobs: Iterable[str]) -> None:
@@ -73,9 +108,11 @@ def queued(jobs: Iterable[str] | None = None) -> list[Queued]:
 
     Raises InputError with squeue's words where it does not answer.
     """
-    which_ones = [] if jobs is None else [f"--jobs={','.join(jobs)}"]
-    if which_ones == ["--jobs="]:
+    asked = None if jobs is None else list(jobs)
+    if asked == []:
         return []
+    # More than a line holds are looked for among all.
+    which_ones = [f"--jobs={','.join(asked)}"] if asked and len(asked) <= ASKED_BY_NAME else []
     done = _call(["squeue", "--noheader", "--array", *which_ones, "--format=%i|%T|%r|%o"])
     if done.returncode and "Invalid job id" in done.stderr:  # it has forgotten them
         return []
@@ -117,4 +154,4 @@ def _call(words: Sequence[str], environment: dict[str, str] | None = None) -> su
         cure = "no Slurm here: submit on a machine of the cluster; --dry_run works without"
         raise InputError(f"{words[0]}: not found: {cure}") from None
     except subprocess.TimeoutExpired:
-        raise InputError(f"{words[0]}: no answer in {PATIENCE} s: is the cluster up?") from None
+        raise NoAnswer(f"{words[0]}: no answer in {PATIENCE} s: is the cluster up?") from None

@@ -12,8 +12,9 @@ from litrecipe.checkpoint import state
 from litrecipe.cluster.queue import Queued, queued, there_is_slurm
 from litrecipe.cluster.script import LOG, NOTE, RECIPE
 from litrecipe.config import schema
+from litrecipe.config.errors import InputError
 from litrecipe.config.files import read_json
-from litrecipe.config.merge import Mistakes, Node, read_file
+from litrecipe.config.merge import read_own
 from litrecipe.config.pipeline import NOTE as STAGE
 from litrecipe.config.recipes import RECIPES
 from litrecipe.engine.lock import holder_of
@@ -22,9 +23,15 @@ from litrecipe.recipes.pipeline import worth_telling
 
 
 def noted(folder: Path) -> dict[str, Any]:
-    """What is noted of the job of a run directory: `job`, `verb`, `script`, `submitted`; empty where there is none."""
+    """What is noted of the job of a run directory: `job`, `verb`, `script`, `submitted`; empty where there is none.
+
+    Raises InputError where the note cannot be read.
+    """
     path = folder / NOTE
-    return read_json(path) if path.is_file() else {}
+    note = read_json(path) if path.is_file() else {}
+    if note and not note.keys() >= {"job", "script"}:
+        raise InputError(f"{path}: names no job: not as it was written: remove it")
+    return note
 
 
 @dataclass
@@ -62,8 +69,7 @@ class Run:
         told = read_json(stage).get("verb") if stage.is_file() else self.note.get("verb")
         if told:
             return str(told)
-        recipe = self.folder / "recipe.yaml"
-        kind = schema.kind_of(recipe)
+        kind = schema.kind_with({key: one if isinstance(one, dict) else () for key, one in self.written.items()})
         return next(verb for verb, one in RECIPES.items() if one is kind)
 
     @property
@@ -72,23 +78,24 @@ class Run:
         if self.checkpoints:
             found = read_json(self.checkpoints[0] / "state.json").get("total_steps")
             return int(found) if found else None
-        train = self.written.value.get("train", Node({}))
-        steps = train.value.get("max_steps", Node(None)) if train.is_group else Node(None)
-        return steps.value if isinstance(steps.value, int) else None
+        train = self.written.get("train")
+        steps = str(train.get("max_steps")) if isinstance(train, dict) else ""
+        return int(steps) if steps.isdecimal() else None
 
     @cached_property
-    def written(self) -> Node:
-        """The recipe that the run has written, or that its job is to read."""
+    def written(self) -> dict[str, Any]:
+        """The recipe that the run has written, or that its job is to read, all values as text."""
         path = self.folder / "recipe.yaml"
         path = path if path.is_file() else self.folder / RECIPE
-        return read_file(path, Mistakes()) if path.is_file() else Node({})
+        return read_own(path) if path.is_file() else {}
 
     @property
     def is_finished(self) -> bool:
         """Whether what it makes is there: beside the folder of its job, where that is no run directory."""
-        out = self.written.value.get("out", Node(None)).text
-        result = self.folder.parent / Path(out).name if out else RunDir(self.folder).final
-        return result.exists()
+        if RunDir(self.folder).final.exists():
+            return True
+        out = self.written.get("out")
+        return isinstance(out, str) and out not in ("", "null") and (self.folder.parent / Path(out).name).exists()
 
     @property
     def state(self) -> str:

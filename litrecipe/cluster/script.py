@@ -19,8 +19,14 @@ from litrecipe.config.stop import PREEMPTED
 
 SCRIPT, RECIPE, NOTE, LOG = "job.sh", "job.yaml", "job.json", "job.log"
 """Files of a run directory: the script, the recipe as it is run, what is noted of the job, and what it wrote."""
+KEPT = ("checkpoints/step-*[0-9]", "candidates.jsonl")
+"""What a run goes on from, in its directory: whole checkpoints, and what was sampled to be learnt."""
+PAUSE, PATIENCE = 5, 60
+"""Seconds between two tries to ask a Slurm that does not answer, and of all of them."""
 FIRST_PORT, PORTS = 10000, 20000
 """Below those that Linux gives to whoever asks for any."""
+NOTHING_NEW = "stopped before anything new was saved: not queued again: give it more slurm.time"
+"""What is said where the next start would come no further."""
 LAST_TASK = 60
 """Seconds that tasks have left when the first of them is gone: they end together, or who would have told the others
 was killed with it."""
@@ -46,6 +52,8 @@ class Job:
     """The command is one process, and starts the tasks."""
     resume_from: Path | None = None
     """A checkpoint of another run, absolute, where the first start begins."""
+    kept: Sequence[str] = KEPT
+    """Patterns of what the verb goes on from, beside what it writes; none where it always begins anew."""
 
     @property
     def script(self) -> Path:
@@ -68,7 +76,7 @@ def text_of(job: Job, here: Path) -> str:
         _own(job.slurm),
         _start(job),
         job.slurm.post,
-        _end(job.slurm.requeue),
+        _end(job),
     ]
     return "\n\n".join("\n".join(part) for part in map(list, parts) if part) + "\n"
 
@@ -107,10 +115,12 @@ def _asked(job: Job, here: Path) -> Iterator[str]:
 
 
 def _environment(slurm: Slurm) -> Iterator[str]:
+    if slurm.modules:  # a function, which other shells than those of a login may lack
+        yield "type module &> /dev/null || source /etc/profile"
     for module in slurm.modules:
-        yield f"module load {shlex.quote(module)}"
+        yield f"module load {shlex.quote(module)} || exit 1"
     activate = Path(sys.prefix) / "bin" / "activate"
-    if slurm.container is None and sys.prefix != sys.base_prefix and activate.is_file():
+    if not slurm.is_contained and sys.prefix != sys.base_prefix and activate.is_file():
         yield f"source {shlex.quote(str(activate))}"
     yield "export PYTHONUNBUFFERED=1"
     if slurm.cpus_per_task is not None:
@@ -154,18 +164,31 @@ def _start(job: Job) -> Iterator[str]:
         yield f"[ -n \"$(find {saved} -maxdepth 1 -regex '.*/step-[0-9]*' 2> /dev/null)\" ] \\"
         yield f"    || resume={shlex.quote(str(job.resume_from))}"
     srun = ["srun", f"--ntasks-per-node={slurm.tasks_per_node}", "--kill-on-bad-exit=0", f"--wait={LAST_TASK}"]
+    srun.append("--export=ALL")  # of this script, also where the cluster lets jobs have nothing of who submits
     if slurm.cpus_per_task is not None:  # srun does not take it over from sbatch
         srun += [f"--cpus-per-task={slurm.cpus_per_task}", "--cpu-bind=cores"]
     start = shlex.join([*srun, *slurm.srun_flags])
-    program = " ".join(map(_word, [*program_of(slurm), *job.command]))
+    command = " ".join(map(_word, job.command))
+    if slurm.requeue:
+        yield f"kept() {{ {_kept(job)}; }}"
+        yield 'kept="$(kept)"'
     yield "trap : TERM USR1 # these are for the tasks; what they answer is looked at below"
     if job.launches_stages:
-        yield f"export {LAUNCHER}={shlex.quote(start)}"
-        yield program
+        yield f"export {LAUNCHER}={shlex.quote(f'{start} {shlex.join(program_of(slurm))}')}"
+        yield f"{shlex.join(own_program())} {command}"
     else:
         yield f"{start} \\"
-        yield f"    {program}"
+        yield f"    {shlex.join(program_of(slurm))} {command}"
     yield "code=$?"
+
+
+def _kept(job: Job) -> str:
+    """The command that tells what there is to go on from."""
+    if not job.kept:
+        return ":"
+    folder = '"$run"' if job.runs else shlex.quote(str(job.folder))
+    patterns = (pattern if "*" in pattern else shlex.quote(pattern) for pattern in job.kept)
+    return f"(cd {folder} && stat --format='%n %s %Y' {' '.join(patterns)}) 2> /dev/null"
 
 
 def _word(word: str) -> str:
@@ -178,19 +201,29 @@ def _word(word: str) -> str:
 
 
 def program_of(slurm: Slurm) -> list[str]:
-    """The words that start litrecipe on a node: this one, or the container's."""
-    if slurm.container is not None:
-        return [*shlex.split(slurm.container), "litrecipe"]
+    """The words that start litrecipe in a task: this one, or the container's."""
+    return [*shlex.split(slurm.container or ""), "litrecipe"] if slurm.is_contained else own_program()
+
+
+def own_program() -> list[str]:
+    """The words that start this litrecipe."""
     beside = Path(sys.executable).with_name("litrecipe")
     return [str(beside)] if beside.is_file() else [sys.executable, "-P", "-m", "litrecipe"]
 
 
-def _end(requeue: bool) -> Iterator[str]:
-    if requeue:
+def _end(job: Job) -> Iterator[str]:
+    if job.slurm.requeue:
+        tries = PATIENCE // PAUSE
         yield f"# {PREEMPTED}: stopped, and all is saved. Nobody queues again what was cancelled, or is queued already."
         yield 'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"'
-        yield f'if [ "$code" -eq {PREEMPTED} ] && [ "$(squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then'
-        yield '    scontrol requeue "$job" && exit 0'
+        yield f'answered() {{ for _ in {{1..{tries}}}; do "$@" && return; sleep {PAUSE}; done; return 1; }}'
+        yield f'if [ "$code" -eq {PREEMPTED} ] &&'
+        yield '    [ "$(answered squeue --noheader --jobs="$job" --format=%T)" = RUNNING ]; then'
+        yield '    if [ "$(kept)" = "$kept" ]; then'
+        yield f'        echo "litrecipe: {NOTHING_NEW}" >&2'
+        yield "        exit 1"
+        yield "    fi"
+        yield '    answered scontrol requeue "$job" && exit 0'
         yield "fi"
     yield 'exit "$code"'
 

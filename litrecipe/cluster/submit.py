@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from litrecipe.checkpoint.manifest import write_text
 from litrecipe.cluster import queue
 from litrecipe.cluster.plan import Plan, Read, plan_chain, plan_run, plan_sweep
-from litrecipe.cluster.runs import job_of, jobs_of
+from litrecipe.cluster.runs import job_of, jobs_of, noted
 from litrecipe.cluster.script import LOG, NOTE, RECIPE, SCRIPT, Job, text_of
 from litrecipe.cluster.sweep import points_of
 from litrecipe.config.errors import InputError
@@ -47,6 +47,8 @@ def main(verb: str, read: Read, *, sweep: list[str], dry_run: bool = False) -> i
                 say("not submitted: the same command without --dry_run does that")
                 return 0
             jobs = queue_all(plan)
+    except queue.Unanswered:  # a job that there may be reads what was written
+        raise
     except InputError:
         take_back(made)
         raise
@@ -126,8 +128,8 @@ def write(plan: Plan, scripts: dict[Path, str]) -> None:
 
 def show(plan: Plan, scripts: dict[Path, str], tested: list[str]) -> None:
     """The scripts, and what Slurm said to them."""
-    for name in plan.finished:
-        say(f"{name}: finished before: left out")
+    for said in plan.left_out:
+        say(f"{said}: left out")
     for number, job in enumerate(plan.jobs):
         print(f"── {job.script}\n{scripts[job.folder]}", flush=True)
         if tested:
@@ -140,8 +142,12 @@ def queue_all(plan: Plan) -> list[str]:
     try:
         for job in plan.jobs:
             after = [f"afterok:{jobs[-1]}"] if jobs else []
-            after += [job.slurm.dependency] if job.slurm.dependency and not jobs else []
-            jobs.append(queue.submit(job.script, ",".join(after) or None))
+            # What the first waits for, those behind it wait for, too.
+            if job.slurm.dependency and not (jobs and job.slurm.dependency == plan.jobs[0].slurm.dependency):
+                after.append(job.slurm.dependency)
+            notes = [noted(folder) for folder in (job.runs or [job.folder])]
+            known = {note["job"].partition("_")[0] for note in notes if note}
+            jobs.append(queue.submit(job.script, ",".join(after) or None, known))
             note(plan.verb, job, jobs[-1])
     except InputError:
         if jobs:
@@ -154,6 +160,8 @@ def note(verb: str, job: Job, number: str) -> None:
     """Write `job.json` beside each run of a job."""
     of_runs = {job.runs[index]: f"{number}_{index}" for index in job.indices} or {job.folder: number}
     for folder, one in of_runs.items():
+        if job.runs:  # or `tail` would find no log before a task begins
+            (folder / LOG).touch()
         when = datetime.now().isoformat(" ", "seconds")
         known = {"job": one, "verb": verb, "script": str(job.script), "submitted": when}
         draft = folder / f"{NOTE}.tmp"

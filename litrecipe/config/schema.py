@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -69,8 +70,19 @@ def refuse_other_verb(kind: type, tree: Node) -> None:
 def kind_of(path: Path) -> type:
     """The dataclass that knows most of a recipe's groups and keys."""
     tree = read_recipe(path, Mistakes()).value
-    written = set(tree) | {f"{name}.{key}" for name, node in tree.items() if node.is_group for key in node.value}
-    return max(RECIPES.values(), key=lambda kind: len(written & (get_type_hints(kind).keys() | keys(kind).keys())))
+    return kind_with({name: node.value if node.is_group else () for name, node in tree.items()})
+
+
+def kind_with(groups: Mapping[str, Iterable[str]]) -> type:
+    """The same by names alone: group → its keys, none for what is no group."""
+    written = set(groups) | {f"{name}.{key}" for name, inner in groups.items() for key in inner}
+    return max(RECIPES.values(), key=lambda kind: len(written & _names_in(kind)))
+
+
+@cache
+def _names_in(kind: type) -> frozenset[str]:
+    """Groups and full keys."""
+    return frozenset((*get_type_hints(kind), *keys(kind)))
 
 
 def load_run(run: Path) -> TrainingRecipe | None:

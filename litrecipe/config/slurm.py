@@ -5,6 +5,7 @@ As in `groups.py`: every field is one key, the string under it its documentation
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ LONGEST_SIGNAL = 65535
 """Seconds; Slurm knows no longer notice."""
 
 LAUNCHER = "LITRECIPE_LAUNCHER"
-"""Environment variable: what a pipeline puts before the command of a stage, which so gets the tasks of its job."""
+"""Environment variable: the words that start litrecipe for a stage of a pipeline, which so gets the tasks of its job.
+"""
 
 
 @dataclass
@@ -59,13 +61,14 @@ class Slurm:
     array_limit: int | None = None
     """How many points of a sweep run at once (default: as many as the cluster lets)."""
     offline: bool = True
-    """Fetch nothing from the hub on the nodes, which often cannot: what is missing is fetched when the job is
-    submitted. W&B writes to disk."""
+    """Fetch nothing from the hub on the nodes, which often cannot: what is missing of models and data is fetched when
+    the job is submitted, but not the data of lm-eval tasks. W&B writes to disk."""
     modules: list[str] = field(default_factory=list)
     """Environment modules that are loaded first: `[cuda/12.4, gcc]`."""
     container: str | None = None
     """A command that is put before `litrecipe` on the nodes: `apptainer exec --nv lit.sif`. The container has its own
-    litrecipe. (Pyxis is asked by `srun_flags: [--container-image=…]`.)"""
+    litrecipe. Where srun itself starts containers (Pyxis: `srun_flags: [--container-image=…]`, or
+    `--environment=…`) their litrecipe is taken, too."""
     env: dict[str, str] = field(default_factory=dict)
     """Environment variables: `{NCCL_SOCKET_IFNAME: ib0}`. Values are quoted, so they hold no other variables."""
     pre: list[str] = field(default_factory=list)
@@ -77,7 +80,14 @@ class Slurm:
     srun_flags: list[str] = field(default_factory=list)
     """What else srun is told."""
 
+    @property
+    def is_contained(self) -> bool:
+        """Whether the tasks run in containers, with a litrecipe of their own."""
+        return self.container is not None or any(map(OF_CONTAINERS.match, self.srun_flags))
 
+
+OF_CONTAINERS = re.compile(r"--(container-|environment)")
+"""Begins flags by which plugins of srun start containers: NVIDIA's Pyxis, the Container Engine of CSCS."""
 OWN_FLAGS = {
     "--nodes": "nodes",
     "-N": "nodes",
@@ -159,6 +169,14 @@ def check_slurm(slurm: Slurm, seconds: float | None) -> Iterator[tuple[str, Any,
         for line in getattr(slurm, key):
             if not line.strip():
                 yield f"slurm.{key}", "''", "remove it"
+
+
+def fetch_as_jobs(slurm: Slurm) -> None:
+    """Let this process use the caches of the hub and of litrecipe that `env` names for the job. To be called before
+    anything reads these variables."""
+    for name, value in slurm.env.items():
+        if name == "LITRECIPE_CACHE" or (name.startswith("HF_") and name != "HF_HUB_OFFLINE"):
+            os.environ[name] = value
 
 
 def _check_flag(key: str, flag: str) -> Iterator[tuple[str, Any, str]]:

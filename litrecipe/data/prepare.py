@@ -45,6 +45,8 @@ KIND = "token shards"
 """Tells our manifests of shards from those of models."""
 BEGUN, STATE, SKIPPED = "begun.json", "state.json", "skipped.jsonl"
 LOCK = ".lock"
+PART = ".part"
+"""Ends the name of the folder in which the shards are made."""
 BATCH = 1 << 20
 """Characters that a process is given at once, about."""
 EXAMPLES = 3
@@ -116,7 +118,7 @@ def prepare(recipe: PrepareRecipe, tokenizer: Tokenizer, split: str = "train") -
     check_against(recipe.decontaminate)
     documents = Documents.of(recipe, split)
     about = settings_of(recipe, tokenizer, documents)
-    draft = out.with_name(f"{out.name}.part")
+    draft = out.with_name(f"{out.name}{PART}")
     if not _may_be_used(draft):
         raise InputError(f"out: {draft}: is where this would be made, and holds something else: move that away")
     try:

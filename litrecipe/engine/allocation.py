@@ -58,5 +58,9 @@ def join(devices: int, num_nodes: int) -> None:
         )
         if (told := os.environ.get(name, "")).isdecimal() and int(told) != value
     ]
+    tasks, processes = os.environ.get("SLURM_NTASKS", ""), devices * num_nodes
+    if not mistakes and tasks.isdecimal() and int(tasks) != processes:
+        said = f"SLURM_NTASKS: {tasks}: fabric.devices × fabric.num_nodes is {processes}"
+        mistakes.append(f"{said}: make them the same (srun --ntasks-per-node={devices})")
     if mistakes:
         raise InputError(*mistakes)

@@ -72,8 +72,9 @@ def _started_by_others() -> int:
     """As how many ranks torchrun, srun or a person's script started this process and others; 0: nobody did."""
     if "LOCAL_RANK" in os.environ:
         return int(os.environ.get("WORLD_SIZE") or 1)
-    if is_a_task():
-        return int(os.environ.get("SLURM_NTASKS") or 1)
+    if is_a_task():  # a step of one task, a shell of srun's perhaps, has room for ranks as a job of one task has
+        tasks = int(os.environ.get("SLURM_NTASKS") or 1)
+        return tasks if tasks > 1 else 0
     # In a job of several tasks nothing is started without srun: that is told where the ranks would meet.
     return 1 if int(os.environ.get("SLURM_NTASKS") or 1) > 1 else 0
 

@@ -106,11 +106,16 @@ def say_positions(files: ModelFiles) -> None:
 
 
 def _device(fabric: groups.Fabric) -> torch.device:
+    if mistakes := only_training_knows(fabric):
+        raise InputError(*mistakes)
+    return torch.device(accelerator_of(fabric))
+
+
+def only_training_knows(fabric: groups.Fabric) -> list[str]:
+    """A line for each setting with which nothing is measured."""
     mistakes = []
     if fabric.devices not in ("auto", 1) or fabric.num_nodes != 1 or fabric.strategy != "auto":
         mistakes.append(f"fabric.devices: {fabric.devices}: evaluation and sampling run in one process: leave it out")
     if fabric.precision == "bf16-mixed":
         mistakes.append("fabric.precision: bf16-mixed: only training mixes precisions: use 32-true or bf16-true")
-    if mistakes:
-        raise InputError(*mistakes)
-    return torch.device(accelerator_of(fabric))
+    return mistakes

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from litrecipe.checkpoint.source import open_asked, open_model
+from litrecipe.checkpoint.source import open_asked, open_model, open_model_as
 from litrecipe.config import progress
 from litrecipe.config.checks import reset
 from litrecipe.config.errors import InputError
@@ -22,6 +22,7 @@ from litrecipe.config.groups import EvaluateRecipe, Model, TrainingRecipe
 from litrecipe.config.online import sampling_of
 from litrecipe.config.pipeline import PipelineRecipe, flat, texts
 from litrecipe.evaluation.run import plan
+from litrecipe.recipes.distilling import open_teaching
 from litrecipe.recipes.dry_run import show_recipe, shown_instead
 from litrecipe.recipes.training import begin, prompts_for
 from litrecipe.rollout.sources import MODEL, check_columns_of, column_of, light_sources
@@ -89,10 +90,14 @@ def mistakes_of(shown: Preview) -> list[str]:
 def _open(shown: Preview) -> None:
     recipe = shown.recipe
     if isinstance(recipe, TrainingRecipe):
-        begin(recipe, dry_run=True)
+        _, tokenizer = begin(recipe, dry_run=True)
+        if hasattr(recipe, "distil"):
+            open_teaching(recipe.distil, tokenizer)
     elif recipe.tasks:  # otherwise they are all to come
         plan(recipe.tasks)
         open_asked(recipe.model)
+        if recipe.reference is not None:
+            open_model_as(recipe.reference, "reference: ")
 
 
 def _check_rewards(shown: Preview) -> None:

@@ -94,7 +94,7 @@ class StageRun:
         begun = {"verb": self.stage.verb, "recipe": self._settings, "made_from": made_from}
         self._remember(begun | {"seconds": before, "done": False})
         started = time.monotonic()
-        program = [*shlex.split(os.environ.get(LAUNCHER, "")), sys.executable, "-m", "litrecipe.cli"]
+        program = shlex.split(os.environ.get(LAUNCHER, "")) or [sys.executable, "-m", "litrecipe.cli"]
         code = run_child([*program, *self.stage.verb.split(), "--config", str(recipe)])
         self._remember(begun | {"seconds": before + time.monotonic() - started, "done": code == 0})
         if code == WRONG_INPUT and not self._made_something:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 
 from litrecipe import cli
+from litrecipe.cluster.script import own_program
 from litrecipe.config import schema
 from litrecipe.config.groups import FinetuneRecipe
 from litrecipe.engine.rundir import RunDir
@@ -78,6 +81,11 @@ def test_what_the_verb_would_refuse_is_told(words: list[str], capsys: pytest.Cap
         "model.source: no/such/folder"
     )
     assert "Slurm reads a backslash" in refused(capsys, "finetune", *words, "--out_dir", "a\\b")[0]
+    assert refused(capsys, "finetune", *words, "--out_dir", "$SCRATCH/a") == [
+        "out_dir: $SCRATCH/a: sbatch knows no variables: write out what is meant"
+    ]
+    [line] = refused(capsys, "finetune", *words, "--distil.teacher", "no/such/teacher")
+    assert line.startswith("distil.teacher: no/such/teacher")
     Path("file").write_text("")
     assert (
         "file: Not a directory: name another --out_dir" in refused(capsys, "finetune", *words, "--out_dir", "file/a")[0]
@@ -121,6 +129,14 @@ def test_verbs_without_a_run_directory(tiny_model: Path, capsys: pytest.CaptureF
     assert submit("evaluate", *measured, "--out", "results/a.json") == 0
     text = Path("results/a.job/job.sh").read_text()
     assert "litrecipe evaluate --config" in text and "--checkpoint.resume" not in text
+    assert "kept() { :; }" in text, "it begins anew: nothing is queued again"
+    several = ["--slurm.gpus_per_node", 2, "--fabric.devices", 2, "--out", "results/b.json"]
+    assert refused(capsys, "evaluate", *measured, *several) == [
+        "slurm.gpus_per_node: 2: this verb is one process: use cpus_per_task",
+        "fabric.devices: 2: evaluation and sampling run in one process: leave it out",
+    ]
+    [line] = refused(capsys, "evaluate", *measured, "--out", "b.json", "--reference", "no/such/model")
+    assert line.startswith("reference: no/such/model")
     prepared = ["rows.txt", "--tokenizer", tiny_model, "--out", "shards"]
     assert refused(capsys, "data", "prepare", *prepared, "--slurm.nodes", 2) == [
         "slurm.nodes: 2: this verb is one process: use cpus_per_task"
@@ -137,13 +153,36 @@ def test_nothing_is_submitted_where_something_trains(words: list[str], capsys: p
     assert not Path("run/job.sh").exists()
 
 
-def test_a_pipeline_has_no_container(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("p.yaml").write_text(
-        f"slurm: {{container: x}}\nstages:\n  sft: {{verb: finetune, model: {{source: {tiny_model}}}, "
-        'data: {train: "toy:units?n=8"}, fabric: {devices: 2}}\n'
+def test_stages_share_what_is_asked_for_but_where_they_are_one_process(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pipeline's own process is this program, and its stages are the container's."""
+    Path("rows.txt").write_text("Some text.\n")
+    stages = (
+        f"stages:\n  sft: {{verb: finetune, model: {{source: {tiny_model}}}, data: {{train: 'toy:units?n=8'}}, more}}\n"
+        "  look: {verb: evaluate, model: {source: 'stage:sft'}, tasks: ['perplexity:rows.txt'], own}\n"
     )
-    asked = ["align", "pipeline", "--config", "p.yaml", "--slurm.tasks_per_node", 4]
+    group = "slurm: {container: apptainer exec x, tasks_per_node: 4}\n"
+    asked = ["align", "pipeline", "--config", "p.yaml", "--out_dir", "pipe"]
+    Path("p.yaml").write_text(
+        group + stages.replace("more", "fabric: {devices: 2}").replace("own", "slurm: {tasks_per_node: 2}")
+    )
     assert refused(capsys, *asked) == [
         "p.yaml:3: stages.sft.fabric.devices: 2: slurm.tasks_per_node is 4: make them the same, or auto",
-        "p.yaml:1: stages.sft.slurm.container: x: stages are started from outside: remove it",
+        "p.yaml:4: stages.look.slurm.tasks_per_node: 2: this verb is one process: use cpus_per_task",
     ]
+    Path("p.yaml").write_text(group + stages.replace(", more", "").replace(", own", ""))
+    assert submit(*asked) == 0
+    for stage, tasks in (("sft", 4), ("look", 1)):
+        text = Path(f"pipe/{stage}/job.sh").read_text()
+        launcher = re.search(rf"LAUNCHER='srun --ntasks-per-node={tasks} .* apptainer exec x litrecipe'\n(.*)", text)
+        assert launcher and launcher[1].startswith(shlex.join(own_program()))
+
+
+def test_what_is_missing_is_fetched_where_the_job_looks(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HOME", "HF_HUB_OFFLINE", "LITRECIPE_CACHE"):
+        monkeypatch.setenv(name, "before")
+    env = "{HF_HOME: /there, HF_HUB_OFFLINE: '1', LITRECIPE_CACHE: cache, OTHER: x}"
+    assert submit("finetune", *words, "--slurm.env", env) == 0
+    assert (os.environ["HF_HOME"], os.environ["LITRECIPE_CACHE"]) == ("/there", "cache")
+    assert os.environ["HF_HUB_OFFLINE"] == "before" and "OTHER" not in os.environ

@@ -96,6 +96,25 @@ def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert told["pipe/sft"][:3] == ["align dpo", "stopped", "4/12"]
 
 
+def test_one_folder_that_is_not_as_it_was_written_does_not_end_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "whole")
+    empty, bare, lost = (make(tmp_path / name).folder for name in ("empty", "bare", "lost"))
+    (empty / "job.json").write_text("")
+    (bare / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    (lost / "checkpoints" / "step-00000004" / "state.json").unlink()
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "pipeline.json").write_text("{}")
+    assert listing.ls(str(tmp_path)) == 0
+    told = capsys.readouterr()
+    rows = {line.split()[0].rpartition("/")[2]: line.split()[1:] for line in told.out.splitlines()[1:]}
+    assert rows["whole"] == ["align", "dpo", "stopped", "4/12", "0.2500", "-", "50", "-", "-"]
+    assert rows["bare"] == ["align", "dpo", "stopped", "1/12", "-", "-", "-", "-", "-"]
+    assert all(rows[name] == ["-", "unreadable", *"------"] for name in ("empty", "lost", "pipe"))
+    assert "job.json" in told.err and "step-00000004/state.json: no such file" in told.err
+
+
 def test_a_queue_that_does_not_answer_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,7 +82,7 @@ def test_all_keys_have_their_line() -> None:
         "#SBATCH --open-mode=append",
         "#SBATCH --chdir=/here",
         "#SBATCH --output=/runs/one/job.log",
-        "module load cuda/12.4",
+        "module load cuda/12.4 || exit 1",
         "export OMP_NUM_THREADS=4",
         "export HF_HUB_OFFLINE=1 WANDB_MODE=offline",
         "    apptainer exec --nv lit.sif litrecipe finetune --config /runs/one/job.yaml",
@@ -97,6 +97,21 @@ def test_all_keys_have_their_line() -> None:
 def test_requeue_and_offline_are_choices() -> None:
     text = text_of(job(offline=False), Path("/here"))
     assert "HF_HUB_OFFLINE" not in text and "#SBATCH --requeue" in text and 'scontrol requeue "$job"' in text
+
+
+def test_containers_that_srun_starts_have_a_litrecipe_of_their_own() -> None:
+    for flag in ("--container-image=x.sqsh", "--environment=lit"):
+        text = text_of(job(srun_flags=[flag]), Path("/here"))
+        assert f"{flag} \\\n    litrecipe finetune --config" in text and "activate" not in text
+    assert "\n    litrecipe " not in text_of(job(srun_flags=["--mpi=none"]), Path("/here"))
+
+
+@pytest.mark.parametrize(("found", "code"), [(0, 0), (1, 1)])
+def test_a_module_that_is_not_there_ends_the_job(found: int, code: int) -> None:
+    text = text_of(job(modules=["a b"]), Path("/here"))
+    head = text.partition("export PYTHONUNBUFFERED")[0]
+    module = f'module() {{ [ "$1 $2" = "load a b" ] && return {found}; }}\n'
+    assert subprocess.run(["bash"], input=f"{module}{head}", text=True).returncode == code
 
 
 def test_one_process_meets_nobody() -> None:

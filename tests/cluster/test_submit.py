@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import preloaded
@@ -147,28 +148,20 @@ def test_a_pipeline_is_a_chain_of_its_stages(
     the pipeline knows of both; one of them has two tasks."""
     stage = "data: {train: rows.jsonl, cache_dir: cache}, log: {loggers: []}"
     stage += ", fabric: {accelerator: cpu}"
+    other = slurm.call("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").stdout.strip()
     (here / "p.yaml").write_text(
         f"slurm: {{time: 5m}}\nstages:\n  one: {{verb: finetune, model: {{source: {tiny_model}}}, {stage}, "
         f"train: {{max_steps: {STEPS}}}}}\n"
-        f'  two: {{verb: finetune, model: {{source: "stage:one"}}, slurm: {{tasks_per_node: 2}}, {stage}, '
+        f'  two: {{verb: finetune, model: {{source: "stage:one"}}, '
+        f"slurm: {{tasks_per_node: 2, dependency: 'afterany:{other}'}}, {stage}, "
         "train: {max_steps: 2}}\n"
     )
-    # The stages' own processes are forked, too: a srun that puts the forking before the program.
-    srun = shutil.which("srun")
-    (here / "bin").mkdir()
-    (here / "bin" / "srun").write_text(
-        '#!/bin/bash\nflags=()\nwhile [[ $1 == --* ]]; do flags+=("$1"); shift; done\nshift 3\n'
-        f'exec {srun} "${{flags[@]}}" {shlex.join(forked())} litrecipe "$@"\n'
-    )
-    (here / "bin" / "srun").chmod(0o755)
-    monkeypatch.setattr(script, "program_of", lambda slurm: [*forked(), "litrecipe"])
-    path = f"{here / 'bin'}:{os.environ['PATH']}"
-    assert (
-        submit("align", "pipeline", "--config", "p.yaml", "--out_dir", "pipe", "--slurm.env", f'{{PATH: "{path}"}}')
-        == 0
-    )
+    monkeypatch.setattr(script, "own_program", lambda: [*forked(), "litrecipe"])
+    assert submit("align", "pipeline", "--config", "p.yaml", "--out_dir", "pipe") == 0
     one, two = job_of(here / "pipe" / "one"), job_of(here / "pipe" / "two")
-    assert slurm.told(two)["Dependency"].startswith(f"afterok:{one}")
+    waits_for = slurm.told(two)["Dependency"]
+    assert waits_for.startswith(f"afterok:{one}") and f"afterany:{other}" in waits_for
+    slurm.call("scancel", other)
     slurm.wait(one, lambda _: steps_done(here / "pipe" / "one") > 2)
     slurm.call("scontrol", "requeue", one)
     slurm.hasten(one)
@@ -205,18 +198,30 @@ def test_a_script_runs_this_program_and_what_follows_a_failure_is_called_off(
     second = queue.submit(failing.script, f"afterok:{first}")
     assert slurm.wait(first) == "FAILED" and slurm.told(first)["ExitCode"] == "2:0"
     assert slurm.wait(second) == "CANCELLED"
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")  # as some sites have it
+    program = "bash -c 'echo task: $A'"
+    bare = Job("bare", here, Slurm(nodes=1, tasks_per_node=1, container=program, env={"A": "given"}), ["x"])
+    bare.script.write_text(text_of(bare, here))
+    assert slurm.wait(queue.submit(bare.script, None)) == "COMPLETED"
+    assert bare.log.read_text().endswith("task: given\n")
 
 
 def test_tasks_of_an_array_are_queued_again_by_their_script(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a cluster that does nothing by itself, each by its own number; what was cancelled is not."""
+    """On a cluster that does nothing by itself and does not answer at once, each by its own number; what was cancelled
+    is not, nor what has come no further."""
     with running(nodes=1, more=()) as cluster:
         monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-        folders = [here / "x", here / "y", here / "z"]
+        folders = [here / "x", here / "y", here / "z", here / "w"]
         for folder in folders:
             folder.mkdir()
-        program = "bash -c '[ -n \"$SLURM_RESTART_COUNT\" ] || { trap : TERM; [ -e z ] && sleep 30; exit 85; }'"
+        program = 'bash -c \'[ -n "$SLURM_RESTART_COUNT" ] || { trap : TERM; [ -e z ] && sleep 30; '
+        program += "[ -e w ] || mkdir -p checkpoints/step-1; exit 85; }'"
+        (here / "squeue").write_text(f'#!/bin/bash\n[ -e asked ] && exec {which("squeue")} "$@"\ntouch asked; exit 1\n')
+        (here / "squeue").chmod(0o755)
+        monkeypatch.setattr(script, "PAUSE", 1)
         slurm = Slurm(nodes=1, tasks_per_node=1, container=program, pre=['cd "$run"', 'touch "${run: -1}"'])
-        job = Job("again", here, slurm, ["finetune"], runs=folders, indices=[0, 2])
+        slurm.env["PATH"] = f"{here}:{os.environ['PATH']}"
+        job = Job("again", here, slurm, ["finetune"], runs=folders, indices=[0, 2, 3])
         job.script.write_text(text_of(job, here))
         number = queue.submit(job.script, None)
         cluster.wait(f"{number}_2", lambda told: (here / "z" / "z").exists())
@@ -224,12 +229,15 @@ def test_tasks_of_an_array_are_queued_again_by_their_script(here: Path, monkeypa
         cluster.hasten(f"{number}_0")
         assert cluster.wait(f"{number}_0") == "COMPLETED" and cluster.wait(f"{number}_2") == "CANCELLED"
         assert cluster.told(f"{number}_2")["Restarts"] == "0"
+        assert cluster.wait(f"{number}_3") == "FAILED" and cluster.told(f"{number}_3")["Restarts"] == "0"
+        assert (here / "w" / "job.log").read_text().endswith(f"litrecipe: {script.NOTHING_NEW}\n")
         assert not (here / "y" / "job.log").exists()
 
 
 def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing(
-    here: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+    slurm: Cluster, here: Path, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """But that machines are out of order now, for which jobs wait, is said only."""
     assert submit(*words, "--out_dir", "out/run", "--slurm.partition", "nowhere") == 2
     assert "sbatch: invalid partition specified: nowhere: put that right in the slurm group" in errors(capsys)
     assert submit(*words, "--out_dir", "out/run", "--slurm.nodes", 2, "--slurm.time", "3h") == 2
@@ -241,6 +249,39 @@ def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing(
     assert submit(*words, "--out_dir", "out/run", "--sweep", "optim.lr=1,-1", "--sweep", "train.max_step=1,2") == 2
     assert "no such key: did you mean `train.max_steps`?" in "\n".join(errors(capsys))
     assert not (here / "out").exists()
+    nodes = "nodename=" + ",".join(slurm.nodes)
+    slurm.call("scontrol", "update", nodes, "state=drain", "reason=test")
+    try:
+        assert submit(*words, "--out_dir", "out/run") == 0
+        job = job_of(here / "out" / "run")
+        assert slurm.told(job)["JobState"] == "PENDING"
+        slurm.call("scancel", job)
+    finally:
+        slurm.call("scontrol", "update", nodes, "state=resume")
+    assert "sbatch --test-only: allocation failure: Requested node configuration is not available" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_sweep_grows_while_its_points_wait(
+    slurm: Cluster, here: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Points that have a job are left out, as long as they are asked for as they were; there are logs to follow."""
+    held = [*words, "--out_dir", "sweep", "--slurm.sbatch_flags", "[--hold]", "--sweep"]
+    assert submit(*held, "optim.lr=1e-3,2e-3") == 0
+    first = job_of(here / "sweep" / "lr=1e-3").partition("_")[0]
+    assert [path.read_text() for path in here.glob("sweep/*/job.log")] == ["", ""]
+    capsys.readouterr()
+    assert submit(*held, "optim.lr=1e-3,2e-3,3e-3") == 0
+    told = capsys.readouterr()
+    assert "#SBATCH --array=2\n" in told.out and f"lr=2e-3: its job {first}_1 is pending: left out" in told.err
+    second = job_of(here / "sweep" / "lr=3e-3").partition("_")[0]
+    assert second != first == job_of(here / "sweep" / "lr=1e-3").partition("_")[0]
+    assert submit(*held, "optim.lr=1e-3,3e-3") == 2
+    assert errors(capsys) == ["out_dir: sweep: all 2 runs of this sweep are finished, or have a job"]
+    assert submit(*held, "optim.lr=1e-3,4e-3", "--train.max_steps", 5) == 2
+    assert f"its job {first}_0 is pending: wait for it" in errors(capsys)[0]
+    slurm.call("scancel", first, second)
 
 
 def test_a_run_is_not_submitted_twice(

@@ -81,3 +81,6 @@ def test_the_tasks_are_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(InputError, match=r"^SLURM_NTASKS: 2: .* use srun --ntasks-per-node"):
         join(2, 1)
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    with pytest.raises(InputError, match=r"^SLURM_NTASKS: 1: fabric.devices × fabric.num_nodes is 2: make them the"):
+        join(2, 1)

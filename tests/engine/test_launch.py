@@ -186,6 +186,8 @@ def test_a_process_of_torchrun_or_srun_watches_one_rank(alone: Callable[..., Non
     assert launch.ranks_to_start(two) == [], "of a script of two tasks, without srun"
     alone(SLURM_NTASKS="1")
     assert len(launch.ranks_to_start(two)) == 2
+    alone(SLURM_STEP_ID="0")
+    assert len(launch.ranks_to_start(two)) == 2, "in a step of one task, such as `srun --pty bash`"
     alone(LOCAL_RANK="1", WORLD_SIZE="2")
     assert launch.ranks_to_start(two) == [{}]
 
