@@ -28,10 +28,12 @@ OF_NODES = re.compile(r"(?i)node configuration is not available|not available \(
 """Slurm's words for what is so now and may be otherwise later."""
 BUSY = re.compile(r"(?i)timed out|zero bytes|unable to contact|unexpected message|connection (refused|reset)")
 """Its words after which nothing is sure."""
+NO_CLUSTER = re.compile(rf"{BUSY.pattern}|configuration source|config server|no such cluster")
+"""Those of one that is installed, and whose cluster is not to be reached."""
 
 
 class NoAnswer(InputError):
-    """Slurm did not say anything in time."""
+    """Slurm did not say anything in time, or cannot be reached."""
 
 
 class Unanswered(InputError):
@@ -61,10 +63,12 @@ def test(script: Path) -> str:
     """What `sbatch --test-only` says of a script that it would take: when and where it would start, or that no node is
     free for it now, which sbatch itself may wait for.
 
-    Raises InputError with its words otherwise.
+    Raises InputError with its words otherwise, NoAnswer where it cannot be asked.
     """
     done = _call(["sbatch", "--test-only", str(script)], environment_for(script.read_text()))
     words = _words(done.stderr)
+    if done.returncode and NO_CLUSTER.search(done.stderr):
+        raise NoAnswer(f"sbatch: {words[-1]}: is the cluster up?")
     if done.returncode and not (words and all(map(OF_NODES.search, words))):
         raise InputError(*refusal(done.stderr))
     return " ".join(words)

@@ -69,6 +69,11 @@ def look_at(scripts: dict[Path, str], dry_run: bool) -> list[str]:
             script.write_text(text)
             try:
                 told.append(queue.test(script))
+            except queue.NoAnswer as error:
+                if not dry_run:
+                    raise
+                warn(f"{error} Whether it would take the job was not looked at")
+                return []
             except InputError as error:
                 mistakes |= dict.fromkeys(error.mistakes)
     if mistakes:

@@ -321,6 +321,13 @@ def test_a_dry_run_needs_no_slurm(
     assert errors(capsys) == [
         "sbatch: not found: no Slurm here: submit on a machine of the cluster; --dry_run works without"
     ]
+    program, said = here / "sbatch", "Could not establish a configuration source"  # Debian's, without a cluster
+    program.write_text(f"#!/bin/sh\necho 'sbatch: fatal: {said}' >&2\nexit 1\n")
+    program.chmod(0o755)
+    assert submit(*asked, "--dry_run") == 0
+    assert f"sbatch: {said}: is the cluster up? Whether it would take the job" in capsys.readouterr().err
+    assert submit(*asked) == 2
+    assert errors(capsys) == [f"sbatch: {said}: is the cluster up?"]
 
 
 @pytest.mark.parametrize("shell", [["salloc", "--quiet"], ["bash", "-c"]])
