@@ -191,7 +191,8 @@ def test_memory_that_is_held_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     body = "{% set ns.x = ns.x + [messages[0].content ~ i] %}"
     held = template("{% set ns = namespace(x=[]) %}{% for i in range(400) %}" + body + "{% endfor %}")
     with pytest.raises(InputError, match="fills the memory"):
-        held.render([{"role": "user", "content": "x" * 2_000_000}])  # more than earlier tests have left free
+        # 36 MB each, for which the C library always asks the system, whatever earlier tests have left free.
+        held.render([{"role": "user", "content": "\N{GRINNING FACE}" * 9_000_000}])
     assert held.render([ASK]) == ""
 
 

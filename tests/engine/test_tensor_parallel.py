@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dpo-off": {**LORA, **LONG, "dpo.reference": "adapter_off"},
     "dpo-moving": {**LONG, "dpo.reference": "moving", "dpo.ref_alpha": 0.6},
     "dpo-moving-soon": {"dpo.reference": "moving", "dpo.ref_every": 3},
-    "reward-full": {**LONG, "data.val": "toy:units-pairs?n=5&seed=0&split=test"},
+    "reward-full": {"data.val": "toy:units-pairs?n=5&seed=0&split=test"},
     "ppo-separate": {**LONG, "train.epochs": 9, "ppo.layout": "separate", "ppo.kl_coef": 0.1, "adapter.method": "none"},
     "ppo-lora": {**LORA, "rewards.scale": "running", "ppo.policy_ema": 0.9},
     "pretrain-experts": {**LONG, "model.source": "experts", "model.init": "random", "pretrain.z_loss": 1e-3},
