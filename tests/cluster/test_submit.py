@@ -146,12 +146,13 @@ def test_a_pipeline_is_a_chain_of_its_stages(
 ) -> None:
     """The second job waits for the first, which is requeued in the midst and goes on, starts from what that made, and
     the pipeline knows of both; one of them has two tasks."""
+    steps = 10 * STEPS  # or a busy machine is through before it is requeued
     stage = "data: {train: rows.jsonl, cache_dir: cache}, log: {loggers: []}"
     stage += ", fabric: {accelerator: cpu}"
     other = slurm.call("sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true").stdout.strip()
     (here / "p.yaml").write_text(
         f"slurm: {{time: 5m}}\nstages:\n  one: {{verb: finetune, model: {{source: {tiny_model}}}, {stage}, "
-        f"train: {{max_steps: {STEPS}}}}}\n"
+        f"train: {{max_steps: {steps}}}}}\n"
         f'  two: {{verb: finetune, model: {{source: "stage:one"}}, '
         f"slurm: {{tasks_per_node: 2, dependency: 'afterany:{other}'}}, {stage}, "
         "train: {max_steps: 2}}\n"
@@ -167,7 +168,7 @@ def test_a_pipeline_is_a_chain_of_its_stages(
     slurm.hasten(one)
     assert slurm.wait(one) == slurm.wait(two) == "COMPLETED"
     log = (here / "pipe" / "one" / "job.log").read_text()
-    assert re.search(rf"stopped by SIGTERM: step \d+ of {STEPS} is saved", log) and "one: finetune: was stopped" in log
+    assert re.search(rf"stopped by SIGTERM: step \d+ of {steps} is saved", log) and "one: finetune: was stopped" in log
     told = json.loads((here / "pipe" / "pipeline.json").read_text())
     assert [one["done"] for one in told["stages"].values()] == [True, True] and told["final"] == "two/final"
     state = json.loads((here / "pipe" / "two" / "checkpoints" / "step-00000002" / "state.json").read_text())
