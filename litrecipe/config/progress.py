@@ -39,7 +39,8 @@ def is_first_process() -> bool:
 
 @contextmanager
 def heedless() -> Iterator[None]:
-    """Inside, what is said on standard error may be lost: work that can be saved does not end as nobody listens."""
+    """Inside, what is said on standard error may be lost, for whatever reason (also a log on a full disk): work that
+    can be saved does not end as nobody listens."""
     try:
         yield
     except OSError as error:
