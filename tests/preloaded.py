@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 
+from litrecipe.config import stop
 from litrecipe.config.progress import WATCHED
 
 MODULES = (
@@ -159,7 +160,10 @@ def run(
     ranks: int = 1,
     script: str | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The ranks of a run to their end; output as text. `{rank}` among the words is the rank's."""
+    """The ranks of a run to their end; output as text. `{rank}` among the words is the rank's.
+
+    Those that take too long say where they are.
+    """
     end = time.monotonic() + timeout
     port, world = free_port(), []
     with ExitStack() as stack:
@@ -175,7 +179,16 @@ def run(
             for writer in writers:
                 writer.close()
             world.append((process, [threads.submit(reader.read) for reader in readers]))
-        codes = [process.wait(max(0.1, end - time.monotonic())) for process, _ in world]
+        try:
+            codes = [process.wait(max(0.1, end - time.monotonic())) for process, _ in world]
+        except subprocess.TimeoutExpired:
+            for process, _ in world:
+                process.send_signal(stop.WHERE)
+            time.sleep(2)
+            for rank, (process, (_, told)) in enumerate(world):
+                process.kill()
+                sys.stderr.write(f"rank {rank}:\n{told.result()}\n")
+            raise
     return [
         subprocess.CompletedProcess(process.args, code, *(told.result() for told in texts))
         for code, (process, texts) in zip(codes, world, strict=True)
@@ -241,6 +254,7 @@ def become(job: dict[str, Any], files: array.array[int] | list[int]) -> None:
         os.close(file)
     from litrecipe import cli
 
+    stop.tell_where_asked()
     sys.argv = ["litrecipe" if job["script"] is None else "-c", *job["words"]]
     code: Any = 1
     try:
@@ -297,7 +311,6 @@ if __name__ == "__main__":
         serve(sys.argv[1])
     elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and WATCHED not in os.environ:
         # Ranks of several tasks are watched, as a user's are.
-        from litrecipe.config import stop
         from litrecipe.engine import launch
 
         stop.install()

@@ -4,10 +4,13 @@ SIGTERM and SIGUSR1 (pre-emption, a time limit that nears) end with exit code 85
 nothing to save, a signal ends the program at once. While there is (inside `deferred()`), it is only noted; whoever
 holds the state looks at `requested()` between two pieces of work, saves, and raises `Stopped`. A second Ctrl-C ends
 the program where it stands, with 130.
+
+SIGQUIT (Ctrl-\\ at a terminal) stops nothing: every thread says where it is, whatever it waits for.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import threading
@@ -18,6 +21,8 @@ from types import FrameType
 from litrecipe.config.progress import is_first_process, tell_past_buffers
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WHERE = signal.SIGQUIT
+"""Asks where a run is that stands still."""
 PREEMPTED = 85
 INTERRUPTED = 130
 AFTER_THIS_STEP = "\nlitrecipe: stopping after this step; Ctrl-C again ends at once, without saving\n"
@@ -44,17 +49,24 @@ class Stopped(SystemExit):
 
 
 def install() -> None:
-    """Take over SIGTERM, SIGUSR1 and SIGINT. Call this before the first slow import.
+    """Take over SIGTERM, SIGUSR1, SIGINT and SIGQUIT. Call this before the first slow import.
 
-    Forked children do not inherit this: a `multiprocessing.Pool` ends its workers by SIGTERM, and a worker that only
-    noted the signal would never end. A signal that comes while a child is made waits until its handlers are its own.
+    Forked children inherit only the last of these: a `multiprocessing.Pool` ends its workers by SIGTERM, and a worker
+    that only noted the signal would never end. A signal that comes while a child is made waits until its handlers are
+    its own.
     """
     global _hooked
     for number in SIGNALS:
         signal.signal(number, _on_signal)
+    tell_where_asked()
     if not _hooked:
         os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_leave_to_parent)
         _hooked = True
+
+
+def tell_where_asked() -> None:
+    """Let `WHERE` write the stacks of all threads to standard error; also of one that waits inside of a library."""
+    faulthandler.register(WHERE, file=2, all_threads=True)
 
 
 def let_go() -> None:

@@ -10,6 +10,7 @@ nothing of itself.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -25,10 +26,12 @@ from litrecipe.config.errors import WRONG_INPUT
 from litrecipe.config.groups import Fabric
 from litrecipe.config.progress import WATCHED, WHISPER, tell_past_buffers
 from litrecipe.engine.allocation import is_a_task
-from litrecipe.engine.child import EVERY, FAILED, dies_with
+from litrecipe.engine.child import EVERY, FAILED, ask_where, dies_with
 
 ANSWERS = (0, WRONG_INPUT, stop.PREEMPTED, stop.INTERRUPTED)
 """Exit codes of ranks that knew what they did."""
+STACK = re.compile(r'  File ".*", line \d+ in ')
+"""Begins a line of those with which a process answers `stop.WHERE`."""
 KEPT = 20
 """Lines that are kept of what a rank said last."""
 SETTLES = 1.0
@@ -174,7 +177,7 @@ class Room:
         with self.lock:
             others = [line for number, line in self.said if number != rank.number]
             self.said.append((rank.number, text))
-            if text and text in others:
+            if text and text in others and not STACK.match(text):
                 return
             speaker = "" if rank.is_first or text.startswith("litrecipe: ") else f"rank {rank.number}: "
             tell_past_buffers(f"{speaker}{text}\n")
@@ -183,14 +186,15 @@ class Room:
 def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
     """Start a rank for each environment, and return the exit code of the run when all are over.
 
-    SIGTERM, SIGUSR1 and Ctrl-C are passed on, once; that one rank was stopped is told to the others, which must follow.
-    Where one fails the others are killed, and the code is 1.
+    SIGTERM, SIGUSR1 and Ctrl-C are passed on, once, and SIGQUIT whenever it comes; that one rank was stopped is told to
+    the others, which must follow. Where one fails the others are killed, and the code is 1.
     """
     others_failed = threading.Event()
     signal.signal(OTHERS_FAILED, lambda *_: others_failed.set())
     with stop.deferred(), stop.child_speaks():
         room = Room(len(environments))
         ranks = [Rank(command, env, room) for env in environments]
+        ask_where(*(rank.process for rank in ranks))
         for rank in ranks:  # all are forked before there is a thread, which could hold what a fork needs
             rank.ear.start()
         try:

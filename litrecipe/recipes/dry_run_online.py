@@ -130,7 +130,7 @@ def _show(
         cache=cache_bytes(recipe, shape, own, prompts, shares),
         laid_out=laid_out_bytes(recipe, shape, own, shares),
     )
-    print_rank(recipe, files, load, table)
+    print_rank(recipe, files, load, table, samples=True)
     console.print(said)
     console.print(f"[bold]data[/bold]\n{prompts.report}", highlight=False)
     console.print("[bold]one prompt[/bold], as it is asked")

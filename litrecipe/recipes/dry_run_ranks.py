@@ -84,8 +84,12 @@ def print_rank(
     *,
     asked: int = 0,
     beside: Sequence[Beside] = (),
+    samples: bool = False,
 ) -> None:
-    """Memory, exchange and time; `asked` and `beside` as in `engine.forecast.forecast`."""
+    """Memory, exchange and time; `asked` and `beside` as in `engine.forecast.forecast`.
+
+    `samples`: steps learn from what is sampled, which takes time of its own.
+    """
     console = progress.console()
     with progress.patience("working out a step"):
         expected = forecast(
@@ -101,7 +105,7 @@ def print_rank(
     console.print(parameter_and_memory_table(recipe, table, load, expected.layout))
     if expected.collectives:
         console.print(exchange_table(expected))
-    console.print(time_line(recipe, expected), highlight=False)
+    console.print(time_line(recipe, expected, samples), highlight=False)
 
 
 def with_adapter(recipe: TrainingRecipe, files: ModelFiles) -> TrainingRecipe:
@@ -133,7 +137,7 @@ def exchange_table(expected: Forecast) -> Table:
     return out
 
 
-def time_line(recipe: TrainingRecipe, expected: Forecast) -> str:
+def time_line(recipe: TrainingRecipe, expected: Forecast, samples: bool) -> str:
     """How long a step should take."""
     time, name = expected.time, recipe.fabric.hardware
     if time is None:
@@ -141,6 +145,7 @@ def time_line(recipe: TrainingRecipe, expected: Forecast) -> str:
     what = "on this machine" if name == "here" else f"on {name}"
     rate = expected.tokens / time.total
     what += ", without the copies of fabric.cpu_offload" if recipe.fabric.cpu_offload else ""
+    what += ", without sampling and scoring" if samples else ""
     mfu = "" if expected.mfu is None else f", {100 * expected.mfu:.0f} % of the peak (MFU)"
     return (
         f"[bold]time of a step[/bold] about {time.total:.3g} s {what}, reckoned and not measured: "

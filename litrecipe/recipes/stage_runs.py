@@ -94,8 +94,9 @@ class StageRun:
         begun = {"verb": self.stage.verb, "recipe": self._settings, "made_from": made_from}
         self._remember(begun | {"seconds": before, "done": False})
         started = time.monotonic()
-        program = shlex.split(os.environ.get(LAUNCHER, "")) or [sys.executable, "-m", "litrecipe.cli"]
-        code = run_child([*program, *self.stage.verb.split(), "--config", str(recipe)])
+        launcher = shlex.split(os.environ.get(LAUNCHER, ""))
+        program = launcher or [sys.executable, "-m", "litrecipe.cli"]
+        code = run_child([*program, *self.stage.verb.split(), "--config", str(recipe)], is_ours=not launcher)
         self._remember(begun | {"seconds": before + time.monotonic() - started, "done": code == 0})
         if code == WRONG_INPUT and not self._made_something:
             (self.folder / NOTE).unlink()  # it never began: who puts the recipe right does not change it

@@ -76,6 +76,20 @@ def test_a_signal_to_the_group_reaches_the_child_once_and_is_waited_for(tmp_path
     assert parent.stderr is not None and parent.stderr.read() == "", "the child says what becomes of it"
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_child_of_ours_is_asked_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ours: bool) -> None:
+    """srun would end its tasks."""
+    monkeypatch.setattr(
+        sys.modules[__name__], "PARENT", PARENT.replace("sys.argv[2]]", f"sys.argv[2]], is_ours={is_ours}")
+    )
+    parent, pid = start(tmp_path, CHILD.replace("signal.SIGINT)", "signal.SIGQUIT)"))
+    parent.send_signal(stop.WHERE)
+    if not is_ours:
+        assert parent.stderr is not None and "most recent call first" in parent.stderr.readline()
+        os.kill(pid, stop.WHERE)
+    assert parent.wait(60) == 42
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
 def test_a_child_that_cannot_answer_yet_counts_as_stopped(tmp_path: Path, number: int, code: int) -> None:
     deaf = CHILD.replace("signal.signal(number, hear)", "signal.signal(number, signal.SIG_DFL)")

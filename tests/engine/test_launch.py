@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from processes import FRESH, assert_equal_runs, start, steps_done, wait_until
 
-from litrecipe.config import progress
+from litrecipe.config import progress, stop
 from litrecipe.config.groups import Fabric
 from litrecipe.engine import launch
 
@@ -127,6 +127,24 @@ def test_a_rank_that_is_not_yet_so_far_that_it_could_answer_has_stopped(number: 
     assert [process.stderr.readline() for _ in range(2)] == ["both say this\n", "ready\n"]
     os.kill(process.pid, number)
     assert (process.wait(30), process.stderr.read()) == (code, "")
+
+
+def test_ranks_that_stand_still_say_where_when_they_are_asked_and_go_on() -> None:
+    """Also where several stand at the same line, which is otherwise said once."""
+    rank = (
+        "from litrecipe.config import stop; stop.install(); say('ready {}'); time.sleep(3); say('on {}'); sys.exit(85)"
+    )
+    process = watch(rank.format(0, 0), rank.format(1, 1))
+    assert process.stderr is not None
+    for _ in range(3):
+        process.stderr.readline()
+    process.send_signal(stop.WHERE)
+    said = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == 85
+    for speaker in ("", "rank 1: "):
+        assert sum(re.match(rf'{speaker}  File "<string>", line 1 in <module>', line) is not None for line in said) == 1
+        assert sum(re.match(rf"{speaker}(Current thread|Thread) 0x", line) is not None for line in said) == 1
+    assert {"on 0", "rank 1: on 1"} <= set(said)
 
 
 def test_ranks_go_on_where_nobody_reads_what_they_say() -> None:

@@ -86,7 +86,8 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
     lines: list[list[str]] = []
     handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
 
-    def run(command: list[str]) -> int:
+    def run(command: list[str], *, is_ours: bool) -> int:
+        assert is_ours
         assert command[1:3] == ["-m", "litrecipe.cli"]
         lines.append(command[3:])
         try:
@@ -298,11 +299,11 @@ def test_a_stage_that_refused_its_input_may_be_put_right(
 ) -> None:
     """It made nothing, so nothing was made with the other value."""
     out = tmp_path / "run"
-    monkeypatch.setattr(stage_runs, "run_child", lambda _: 2)
+    monkeypatch.setattr(stage_runs, "run_child", lambda *_, **__: 2)
     assert pipeline.main(load(recipe, out, ("stages.sft.optim.lr", 5.0))) == 2
     assert "ended with exit code 2; put right what is wrong, then the same command" in capsys.readouterr().err
     assert not (out / "sft" / "stage.json").exists()
-    monkeypatch.setattr(stage_runs, "run_child", lambda _: 1)
+    monkeypatch.setattr(stage_runs, "run_child", lambda *_, **__: 1)
     assert pipeline.main(load(recipe, out, AUTO)) == 1
     with pytest.raises(InputError, match=r"stages\.sft\.optim\.lr: 5\.0: .* was made with 0\.001"):
         pipeline.main(load(recipe, out, AUTO, ("stages.sft.optim.lr", 5.0)))
@@ -314,7 +315,7 @@ def test_a_signal_between_stages_stops_there(
     """One that comes when a stage has just ended well: the stage counts, and the next is not begun."""
     out = tmp_path / "run"
 
-    def ends_well(_: list[str]) -> int:
+    def ends_well(*_: object, **__: object) -> int:
         monkeypatch.setattr(stop, "_received", signal.SIGTERM)
         return 0
 
