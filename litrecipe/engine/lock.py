@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import IO
@@ -32,7 +33,8 @@ DEAD = 60.0
 """Seconds without one after which its holder is gone."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 LOOKS = 1.0
-"""Seconds for which a lock is tried, as others take it for a moment, to see who holds it."""
+"""Seconds for which a lock is tried, as others take it for a moment, to see who holds it; and in which another may take
+one where locks do not reach."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ def _now(folder: Path) -> float:
 
 
 def _beat(path: Path, me: Holder, over: threading.Event) -> None:
-    while not over.wait(BEAT):
+    pauses = chain([LOOKS], repeat(BEAT))  # who began at the same moment is found soon
+    while not over.wait(next(pauses)):
         try:
             if (other := me.other_in(path)) is not None:
                 say(f"litrecipe: error: out_dir: {path.parent}: {other} trains here, too: this run ends unsaved")

@@ -116,17 +116,17 @@ def test_who_finds_another_in_the_file_gives_way_and_leaves_it_as_it_is(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of machines that share no locks, started at once; or one that was suspended and taken for dead."""
+    monkeypatch.setattr(lock, "BEAT", 10.0)
     child = os.fork()
     if child == 0:
         with lock.held(tmp_path):
             left_by(tmp_path, FAR, seconds_ago=99)
-            time.sleep(10)
+            time.sleep(5)
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     said = f"out_dir: {tmp_path}: process 42 on n7, Slurm job 17 trains here, too: this run ends unsaved"
     assert capfd.readouterr().err == f"litrecipe: error: {said}\n"
     assert time.time() - (tmp_path / ".lock").stat().st_mtime > 90
-    monkeypatch.setattr(lock, "BEAT", 10.0)
     with lock.held(tmp_path):
         path = left_by(tmp_path, FAR)
     assert lock.Holder(**json.loads(path.read_text())) == FAR
