@@ -285,7 +285,7 @@ def ask(address: str, words: Sequence[str]) -> int:
     global _server
     _server = SimpleNamespace(address=address)
     waiting: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    signals = (signal.SIGTERM, signal.SIGUSR1, stop.WHERE)
     for number in signals:
         signal.signal(number, lambda number, _: waiting.append(number))
     process = Run(words, sys.stdout, sys.stderr, Path.cwd(), {WATCHED: os.environ.get(WATCHED, "seen")})

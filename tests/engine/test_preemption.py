@@ -110,8 +110,11 @@ def test_what_the_cluster_stops_goes_on_by_itself_and_ends_as_one_that_was_not_s
 def test_a_job_of_two_nodes_ends_when_a_rank_is_killed_and_the_next_one_goes_on_to_the_bit(
     submitted: Submitted, slurm: Cluster
 ) -> None:
+    """Asked before where it is it said so, and went on."""
     job = submitted.submit("finetune", 2)
     submitted.wait_until_it_learns(job, steps=27)
+    slurm.call("scancel", "--signal=QUIT", job)
+    submitted.wait_until_it_learns(job, steps=steps_done(submitted.broken) + 2)
     first = json.loads((submitted.broken / ".lock").read_text())["pid"]
     os.kill(first, signal.SIGKILL)
     began = time.monotonic()
@@ -119,6 +122,7 @@ def test_a_job_of_two_nodes_ends_when_a_rank_is_killed_and_the_next_one_goes_on_
     assert time.monotonic() - began < 60
     log = (submitted.broken / "job.log").read_text()
     assert re.search(r"litrecipe: error: rank 0 \(process \d+ on \S+\) was killed by SIGKILL", log)
+    assert len(re.findall(r'^  File "\S+/engine/fit.py", line \d+ in fit$', log, re.MULTILINE)) >= 2
     assert re.search(r"the last that rank 0 said:\n.*  step \d+/60: loss \d", log, re.DOTALL)
     assert steps_done(submitted.broken) < STEPS
     job = submitted.submit("finetune", 2)
