@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
+import subprocess
 import warnings
 
 from litrecipe.config.errors import InputError
@@ -12,6 +15,10 @@ FIRST_OF_SHELLS = 0xFFFFFFF0
 
 NO_TASKS = ("bash", "interactive")
 """Names of jobs, those of salloc's, whose tasks Lightning takes for none."""
+
+
+ANSWERS = 30.0
+"""Seconds in which Slurm says where a node is."""
 
 
 def is_a_task() -> bool:
@@ -64,3 +71,44 @@ def join(devices: int, num_nodes: int) -> None:
         mistakes.append(f"{said}: make them the same (srun --ntasks-per-node={devices})")
     if mistakes:
         raise InputError(*mistakes)
+
+
+def meeting_place() -> str:
+    """Where the ranks of several processes meet: `MASTER_ADDR`, which tasks of srun's work out where nobody gives it.
+
+    Raises InputError where no machine of that name is known here: ranks would try to reach it for hours.
+    """
+    place = os.environ.get("MASTER_ADDR")
+    if not place and is_a_task() and "TORCHELASTIC_RUN_ID" not in os.environ:
+        place = os.environ["MASTER_ADDR"] = _first_node()
+    place = place or "127.0.0.1"
+    if not _is_known(place):
+        raise InputError(
+            f"MASTER_ADDR: {place}: no machine of this name is known here: export the address of the first"
+        )
+    return place
+
+
+def _first_node() -> str:
+    """By its name; where that is known to Slurm alone, by the address at which Slurm reaches it."""
+    from lightning_fabric.plugins.environments import SLURMEnvironment
+
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST") or "127.0.0.1"
+    name = SLURMEnvironment.resolve_root_node_address(nodes)
+    if _is_known(name):
+        return name
+    command = ["scontrol", "show", "node", name]
+    try:
+        told = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=ANSWERS).stdout
+    except (OSError, subprocess.TimeoutExpired):  # the name is told as unknown
+        return name
+    found = re.search(r"\bNodeAddr=(\S+)", told)
+    return found[1] if found else name
+
+
+def _is_known(name: str) -> bool:
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        return False
+    return True

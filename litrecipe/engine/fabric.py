@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
+from threading import Timer
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -17,7 +18,8 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
-from litrecipe.engine.allocation import join, refuse_plain_start, tasks_per_node
+from litrecipe.config.progress import tell_past_buffers
+from litrecipe.engine.allocation import join, meeting_place, refuse_plain_start, tasks_per_node
 from litrecipe.engine.grid import Grid, grid_of, groups_of
 from litrecipe.engine.sharding import distribute
 from litrecipe.model.decoder import Trunk
@@ -31,6 +33,8 @@ T = TypeVar("T")
 
 M = TypeVar("M", bound=Trunk)
 
+MEETS = 20.0
+"""Seconds in which ranks meet where nothing is amiss."""
 SLOWEST = timedelta(hours=2)
 """How long ranks wait for one of them, which may read a large checkpoint alone; of one that died they are told."""
 
@@ -70,8 +74,25 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         precision="bf16-mixed" if config.precision == "bf16-mixed" else "32-true",
         loggers=loggers or [],
     )
-    fabric.launch()
+    if world == 1:
+        fabric.launch()
+        return fabric
+    with _told_if_slow(f"waiting for the other ranks at {meeting_place()}"):
+        fabric.launch()
     return fabric
+
+
+@contextmanager
+def _told_if_slow(waiting: str) -> Iterator[None]:
+    """What the first rank of each machine says where that takes long: all of them may wait for another."""
+    timer = Timer(MEETS, tell_past_buffers, [f"litrecipe: {waiting}\n"])
+    timer.daemon = True
+    if int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0) == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -333,10 +333,11 @@ def test_a_dry_run_needs_no_slurm(
 
 @pytest.mark.parametrize("shell", [["salloc", "--quiet"], ["bash", "-c"]])
 def test_python_in_an_allocation_without_srun_is_told_so(slurm: Cluster, here: Path, shell: list[str]) -> None:
-    """A shell of salloc's, and the script of sbatch itself; with srun it goes on."""
-    code = "from litrecipe.engine import allocation as a; a.refuse_plain_start(); print('goes on')"
+    """A shell of salloc's, and the script of sbatch itself; with srun it goes on, and finds the others at the address
+    of a node whose name Slurm alone knows."""
+    code = "from litrecipe.engine import allocation as a; a.refuse_plain_start(); print('goes on', a.meeting_place())"
     python = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
-    flags = ["--nodes=1", "--ntasks-per-node=2"]
+    flags = ["--nodes=2", "--ntasks-per-node=1"]
     both = f"{python}; srun {python}"
     if shell[0] == "salloc":
         done = slurm.call(*shell, *flags, "bash", "-c", both, check=False, cwd=here)
@@ -345,4 +346,4 @@ def test_python_in_an_allocation_without_srun_is_told_so(slurm: Cluster, here: P
         slurm.call("sbatch", "--wait", *flags, "--output=out", f"--wrap={both}", check=False, cwd=here)
         said = (here / "out").read_text()
     assert "InputError: SLURM_NTASKS: 2: litrecipe was started without srun" in said
-    assert said.count("goes on") == 2
+    assert said.count("goes on 127.0.0.1\n") == 2

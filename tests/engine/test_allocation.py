@@ -9,7 +9,7 @@ from lightning_fabric.plugins.environments import SLURMEnvironment
 
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric
-from litrecipe.engine.allocation import join, refuse_plain_start
+from litrecipe.engine.allocation import join, meeting_place, refuse_plain_start
 from litrecipe.engine.fabric import make_fabric, world_size
 
 OF_TWO = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
@@ -84,3 +84,16 @@ def test_the_tasks_are_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "1")
     with pytest.raises(InputError, match=r"^SLURM_NTASKS: 1: fabric.devices × fabric.num_nodes is 2: make them the"):
         join(2, 1)
+
+
+@pytest.mark.parametrize("told", [{"MASTER_ADDR": "nowhere.invalid"}, STEP | {"SLURM_STEP_NODELIST": "nowhere[3-7,9]"}])
+def test_where_the_ranks_meet_is_known_or_told(monkeypatch: pytest.MonkeyPatch, told: dict[str, str]) -> None:
+    """Rather than tried for hours; where Slurm knows a node's address that is taken, see `cluster/test_submit`."""
+    monkeypatch.setenv("MASTER_ADDR", "")  # so that it is put back
+    monkeypatch.setenv("PATH", "")
+    assert meeting_place() == "127.0.0.1"
+    put(monkeypatch, told)
+    with pytest.raises(
+        InputError, match=r"^MASTER_ADDR: nowhere(\.invalid|3): no machine of this name is known here: "
+    ):
+        meeting_place()
