@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from litrecipe.checkpoint.state import Writer
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric as FabricConfig
-from litrecipe.config.progress import tell_past_buffers
+from litrecipe.config.progress import say, tell_past_buffers
 from litrecipe.engine.allocation import join, meeting_place, refuse_plain_start, tasks_per_node
 from litrecipe.engine.grid import Grid, grid_of, groups_of
 from litrecipe.engine.sharding import distribute
@@ -46,6 +47,7 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         from lightning_fabric.strategies import ModelParallelStrategy
 
         from litrecipe.engine.copies import Copies
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # its own six lines about that ranks have met
 
     refuse_plain_start()
     join(devices_of(config), config.num_nodes)
@@ -79,6 +81,7 @@ def make_fabric(config: FabricConfig, loggers: list[Any] | None = None) -> Fabri
         return fabric
     with _told_if_slow(f"waiting for the other ranks at {meeting_place()}"):
         fabric.launch()
+    say(f"{world} processes work together ({torch.distributed.get_backend()})")
     return fabric
 
 
