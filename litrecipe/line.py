@@ -51,7 +51,8 @@ class Line:
                     rest.pop()
                 continue
             if not has_value and not self._is_switch(name):
-                self.mistakes.append(f"--{name}: has no value: write `--{name} VALUE` (or `--{name}=--VALUE`)")
+                cure = f"write `--{name} VALUE`, or where that begins with two dashes `--{name}=--VALUE`"
+                self.mistakes.append(f"--{name}: has no value: {cure}")
                 continue
             if not equals:
                 value = rest.pop() if has_value else "true"
@@ -73,6 +74,8 @@ class Line:
         option = name.replace("-", "_")
         if name == "config":
             self.configs.append(value)
+        elif option == "sweep" and option not in self.kinds:
+            self.mistakes.append(f"--sweep: {value}: only jobs are swept: `litrecipe submit VERB … --sweep KEY=A,B`")
         elif option not in self.kinds:
             self.flags.append(("model.source" if name == "model" else name, value))
         elif self.kinds[option] is list:

@@ -40,7 +40,7 @@ install --no-build-isolation --editable '.[dedup,eval,gguf,loggers,rewards,dev]'
 
 # A torchvision that does not fit torch breaks every `import torchmetrics` and with it Lightning and transformers.
 # litrecipe does not need it, so a broken one is removed and a working one left alone.
-if ! "$VENV/bin/python" - <<'PY'
+if ! "$VENV/bin/python" - 2> /dev/null <<'PY'
 import importlib.util
 if importlib.util.find_spec("torchvision") is not None:
     import torchvision

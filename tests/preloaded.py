@@ -285,6 +285,7 @@ def ask(address: str, words: Sequence[str]) -> int:
     global _server
     _server = SimpleNamespace(address=address)
     waiting: list[int] = []
+    os.environ.pop(stop.ANSWERED_AT, None)  # the one that is forked has not got the file
     signals = (signal.SIGTERM, signal.SIGUSR1, stop.WHERE)
     for number in signals:
         signal.signal(number, lambda number, _: waiting.append(number))

@@ -64,8 +64,12 @@ def by_numbers(path: Path) -> list[int | str]:
 
 
 def found(root: Path) -> list[Path]:
-    """Run directories below a folder: those that have told of a step, and those that have a job."""
-    told = {path.parent for path in root.rglob("metrics.jsonl") if (path.parent / "recipe.yaml").exists()}
+    """Run directories below a folder: those that have told of a step or saved one, and those that have a job."""
+    told = {
+        path.parent
+        for path in root.rglob("recipe.yaml")
+        if any((path.parent / made).exists() for made in ("metrics.jsonl", "checkpoints"))
+    }
     return sorted(told | {path.parent for path in root.rglob(NOTE)})
 
 

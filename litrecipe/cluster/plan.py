@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -100,8 +101,11 @@ def plan_sweep(verb: str, read: Read, points: list[Point]) -> Plan:
     for run, recipe in zip(runs, recipes, strict=True):
         if is_finished(recipe):
             left_out[run] = "finished before"
-        elif (queued := job_of(run, jobs)) is not None and is_text(run / RECIPE, texts[run]):
-            left_out[run] = f"its job {queued.id} is {queued.state.lower()}"
+        elif (queued := job_of(run, jobs)) is not None:
+            if is_text(run / RECIPE, texts[run]):
+                left_out[run] = f"its job {queued.id} is {queued.state.lower()}"
+            elif queued.state == "RUNNING":
+                left_out[run] = f"its job {queued.id}, which was asked for otherwise, is running"
     job = Job(
         f"{verb.split()[-1]}-{folder.name}",
         folder,
@@ -232,11 +236,14 @@ def allotted(recipe: Any, of_all: Slurm | None = None) -> Any:
 
 
 def is_finished(recipe: TrainingRecipe) -> bool:
-    """Whether the run that a recipe describes has come to its end in its directory."""
+    """Whether the run that a recipe describes has come to its end in its directory, or gone on behind that."""
     run = RunDir(recipe.out_dir)
     written = schema.load_run(run.path) if run.final.exists() else None
-    other = [] if written is None else differing(written, recipe)
-    return written is not None and all(line.startswith("fabric.") for line in other)
+    if written is None:
+        return False
+    if (written.train.max_steps or 0) > (recipe.train.max_steps or math.inf):
+        recipe = replace(recipe, train=written.train)
+    return all(line.startswith("fabric.") for line in differing(written, recipe))
 
 
 def _other_checkpoint(recipe: TrainingRecipe) -> Path | None:

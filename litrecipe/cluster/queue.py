@@ -24,6 +24,20 @@ OF_A_LAUNCHER = (
 """Variables that would tell the tasks of a job that somebody else had started them."""
 OTHER_NAMES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE", "array": "ARRAY_INX", "ntasks-per-node": "NTASKS_PER_NODE"}
 """Flag of sbatch → its variable, behind SBATCH_, where that is called otherwise."""
+KEYS = {
+    "partition": ["partition"],
+    "account": ["account"],
+    "qos": ["qos"],
+    "time limit": ["time"],
+    r"generic resource|gres\b": ["gpus_per_node", "gpu_type"],
+    "node count|node configuration": ["nodes", "gpus_per_node", "cpus_per_task", "mem"],
+    "cpu count": ["cpus_per_task", "tasks_per_node"],
+    "memory": ["mem"],
+    "feature": ["constraint"],
+    "reservation": ["reservation"],
+    "dependency": ["dependency"],
+}
+"""Pattern in what Slurm says → the keys of the `slurm` group that it speaks of."""
 OF_NODES = re.compile(r"(?i)node configuration is not available|not available \(|nodes are busy|reservation is in use")
 """Slurm's words for what is so now and may be otherwise later."""
 BUSY = re.compile(r"(?i)timed out|zero bytes|unable to contact|unexpected message|connection (refused|reset)")
@@ -121,13 +135,20 @@ def queued(jobs: Iterable[str] | None = None) -> list[Queued]:
     if done.returncode and "Invalid job id" in done.stderr:  # it has forgotten them
         return []
     if done.returncode:
-        raise InputError(*(f"squeue: {word}: is the cluster up?" for word in _words(done.stderr)))
+        raise InputError(f"squeue: {(_words(done.stderr) or ['failed'])[-1]}: is the cluster up?")
     return [Queued(*line.split("|", 3)) for line in done.stdout.splitlines()]
 
 
 def refusal(said: str) -> list[str]:
-    """A line for each of sbatch's own."""
-    return [f"sbatch: {word}: put that right in the slurm group" for word in _words(said)] or ["sbatch: failed"]
+    """A line for each of sbatch's own that says something of its own, with the keys that it speaks of."""
+    words = _words(said)
+    told = [word for word in words if not word.startswith("allocation failure")] or words
+    return [f"sbatch: {word}: {_cure(word)}" for word in told] or ["sbatch: failed"]
+
+
+def _cure(word: str) -> str:
+    keys = [f"slurm.{key}" for pattern, of in KEYS.items() if re.search(pattern, word, re.IGNORECASE) for key in of]
+    return f"look at {', '.join(keys)}" if keys else "put that right in the slurm group"
 
 
 def _words(said: str) -> list[str]:

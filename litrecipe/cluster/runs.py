@@ -74,13 +74,15 @@ class Run:
 
     @property
     def total(self) -> int | None:
-        """Steps after which it ends, as its newest checkpoint says, or its recipe does."""
-        if self.checkpoints:
+        """Steps after which it ends, as its newest record or checkpoint says; no more than its recipe does, with which
+        it may have gone on since."""
+        found = self.last.get("total_steps")
+        if not found and self.checkpoints:
             found = read_json(self.checkpoints[0] / "state.json").get("total_steps")
-            return int(found) if found else None
         train = self.written.get("train")
         steps = str(train.get("max_steps")) if isinstance(train, dict) else ""
-        return int(steps) if steps.isdecimal() else None
+        limits = [int(limit) for limit in (found, steps.isdecimal() and steps) if limit]
+        return min(limits, default=None)
 
     @cached_property
     def written(self) -> dict[str, Any]:

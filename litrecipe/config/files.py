@@ -6,6 +6,7 @@ import difflib
 import errno
 import fcntl
 import json
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import IO, Any
 from litrecipe.config.errors import InputError
 from litrecipe.config.progress import say
 
+WORTH_TELLING = 2.0
+"""Seconds after which waiting is told of."""
 ABSENT = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems without locks answer."""
 
@@ -98,9 +101,15 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        try:
-            take_lock(file)
-        except BlockingIOError:
-            say(f"waiting for another process that {what}")
-            take_lock(file, fcntl.LOCK_EX)
+        until = time.monotonic() + WORTH_TELLING
+        while True:
+            try:
+                take_lock(file)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    say(f"waiting for another process that {what}")
+                    take_lock(file, fcntl.LOCK_EX)
+                    break
+                time.sleep(WORTH_TELLING / 100)
         yield

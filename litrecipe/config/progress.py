@@ -66,10 +66,10 @@ def say(message: str) -> None:
 
 
 def whisper(message: str) -> None:
-    """One line for the process that watches this rank alone: its last words, should it die."""
+    """Words for the process that watches this rank alone: its last, should it die."""
     if os.environ.get(WATCHED) == "heard":
         with heedless():
-            print(WHISPER + message, file=sys.stderr, flush=True)
+            print(*(WHISPER + line for line in message.splitlines()), sep="\n", file=sys.stderr, flush=True)
 
 
 def tell_mistakes(mistakes: Iterable[str]) -> None:

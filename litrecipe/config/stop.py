@@ -23,11 +23,14 @@ from litrecipe.config.progress import is_first_process, tell_past_buffers
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 WHERE = signal.SIGQUIT
 """Asks where a run is that stands still."""
+ANSWERED_AT = "LITRECIPE_WHERE"
+"""Environment of a rank that another process watches: the file descriptor at which that waits for the answer."""
 PREEMPTED = 85
 INTERRUPTED = 130
 AFTER_THIS_STEP = "\nlitrecipe: stopping after this step; Ctrl-C again ends at once, without saving\n"
 AT_ONCE = "\nlitrecipe: stopped at once, nothing saved; the newest checkpoint is as it was\n"
 
+_answered_at = 2
 _hooked = False
 """Whether forks are looked after; what is registered for them stays."""
 _fork = threading.local()
@@ -65,8 +68,10 @@ def install() -> None:
 
 
 def tell_where_asked() -> None:
-    """Let `WHERE` write the stacks of all threads to standard error; also of one that waits inside of a library."""
-    faulthandler.register(WHERE, file=2, all_threads=True)
+    """Let `WHERE` write the stacks of all threads to standard error, or to who watches, whatever they wait for."""
+    global _answered_at
+    _answered_at = int(os.environ.pop(ANSWERED_AT, _answered_at))  # what this process starts has a standard error only
+    faulthandler.register(WHERE, file=_answered_at, all_threads=True)
 
 
 def let_go() -> None:
@@ -105,6 +110,8 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
     _received = number
     if not _deferred:
         stopped = Stopped(number)
+        if is_first_process():
+            tell_past_buffers(f"\nlitrecipe: stopped by {signal.Signals(number).name}; there was nothing to save\n")
         if getattr(_fork, "under_way", False):  # Python drops what is raised in the midst of a fork
             os._exit(int(stopped.code or 0))
         raise stopped

@@ -180,6 +180,8 @@ class Checkpoints:
         if len(of_ranks) != self.fabric.world_size:
             wrote = counted(len(of_ranks), "rank")
             say(f"{folder}: written by {wrote}, {self.fabric.world_size} go on: equal up to rounding")
+        elif len(of_data) != grid_of(self.fabric).data_size:
+            say(f"{folder}: written by ranks that shared layers otherwise: equal up to rounding")
         at = Counters(**{field.name: state[field.name] for field in fields(Counters) if field.name in state})
         if self.run_dir.owns(folder):
             self.saved_at = at.step

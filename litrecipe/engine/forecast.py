@@ -29,6 +29,7 @@ from litrecipe.engine.cost import (
 from litrecipe.engine.fabric import devices_of, devices_there
 from litrecipe.engine.grid import groups_of
 from litrecipe.engine.hardware import KNOWN, Hardware, seconds
+from litrecipe.engine.launch import processors
 from litrecipe.engine.memory import LAYERS, NF4_BLOCK, can_be_quantised, part_model
 from litrecipe.engine.peak import measured_flops
 from litrecipe.model.architecture import Architecture
@@ -82,14 +83,16 @@ def hardware_of(config: FabricConfig) -> Hardware | None:
     if kind == "cuda" and torch.cuda.is_available():
         name = torch.cuda.get_device_name().lower()
         return next((one for key, one in KNOWN.items() if key.partition("-")[0] in name), None)
-    return this_cpu() if kind == "cpu" else None
+    return this_cpu(layout_of(config).devices) if kind == "cpu" else None
 
 
-def this_cpu() -> Hardware:
-    """This machine's processor, whose products are timed now. What ranks exchange over gloo is taken to be as fast as
-    between two on two cores (`benchmarks/results/scaling.json`): 16.8 MB sent in 35 ms, 1 KB in 0.36 ms."""
+def this_cpu(ranks: int = 1) -> Hardware:
+    """What one of so many ranks has of this machine's processor, whose products are timed now. What ranks exchange over
+    gloo is taken to be as fast as between two on two cores (`benchmarks/results/scaling.json`): 16.8 MB sent in 35 ms,
+    1 KB in 0.36 ms."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    half, full = (measured_flops(dtype) for dtype in (torch.bfloat16, torch.float32))
+    share = min(1.0, processors() / (ranks * torch.get_num_threads()))
+    half, full = (share * measured_flops(dtype) for dtype in (torch.bfloat16, torch.float32))
     return Hardware(
         "here",
         half,

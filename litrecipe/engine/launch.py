@@ -10,7 +10,7 @@ nothing of itself.
 from __future__ import annotations
 
 import os
-import re
+import select
 import shutil
 import signal
 import socket
@@ -30,8 +30,10 @@ from litrecipe.engine.child import EVERY, FAILED, ask_where, dies_with
 
 ANSWERS = (0, WRONG_INPUT, stop.PREEMPTED, stop.INTERRUPTED)
 """Exit codes of ranks that knew what they did."""
-STACK = re.compile(r'  File ".*", line \d+ in ')
-"""Begins a line of those with which a process answers `stop.WHERE`."""
+READ = 1 << 16
+"""Bytes that are read at once."""
+PAUSE = 0.5
+"""Seconds without a word after which a rank has said where it is."""
 KEPT = 20
 """Lines that are kept of what a rank said last."""
 SETTLES = 1.0
@@ -66,7 +68,7 @@ def ranks_to_start(config: Fabric) -> list[dict[str, str]]:
         "MASTER_PORT": os.environ.get("MASTER_PORT") or _free_port(),
         "NODE_RANK": str(node),
         "WORLD_SIZE": str(count * config.num_nodes),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, _processors() // count)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, processors() // count)),
     }
     return [common | {"LOCAL_RANK": str(local), "RANK": str(node * count + local)} for local in range(count)]
 
@@ -92,7 +94,8 @@ def _devices(config: Fabric) -> int:
     return devices_of(config)
 
 
-def _processors() -> int:
+def processors() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -114,19 +117,23 @@ class Rank:
         self.number = int(number)
         self.is_first = room.ranks == 1 or env.get("LOCAL_RANK") == "0"
         is_heard = not (self.is_first and sys.stderr.isatty())
+        self.answers, answered_at = os.pipe()
         self.process = subprocess.Popen(
             command,
-            env=whole | {WATCHED: "heard" if is_heard else "seen"},
+            env=whole | {WATCHED: "heard" if is_heard else "seen", stop.ANSWERED_AT: str(answered_at)},
             stdin=subprocess.DEVNULL,
             stdout=None if self.is_first else subprocess.PIPE,
             stderr=None if not is_heard else subprocess.PIPE if self.is_first else subprocess.STDOUT,
             process_group=0,  # or Ctrl-C at a terminal would reach it twice, which ends a run without saving
             preexec_fn=dies_with(os.getpid()),
+            pass_fds=[answered_at],
         )
+        os.close(answered_at)
         self.asked: int | None = None
         """The signal that was passed on to it."""
         self.last: deque[str] | None = deque(maxlen=KEPT) if is_heard else None
         self.ear = threading.Thread(target=self._listen, args=(room,), daemon=True)
+        self.other_ear = threading.Thread(target=self._hear_where, args=(room,), daemon=True)
 
     def _listen(self, room: Room) -> None:
         pipe = self.process.stderr or self.process.stdout
@@ -137,6 +144,18 @@ class Rank:
             self.last.append(text.removeprefix(WHISPER))
             if not text.startswith(WHISPER):
                 room.repeat(self, text)
+
+    def _hear_where(self, room: Room) -> None:
+        """Wait for what it answers when it is asked where it is, and say that in one piece."""
+        with os.fdopen(self.answers, "rb", buffering=0) as answers:
+            while told := answers.read(READ):
+                while select.select([answers], [], [], PAUSE)[0] and (more := answers.read(READ)):
+                    told += more
+                room.tell(f"\nlitrecipe: rank {self.number} ({self._place}) is here:\n{told.decode(errors='replace')}")
+
+    @property
+    def _place(self) -> str:
+        return f"process {self.process.pid} on {socket.gethostname()}"
 
     @property
     def code(self) -> int | None:
@@ -155,8 +174,7 @@ class Rank:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         cure = " (was there enough memory?)" if code == -signal.SIGKILL else ""
         self.ear.join(HEARS)
-        where = f"process {self.process.pid} on {socket.gethostname()}"
-        told = f"litrecipe: error: rank {self.number} ({where}) {how}{cure}; the run ends; {GO_ON}"
+        told = f"litrecipe: error: rank {self.number} ({self._place}) {how}{cure}; the run ends; {GO_ON}"
         if self.last is None:  # what it said stands above
             return [told]
         if not self.last:
@@ -177,10 +195,15 @@ class Room:
         with self.lock:
             others = [line for number, line in self.said if number != rank.number]
             self.said.append((rank.number, text))
-            if text and text in others and not STACK.match(text):
+            if text and text in others:
                 return
             speaker = "" if rank.is_first or text.startswith("litrecipe: ") else f"rank {rank.number}: "
             tell_past_buffers(f"{speaker}{text}\n")
+
+    def tell(self, text: str) -> None:
+        """Several lines at once."""
+        with self.lock:
+            tell_past_buffers(text)
 
 
 def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
@@ -194,9 +217,11 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
     with stop.deferred(), stop.child_speaks():
         room = Room(len(environments))
         ranks = [Rank(command, env, room) for env in environments]
-        ask_where(*(rank.process for rank in ranks))
+        # To all processes of a step Slurm itself sends it.
+        ask_where(*(rank.process for rank in ranks if not is_a_task()))
         for rank in ranks:  # all are forked before there is a thread, which could hold what a fork needs
             rank.ear.start()
+            rank.other_ear.start()
         try:
             return _watch(ranks, others_failed)
         finally:

@@ -134,6 +134,7 @@ class Teller:
         memory = peak_memory_bytes(self.fabric.device)
         record = {
             "step": step,
+            "total_steps": self.total,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
@@ -144,7 +145,7 @@ class Teller:
             "memory": memory,
         }
         self.dir.append("metrics.jsonl", record)
-        self.log({name: value for name, value in record.items() if name != "step"}, step)
+        self.log({name: value for name, value in record.items() if name not in ("step", "total_steps")}, step)
         done = step - self.first_step
         left = (now - self.started) / done * (self.total - step)
         of_method = [

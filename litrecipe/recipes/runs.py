@@ -19,8 +19,8 @@ def diff(a: str, b: str, tolerance: float = 0.0) -> int:
     if mistakes := [line for folder in dict.fromkeys((a, b)) for line in _of_pipeline(Path(folder))]:
         raise InputError(*mistakes)
     lines = diff_runs(Path(a), Path(b), tolerance)
-    if lines:
-        lines += [f"recipe: {line}" for line in _of_recipes(Path(a), Path(b))]
+    if lines and (others := _of_recipes(Path(a), Path(b))):
+        lines[1:1] = ["their recipes are not the same:", *(f"  {line}" for line in others), "apart from that:"]
     print("\n".join(lines) if lines else "the two runs agree in every step")
     return 1 if lines else 0
 

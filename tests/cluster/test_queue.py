@@ -63,7 +63,7 @@ def test_a_busy_slurm_may_have_queued_what_it_did_not_answer(
         with pytest.raises(queue.Unanswered, match="it may have been queued nevertheless: look with `squeue --me`"):
             queue.submit(script, None)
     slurm_says("echo 'sbatch: error: invalid account' >&2; exit 1", both)
-    with pytest.raises(queue.InputError, match=r"^sbatch: invalid account: put that right"):
+    with pytest.raises(queue.InputError, match=r"^sbatch: invalid account: look at slurm\.account$"):
         queue.submit(script, None, known={"7"})
     monkeypatch.setattr(queue, "PATIENCE", 0.3)
     slurm_says("exec sleep 9", f"echo '9_[0-3]|PENDING|None|{script}'")

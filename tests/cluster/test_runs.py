@@ -21,7 +21,7 @@ from litrecipe.engine.rundir import RunDir
 def make(folder: Path, steps: int = 4, saved: int | None = 4, total: int = 10, **evaluation: float) -> Run:
     """A run that came so far, at 100 tokens a step and 50 tokens a second."""
     folder.mkdir(parents=True)
-    recipe = DpoRecipe(train=Train(max_steps=total))
+    recipe = DpoRecipe(train=Train(max_steps=total + 5))
     (folder / "recipe.yaml").write_text(schema.dump(recipe))
     records: list[dict[str, Any]] = [
         {"step": step, "loss": 1 / step, "tokens": 100 * step, "tokens_per_second": 50.0}
@@ -62,12 +62,18 @@ def test_states_of_runs(tmp_path: Path) -> None:
 
 def test_what_is_told_of_a_run(tmp_path: Path) -> None:
     """Ten steps more of 100 tokens at 50 a second take 16 s for the 8 that are left of 12; the total is that of the
-    newest checkpoint, or the recipe's."""
+    newest record or checkpoint, or the recipe's."""
     run = make(tmp_path / "run", eval_loss=0.25)
     assert (run.verb, run.total, run.measured, run.seconds_left) == ("align dpo", 12, "eval_loss 0.25", None)
     with RunDir(run.folder).held():
         assert run.seconds_left == 16.0
-    assert make(tmp_path / "unsaved", saved=None).total == 10
+    assert make(tmp_path / "unsaved", saved=None).total == 15
+    further = make(tmp_path / "further").folder
+    with (further / "metrics.jsonl").open("a") as records:
+        records.write('{"step": 5, "loss": 0.2, "total_steps": 14}\n')
+    assert Run(further).total == 14, "it went on with another recipe"
+    (further / "recipe.yaml").write_text(schema.dump(DpoRecipe(train=Train(max_steps=5))))
+    assert Run(further).total == 5, "and has then found nothing left to do"
 
 
 def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,7 +240,7 @@ def test_what_sbatch_refuses_is_told_in_its_words_and_leaves_nothing(
 ) -> None:
     """But that machines are out of order now, for which jobs wait, is said only."""
     assert submit(*words, "--out_dir", "out/run", "--slurm.partition", "nowhere") == 2
-    assert "sbatch: invalid partition specified: nowhere: put that right in the slurm group" in errors(capsys)
+    assert "sbatch: invalid partition specified: nowhere: look at slurm.partition" in errors(capsys)
     assert submit(*words, "--out_dir", "out/run", "--slurm.nodes", 2, "--slurm.time", "3h") == 2
     assert any("time limit" in line for line in errors(capsys))
     assert submit(*words, "--out_dir", "out/run", "--slurm.nodes", 2, "--fabric.num_nodes", 3, "--optim.lr", -1) == 2
@@ -283,6 +283,29 @@ def test_a_sweep_grows_while_its_points_wait(
     assert submit(*held, "optim.lr=1e-3,4e-3", "--train.max_steps", 5) == 2
     assert f"its job {first}_0 is pending: wait for it" in errors(capsys)[0]
     slurm.call("scancel", first, second)
+
+
+@pytest.mark.slow
+def test_a_point_that_was_taken_up_by_itself_is_left_out(
+    slurm: Cluster, here: Path, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While it runs with other steps, and when it has taken more of them than it is asked for."""
+    sweep = [*words, "--slurm.container", shlex.join(forked()), "--train.max_steps", 2, "--out_dir", "sweep", "--sweep"]
+    assert submit(*sweep, "optim.lr=1e-3,2e-3") == 0
+    for point in ("lr=1e-3", "lr=2e-3"):
+        slurm.wait(job_of(here / "sweep" / point))
+    for point, steps in (("lr=1e-3", 5000), ("lr=2e-3", 3)):
+        assert submit("finetune", "--config", f"sweep/{point}/job.yaml", "--train.max_steps", steps) == 0
+    job = job_of(here / "sweep" / "lr=1e-3")
+    slurm.wait(job_of(here / "sweep" / "lr=2e-3"))
+    slurm.wait(job, lambda told: told["JobState"] == "RUNNING")
+    capsys.readouterr()
+    assert submit(*sweep, "optim.lr=1e-3,2e-3,3e-3", "--dry_run") == 0
+    said = capsys.readouterr()
+    assert f"lr=1e-3: its job {job}, which was asked for otherwise, is running: left out" in said.err
+    assert "lr=2e-3: finished before: left out" in said.err
+    assert "#SBATCH --array=2\n" in said.out
+    slurm.call("scancel", job)
 
 
 def test_a_run_is_not_submitted_twice(
