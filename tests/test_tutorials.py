@@ -26,7 +26,7 @@ from litrecipe.rollout.sources import Completions, make_source
 from litrecipe.verbs import VERBS, RecipeVerb, SubmitVerb
 
 REPO = Path(__file__).resolve().parent.parent
-PAGES = sorted([*(REPO / "tutorials").glob("*.md"), REPO / "README.md"])
+PAGES = sorted([*(REPO / "tutorials").glob("*.md"), REPO / "README.md", REPO / "docs" / "scaling.md"])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 KEYS = {key for kind in RECIPES.values() for key in schema.keys(kind)}
 GROUPS = {key.partition(".")[0] for key in KEYS if "." in key}
