@@ -111,7 +111,7 @@ def _on_signal(number: int, _frame: FrameType | None) -> None:
     if not _deferred:
         stopped = Stopped(number)
         if is_first_process():
-            tell_past_buffers(f"\nlitrecipe: stopped by {signal.Signals(number).name}; there was nothing to save\n")
+            tell_past_buffers(f"\nlitrecipe: stopped by {signal.Signals(number).name}; nothing had to be saved\n")
         if getattr(_fork, "under_way", False):  # Python drops what is raised in the midst of a fork
             os._exit(int(stopped.code or 0))
         raise stopped
