@@ -9,7 +9,7 @@ end by itself. Final weights, the last checkpoint with optimizer and state, metr
 and what was sampled must then equal those of a run that nobody stopped, byte for byte.
 
 `--forked` starts ranks from a process that has imported everything, which saves seconds each time. What was measured
-before stays in the result, cell by cell.
+before stays in the result, cell by cell, with its commit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common import LITRECIPE, REPO, RESULTS, environment, print_table, write_result
+from common import LITRECIPE, MACHINE, REPO, RESULTS, environment, print_table, write_result
 from kills import DATA, FULL, LORA, ROLLOUT, align, differences, shrunken_model, steps_done
 
 sys.path.append(str(REPO / "tests"))
@@ -168,6 +168,7 @@ def main() -> None:
                     began = time.monotonic()
                     cell = place.stopped(verb, shape, event)
                     cell |= {"right": is_right(cell), "seconds": round(time.monotonic() - began, 1)}
+                    cell["commit"] = MACHINE["commit"]
                     cell["started"] = "forked from a process that had imported everything" if args.forked else "as jobs"
                     name = f"{verb} {shape} {event}"
                     cells[name] = cell
