@@ -147,7 +147,7 @@ STEPS = {"pretrain": None, "finetune": 40, "align": 40, "online": 60, "pipeline"
 EVERY = 3
 A_ROLLOUT = 4
 """Steps in which a rollout is learnt."""
-TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout")
+TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout", "total_steps")
 MADE = ("final", "best", "best.json", "rounds", "pairs", "rollouts", "candidates.jsonl", "sft.jsonl", "best_of.json")
 """What runs leave besides checkpoints and records."""
 

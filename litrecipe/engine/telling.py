@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from litrecipe.engine.fit import StepResult
 
-TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout")
+TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout", "total_steps")
 """Fields of metrics.jsonl that differ between two runs that do the same."""
 ON_THE_LINE = {
     "nll": "nll",

@@ -56,7 +56,7 @@ def test_who_holds_it_is_written_while_it_does_and_touched(tmp_path: Path) -> No
         path = tmp_path / ".lock"
         assert lock.Holder(**json.loads(path.read_text())) == lock.Holder.this()
         first = path.stat().st_mtime_ns
-        time.sleep(0.3)
+        time.sleep(lock.LOOKS + 0.3)
         assert path.stat().st_mtime_ns > first
         refused = pytest.raises(InputError, match=rf"trains here \(process {os.getpid()} on .*\): wait for it")
         with refused, lock.held(tmp_path):

@@ -38,7 +38,7 @@ def test_the_keys_in_which_recipes_differ_are_named(trained: Path, capsys: pytes
     """But for where the runs are."""
     assert runs.diff(str(trained / "a"), str(trained / "seed")) == 1
     said = capsys.readouterr().out.splitlines()
-    assert [line for line in said if line.startswith("recipe: ")] == ["recipe: train.seed: 0 and 1"]
+    assert said[1:4] == ["their recipes are not the same:", "  train.seed: 0 and 1", "apart from that:"]
 
 
 def test_equal_runs_agree(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
