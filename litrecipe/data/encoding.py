@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import tokenizers
 
+from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.data.template import WRITTEN
 from litrecipe.data.tokenizer import Tokenizer
@@ -197,6 +198,7 @@ def _begin(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop.tell_where_asked()
     _encoder = encoder
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

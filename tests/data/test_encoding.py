@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
 
+from litrecipe.config import stop
+from litrecipe.data import encoding
 from litrecipe.data.encoding import SEAM, SPLITS_BEFORE_SPACES, Encoder, cut, may_cut, token_dtype
 from litrecipe.data.formats import RESERVED
 from litrecipe.data.readers import read_rows
@@ -120,3 +125,11 @@ def test_tokens_are_as_small_as_their_ids(chatml_folder: Path) -> None:
 def test_what_marks_control_tokens_is_no_text(tokenizer: Tokenizer) -> None:
     """`documents.py` refuses such texts, as these characters would be lost without a word."""
     assert tokenizer.encode(f"a{RESERVED[0]}b") == tokenizer.encode("ab")
+
+
+def test_a_worker_says_where_it_is_and_goes_on(chatml_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    encoder = Encoder(Tokenizer(backend_of(chatml_folder), special_tokens={}))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), encoding._begin, (encoder,)) as pool:
+        os.kill(pool.submit(os.getpid).result(), stop.WHERE)
+        assert len(pool.submit(encoding._encode, ["one", "two"]).result().lengths) == 2
+    assert "most recent call first" in capfd.readouterr().err
