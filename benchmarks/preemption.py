@@ -52,7 +52,7 @@ SHAPES = {"1x2": (1, 2), "2x1": (2, 1)}
 """Nodes and tasks of each."""
 LIMIT = {"slurm.time": "3m", "slurm.signal": 100}
 """A time limit of which the signal comes 20 to 80 seconds after the start: Slurm may send it a minute early."""
-LONGER = 16
+LONGER = 48
 """Times as many steps has a run that is to reach that limit."""
 EVENTS: dict[str, Callable[[Cluster, str], None] | None] = {**STOPS, "time": None}
 """What stops a run; None: it is stopped by its own time limit."""
