@@ -33,6 +33,8 @@ from typing import Any
 
 from common import LITRECIPE, REPO, RESULTS, as_hf_folder, environment, print_table, read_lines, write_result
 
+from litrecipe.engine.telling import TIMING
+
 FULL = ["--optim.lr", "1e-3"]
 LORA = ["--adapter.method", "lora", "--adapter.r", "8"]
 MOVING = ["--dpo.reference", "moving"]
@@ -147,7 +149,6 @@ STEPS = {"pretrain": None, "finetune": 40, "align": 40, "online": 60, "pipeline"
 EVERY = 3
 A_ROLLOUT = 4
 """Steps in which a rollout is learnt."""
-TIMING = ("tokens_per_second", "mfu", "memory", "time/rollout", "total_steps")
 MADE = ("final", "best", "best.json", "rounds", "pairs", "rollouts", "candidates.jsonl", "sft.jsonl", "best_of.json")
 """What runs leave besides checkpoints and records."""
 

@@ -81,7 +81,8 @@ class Run:
             found = read_json(self.checkpoints[0] / "state.json").get("total_steps")
         train = self.written.get("train")
         steps = str(train.get("max_steps")) if isinstance(train, dict) else ""
-        limits = [int(limit) for limit in (found, steps.isdecimal() and steps) if limit]
+        limits = [int(found)] if found else []
+        limits += [int(steps)] if steps.isdecimal() else []
         return min(limits, default=None)
 
     @cached_property

@@ -93,6 +93,18 @@ def take_lock(file: IO[str], how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
     return True
 
 
+def take_lock_within(file: IO[str], seconds: float) -> bool:
+    """`take_lock`, tried for so long."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return take_lock(file)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(seconds / 100)
+
+
 @contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file while the body runs; waits, and says for `what`, while another process holds it.
@@ -101,15 +113,9 @@ def locked(path: Path, what: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        until = time.monotonic() + WORTH_TELLING
-        while True:
-            try:
-                take_lock(file)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    say(f"waiting for another process that {what}")
-                    take_lock(file, fcntl.LOCK_EX)
-                    break
-                time.sleep(WORTH_TELLING / 100)
+        try:
+            take_lock_within(file, WORTH_TELLING)
+        except BlockingIOError:
+            say(f"waiting for another process that {what}")
+            take_lock(file, fcntl.LOCK_EX)
         yield

@@ -24,7 +24,7 @@ from tempfile import NamedTemporaryFile
 from typing import IO
 
 from litrecipe.config.errors import InputError
-from litrecipe.config.files import take_lock
+from litrecipe.config.files import take_lock, take_lock_within
 from litrecipe.config.progress import say, warn
 
 BEAT = 10.0
@@ -139,15 +139,10 @@ def taken(folder: Path, by: Holder | None) -> InputError:
 
 def _locked(file: IO[str], folder: Path) -> bool:
     """Take the lock of this machine, and say whether there is such a thing. Raises InputError when it is taken."""
-    until = time.monotonic() + LOOKS
-    while True:
-        try:
-            is_sure = take_lock(file)
-            break
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise taken(folder, Holder.read(file)) from None
-            time.sleep(LOOKS / 10)
+    try:
+        is_sure = take_lock_within(file, LOOKS)
+    except BlockingIOError:
+        raise taken(folder, Holder.read(file)) from None
     if not is_sure:
         warn(f"out_dir: {folder}: its file system has no locks: a second run is told from its file alone")
     return is_sure

@@ -6,6 +6,7 @@ import importlib.util
 import signal
 import subprocess
 import sys
+import time
 from contextlib import nullcontext
 from datetime import timedelta
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from litrecipe import cli
 from litrecipe.config import stop
 from litrecipe.config.errors import InputError
 from litrecipe.config.groups import Fabric
+from litrecipe.engine import fabric
 from litrecipe.engine.fabric import accelerator_of, devices_of, make_fabric, world_size
 
 
@@ -62,6 +64,18 @@ def test_a_node_that_knows_no_other_does_not_wait_for_them(monkeypatch: pytest.M
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match=r"^fabric\.num_nodes: 2: nothing says where .* MASTER_ADDR"):
         make_fabric(Fabric(accelerator="cpu", num_nodes=2))
+
+
+@pytest.mark.parametrize(("local", "said"), [("0", "litrecipe: waiting for the others at n1\n"), ("1", "")])
+def test_who_waits_long_for_the_others_says_so_once_a_machine(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], local: str, said: str
+) -> None:
+    monkeypatch.setattr(fabric, "MEETS", 0.05)
+    monkeypatch.setenv("LOCAL_RANK", local)
+    with fabric._told_if_slow("waiting for the others at n1"):
+        assert capfd.readouterr().err == ""
+        time.sleep(0.5)
+    assert capfd.readouterr().err == said
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
